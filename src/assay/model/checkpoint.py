@@ -1,0 +1,277 @@
+"""A Hugging Face checkpoint folder, read lazily: headers first, tensors when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from assay.model.errors import InputError
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+}  # fmt: skip
+_FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one stored tensor lies and what it is."""
+
+    shard: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Checkpoint:
+    """A read-only folder of tensors plus its config.
+
+    `stored` maps the names in the files; `names` are the logical tensors, in which a packed or
+    FP8 weight with its scales is one tensor `X.weight` that `read` decodes.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], stored: dict[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.config = config
+        self.stored = stored
+        self._levels = _packed_levels(config)
+
+    @classmethod
+    def open(cls, source: str | Path) -> Checkpoint:
+        """Open a folder or a hub id (downloaded by huggingface_hub). Raises InputError."""
+        folder = resolve(source)
+        config = read_json(folder / "config.json", "not a model folder")
+        stored: dict[str, TensorInfo] = {}
+        for shard in _shards(folder):
+            for name, info in _read_header(shard).items():
+                if name in stored:
+                    raise InputError(f"{shard.name}: tensor {name} is also in {stored[name].shard.name}; remove one")
+                stored[name] = info
+        return cls(folder, config, stored)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Logical tensor names, sorted."""
+        logical = set(self.stored)
+        for name in self.stored:
+            if name.endswith(".weight_packed"):
+                module = name.removesuffix(".weight_packed")
+                logical -= {f"{module}.{s}" for s in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")}
+                logical.add(f"{module}.weight")
+            elif self._fp8_scale(name):
+                logical.discard(self._fp8_scale(name))
+        return sorted(logical)
+
+    @cached_property
+    def levels(self) -> dict[str, Level]:
+        """Level of every packed weight, by logical tensor name."""
+        return {f"{m}.weight": level for m, level in self._levels.items() if f"{m}.weight_packed" in self.stored}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a logical tensor, from headers alone (packed weights: out from scales, in from level)."""
+        if name in self.stored:
+            return self.stored[name].shape
+        return tuple(int(n) for n in self._raw(f"{name}_shape"))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that `read` returns."""
+        if name in self.stored:
+            return torch.float32 if self._fp8_scale(name) else self.stored[name].dtype
+        return self.stored[f"{name}_scale"].dtype
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of a logical tensor, its scales included."""
+        return sum(self.stored[part].nbytes for part in self.parts(name))
+
+    def parts(self, name: str) -> list[str]:
+        """Names of the stored tensors that make up a logical one."""
+        if name in self.stored:
+            scale = self._fp8_scale(name)
+            return [name, scale] if scale else [name]
+        suffixes = ("_packed", "_scale", "_zero_point", "_shape")
+        return [name + s for s in suffixes if name + s in self.stored]
+
+    def read(self, name: str) -> Tensor:
+        """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
+        if name in self.stored:
+            return self._decode_fp8(name) if self._fp8_scale(name) else self._raw(name)
+        if f"{name}_packed" not in self.stored:
+            raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
+        return self.read_packed(name).decode()
+
+    def read_packed(self, name: str) -> PackedInteger:
+        """A packed weight as codes and scales."""
+        level = self.levels.get(name)
+        if level is None:
+            raise InputError(f"{self.folder}: config.json gives no quantization scheme for {name}")
+        stored = {part.removeprefix(name.removesuffix("weight")): self._raw(part) for part in self.parts(name)}
+        return PackedInteger.from_tensors(stored, level)
+
+    def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Stored tensors one at a time, byte for byte."""
+        for name in names:
+            yield name, self._raw(name)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files, headers included."""
+        return sum(p.stat().st_size for p in {i.shard for i in self.stored.values()})
+
+    def side_files(self) -> list[Path]:
+        """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
+        weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+        files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
+        return [
+            p for p in files
+            if p.suffix not in weights and not p.name.endswith(".index.json") and p.name != "config.json"
+            and not any(part.startswith(".") for part in p.relative_to(self.folder).parts)
+        ]  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config, every header and samples of every shard's bytes."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in sorted({i.shard for i in self.stored.values()}):
+            size = shard.stat().st_size
+            with shard.open("rb") as file:
+                for k in range(32):
+                    file.seek(k * max(size - 65536, 0) // 31)
+                    digest.update(file.read(65536))
+            digest.update(f"{shard.name}:{size}".encode())
+        return digest.hexdigest()[:32]
+
+    def _raw(self, name: str) -> Tensor:
+        info = self.stored[name]
+        try:
+            with safe_open(info.shard, framework="pt") as file:
+                return file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{info.shard.name}: can't read {name} ({error}); download the file again") from error
+
+    def _fp8_scale(self, name: str) -> str | None:
+        info = self.stored.get(name)
+        if info is None or info.dtype not in _FP8:
+            return None
+        return next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in self.stored), None)
+
+    def _decode_fp8(self, name: str) -> Tensor:
+        weight = self._raw(name).to(torch.float32)
+        scale = self._raw(self._fp8_scale(name) or "").to(torch.float32)
+        if scale.ndim == 2 and scale.shape != (weight.shape[0], 1):
+            blocks = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+            scale = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
+            scale = scale[: weight.shape[0], : weight.shape[1]]
+        return weight * scale
+
+
+def resolve(source: str | Path) -> Path:
+    """Folder of a local model or of a hub id in the cache. Raises InputError."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists():
+        raise InputError(f"{text} is a file; give the model's folder")
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"no model at {text}; give a folder that holds config.json, or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise InputError(f"no folder {text}, and the hub did not give {text}: {str(error).splitlines()[0]}") from error
+
+
+def read_json(path: Path, problem: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError naming `problem`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: {problem} ({path.name} is missing)") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, "not a model folder")
+        names = sorted(set((index.get("weight_map") or {}).values()))
+        for name in names:
+            if not isinstance(name, str) or os.path.basename(name) != name:
+                raise InputError(f"{INDEX}: shard path {name!r} leaves the folder; the download is not to be trusted")
+            if not (folder / name).exists():
+                raise InputError(f"{folder}: shard {name} is missing; download the model again")
+        if names:
+            return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise InputError(f"{folder} holds pickle files, which can run code; convert them to safetensors first")
+    raise InputError(f"{folder}: not a model folder (no {SINGLE} and no {INDEX})")
+
+
+def _read_header(shard: Path) -> dict[str, TensorInfo]:
+    size = shard.stat().st_size
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _MAX_HEADER):
+                raise ValueError("header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        infos = {name: _info(shard, entry) for name, entry in header.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
+    if end != size:
+        raise InputError(f"{shard.name}: {size} bytes where its header needs {end}; download the file again")
+    return infos
+
+
+def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    start, end = entry["data_offsets"]
+    count = 1
+    for n in shape:
+        count *= n
+    if min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
+        raise ValueError("shape and offsets disagree")
+    return TensorInfo(shard, dtype, shape, end - start)
+
+
+def _packed_levels(config: dict[str, Any]) -> dict[str, Level]:
+    """Level of every module that `quantization_config` names outright (as our writer does)."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "compressed-tensors":
+        return {}
+    levels = {}
+    for group in (quantization.get("config_groups") or {}).values():
+        weights = group.get("weights") or {}
+        if weights.get("type") != "int":
+            continue
+        size = weights.get("group_size") if weights.get("strategy") == "group" else None
+        level = Level(int(weights["num_bits"]), size, bool(weights["symmetric"]))
+        levels.update({target: level for target in group.get("targets", [])})
+    return levels

@@ -1,0 +1,271 @@
+"""Sites: the address of every weight matrix, found from the config and a model without storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight matrix of the source.
+
+    name: tensor in the weight files; parameter: where a running model holds it; shape: (out, in)
+    whatever the storage order; reads: key of the input it shares with its siblings.
+    For experts kept as one 3-D parameter, `expert` and `rows` cut out this matrix.
+    """
+
+    name: str
+    parameter: str
+    role: str
+    block: int | None
+    shape: tuple[int, int]
+    reads: str
+    transposed: bool = False
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    stacked: bool = False
+
+    @property
+    def module(self) -> str:
+        """Module name in the files, without `.weight`."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What is in a model: its blocks, its sites, and why every other tensor stays as it is."""
+
+    family: str
+    block_names: tuple[str, ...]
+    sites: dict[str, Site]
+    kept: dict[str, str]
+    parameters: dict[str, tuple[str, ...]] = field(repr=False)
+    tied: bool = False
+
+    def block_sites(self, block: int) -> list[Site]:
+        """Sites of one block, in the order of the model."""
+        return [s for s in self.sites.values() if s.block == block]
+
+
+@cache
+def facts() -> dict[str, Any]:
+    """The table of families."""
+    return json.loads(resources.files("assay.model.arch").joinpath("families.json").read_text())
+
+
+def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PretrainedConfig:
+    """transformers' config of a checkpoint, any quantization of the files left out. Raises InputError."""
+    kind = checkpoint.config.get("model_type")
+    if kind is None:
+        raise InputError(f"{checkpoint.folder}: config.json has no model_type; not a transformers model")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{kind} runs code from its folder; allow it with --trust-remote-code") from error
+        raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with real buffers and parameters that take no memory. Raises InputError."""
+    config = load_config(checkpoint, trust_remote_code)
+    config.use_cache = False
+    wanted = (checkpoint.config.get("architectures") or [None])[0]
+    kinds = [
+        transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM,
+        transformers.AutoModelForImageClassification, transformers.AutoModel,
+    ]  # fmt: skip
+    cls = getattr(transformers, wanted, None) if wanted else None
+    with init_empty_weights(include_buffers=False):
+        if cls is not None and issubclass(cls, PreTrainedModel):
+            model = cls._from_config(config, dtype=torch.float32)
+        else:
+            kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+            if kind is None:
+                raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.config._experts_implementation = "eager"
+    return model.eval()
+
+
+def survey(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Anatomy:
+    """Find every site; each tensor of the files becomes a site or is kept with a reason. Raises InputError."""
+    model = model if model is not None else empty_model(checkpoint)
+    blocks = find_blocks(model)
+    names = _Names(checkpoint, model)
+    tied = _tied(model)
+    sites: dict[str, Site] = {}
+    kept: dict[str, str] = {}
+    parameters: dict[str, tuple[str, ...]] = {}
+    for path, parameter in _tensors(model):
+        stored = names.find(path, tuple(parameter.shape))
+        parameters[path] = stored
+        if path in tied and not stored:
+            continue
+        if not stored:
+            raise InputError(f"{checkpoint.folder}: the files lack {path}, which {names.family} needs")
+        found = _sites_of(path, parameter, stored, model, blocks, tied, checkpoint)
+        if isinstance(found, str):
+            kept.update(dict.fromkeys(stored, found))
+        else:
+            sites.update({site.name if not site.stacked else f"{site.name}[{site.expert}]{site.rows}": site for site in found})
+    known = {n for stored in parameters.values() for n in stored}
+    for name in checkpoint.names:
+        if name not in known:
+            kept[name] = "not used by the model class; copied as it is"
+    _check_shapes(checkpoint, model, parameters)
+    return Anatomy(names.family, tuple(blocks), sites, kept, parameters, bool(tied))
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks: the members of the longest list of equal-typed modules. Raises InputError."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [(n, m) for n, m in lists if depth is None or len(m) == depth]
+    if not lists:
+        raise InputError(f"{type(model).__name__}: no list of transformer blocks found")
+    name, chosen = min(lists, key=lambda pair: pair[0].count("."))
+    return [f"{name}.{i}" for i in range(len(chosen))]
+
+
+class _Names:
+    """Maps a parameter of the running model to the tensors in the files."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self.family = str(checkpoint.config.get("model_type"))
+        self.present = set(checkpoint.names)
+        table = facts()["families"]
+        self.rules = table.get(self.family, {})
+        self.experts = self.rules.get("experts") or table["*"]["experts"]
+        self.prefix = model.base_model_prefix + "."
+
+    def find(self, path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Names of the stored tensors of parameter `path`; empty when absent."""
+        for candidate in self._spellings(path):
+            if candidate in self.present:
+                return (candidate,)
+        for suffix, patterns in self.experts.items():
+            if path.endswith(suffix) and len(shape) == 3:
+                head = path.removesuffix(suffix)
+                wanted = [head + p.format(e=e) for e in range(shape[0]) for p in patterns]
+                if all(name in self.present for name in wanted):
+                    return tuple(wanted)
+        return ()
+
+    def _spellings(self, path: str) -> Iterator[str]:
+        yield path
+        for new, old in self.rules.get("rename", {}).items():
+            if new in f".{path}" or path.startswith(new):
+                yield path.replace(new, old, 1)
+        if path.startswith(self.prefix):
+            yield path.removeprefix(self.prefix)
+        else:
+            yield self.prefix + path
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    persistent = set(model.state_dict(keep_vars=True))
+    yield from ((n, b) for n, b in model.named_buffers() if n in persistent)
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """Parameters that share another one's storage; the files usually hold only that other."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return set(keys)
+
+
+def _sites_of(
+    path: str, parameter: torch.Tensor, stored: tuple[str, ...], model: PreTrainedModel,
+    blocks: list[str], tied: set[str], checkpoint: Checkpoint,
+) -> list[Site] | str:  # fmt: skip
+    """Sites held by one parameter, or the reason why it stays."""
+    module_path, _, leaf = path.rpartition(".")
+    module = model.get_submodule(module_path)
+    block = next((i for i, b in enumerate(blocks) if path.startswith(b + ".")), None)
+    if parameter.ndim < 2:
+        return "a vector (norm or bias)"
+    for suffix, reason in facts()["keep"].items():
+        if f".{module_path}".endswith(f".{suffix}") and not (suffix == "mlp.gate" and isinstance(module, nn.Linear)):
+            return reason
+    if block is not None and parameter.ndim == 3 and leaf in ("gate_up_proj", "down_proj"):
+        return _expert_sites(path, leaf, parameter, stored, block)
+    if isinstance(module, nn.Embedding):
+        if module is model.get_input_embeddings():
+            if tied or getattr(model.config, "tie_word_embeddings", False):
+                return "embedding tied to the head; low bits there break readers"
+            return [Site(stored[0], path, "embedding", None, (parameter.shape[0], parameter.shape[1]), path)]
+        return "a table of positions or types"
+    if leaf != "weight" or not (isinstance(module, (nn.Linear, Conv1D))):
+        return f"a parameter of {type(module).__name__}, which is not a linear layer"
+    if block is None:
+        if module is model.get_output_embeddings():
+            shape = (parameter.shape[0], parameter.shape[1])
+            return "head tied to the embedding" if path in tied else [Site(stored[0], path, "head", None, shape, path)]
+        return "outside the transformer blocks"
+    role = _role(module_path)
+    transposed = isinstance(module, Conv1D)
+    rows, columns = parameter.shape[::-1] if transposed else parameter.shape
+    return [Site(stored[0], path, role, block, (rows, columns), _reads(module_path, role), transposed)]
+
+
+def _expert_sites(path: str, leaf: str, parameter: torch.Tensor, stored: tuple[str, ...], block: int) -> list[Site]:
+    experts, rows, columns = parameter.shape
+    halves = ["mlp.gate", "mlp.up"] if leaf == "gate_up_proj" else ["mlp.down"]
+    step = rows // len(halves)
+    stacked = len(stored) == 1
+    sites = []
+    for e in range(experts):
+        for k, role in enumerate(halves):
+            name = stored[0] if stacked else stored[e * len(halves) + k]
+            reads = f"{path.rpartition('.')[0]}.{e}.{'in' if leaf == 'gate_up_proj' else 'mid'}"
+            span = (k * step, (k + 1) * step)
+            sites.append(Site(name, path, role, block, (step, columns), reads, False, e, span, stacked))
+    return sites
+
+
+def _role(module_path: str) -> str:
+    roles = facts()["roles"]
+    fits = [suffix for suffix in roles if f".{module_path}".endswith(f".{suffix}")]
+    return roles[max(fits, key=len)] if fits else "linear." + module_path.rpartition(".")[2]
+
+
+def _reads(module_path: str, role: str) -> str:
+    parent = module_path.rpartition(".")[0]
+    for shared in facts()["shared_input"]:
+        if role in shared:
+            return f"{parent}.{'+'.join(r.split('.')[1] for r in shared)}"
+    return module_path
+
+
+def _check_shapes(checkpoint: Checkpoint, model: PreTrainedModel, parameters: dict[str, tuple[str, ...]]) -> None:
+    shapes = {path: tuple(t.shape) for path, t in _tensors(model)}
+    for path, stored in parameters.items():
+        if len(stored) == 1 and checkpoint.shape(stored[0]) != shapes[path]:
+            have, want = list(checkpoint.shape(stored[0])), list(shapes[path])
+            raise InputError(f"{stored[0]} is {have} in the files, but config.json makes it {want}; they don't belong together")
