@@ -1,0 +1,57 @@
+"""Prices: what each site costs at each level under each solver, from statistics alone, nothing solved.
+
+Rounding errors of a fitted grid are nearly white, so their damage is the sum over weights of
+g_i h_j d_ij² / 2, with the diagonals of G and H for rounding to nearest, and with the pivots of their
+factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With Guarantees, 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from assay.measure.damage import Curvature, diagonal, pivots
+from assay.methods.grid.integer import IntegerGrid
+from assay.model.level import Level
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
+_MEASURED_BITS = 4
+"""Above this width the error falls as the square of the step, so one rounding serves all of them."""
+
+
+def menu(columns: int) -> list[Level]:
+    """Every level priced for rows of `columns` weights."""
+    sizes = [g for g in GROUPS if g is None or (columns % g == 0 and g < columns)]
+    return [Level(b, g, s) for b in BITS for g in sizes for s in (False, True)]
+
+
+def price(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
+    """Damage in nats per token by level name and price ("nearest", "gptq", "two_sided").
+
+    weight: float32 [out, in].
+    """
+    rows, columns = diagonal(curvature.g), diagonal(curvature.h)
+    weights = {
+        "nearest": (rows, columns),
+        "gptq": (rows, pivots(curvature.h)),
+        "two_sided": (pivots(curvature.g), pivots(curvature.h)),
+    }
+    errors: dict[Level, dict[str, float]] = {}
+    found = {}
+    for level in levels:
+        base = Level(min(level.bits, _MEASURED_BITS), level.group_size, level.symmetric)
+        if base not in errors:
+            squared = _squared_error(weight, base)
+            errors[base] = {k: 0.5 * curvature.share * float(g @ squared @ h) for k, (g, h) in weights.items()}
+        finer = ((2**base.bits - 1) / (2**level.bits - 1)) ** 2
+        found[level.name] = {k: v * finer for k, v in errors[base].items()}
+    return found
+
+
+def _squared_error(weight: Tensor, level: Level) -> Tensor:
+    grid = IntegerGrid(level.bits, level.group_size, level.symmetric, torch.float32)
+    affine = grid.fit(weight)
+    return (grid.decode(grid.encode(weight, affine), affine) - weight).square()

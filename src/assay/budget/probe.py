@@ -1,0 +1,104 @@
+"""Probes: the few measurements of the running model that turn prices into promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from assay.budget.prices import menu, price
+from assay.measure.damage import Curvature
+from assay.measure.profile import key_of, load_curvatures
+from assay.measure.stream import Override, StreamedModel
+from assay.measure.text import Windows
+from assay.methods import base
+from assay.methods.grid.integer import IntegerGrid
+from assay.model.level import Level
+from assay.model.progress import Progress
+from assay.model.sites import Site
+from assay.prove.divergence import Candidate, compare
+
+PROBED_BITS = (4, 3, 2)
+GROUP = 64
+
+
+def read_weight(model: StreamedModel, site: Site) -> Tensor:
+    """Weight of a site as float32 [out, in], whatever its storage order."""
+    value = model.checkpoint.read(site.name).float()
+    if site.stacked and site.expert is not None and site.rows is not None:
+        return value[site.expert, slice(*site.rows)]
+    return value.T.contiguous() if site.transposed else value
+
+
+def price_model(
+    model: StreamedModel, folder: Path, total: int, progress: Progress
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Prices of every site at every level, block by block."""
+    prices: dict[str, dict[str, dict[str, float]]] = {}
+    blocks: list[int | None] = [*range(len(model.blocks)), None]
+    with progress.task("pricing levels", len(blocks)) as advance:
+        for block in blocks:
+            curvatures = load_curvatures(folder, block, total)
+            for site in (s for s in model.anatomy.sites.values() if s.block == block):
+                if (curvature := curvatures.get(key_of(site))) is not None:
+                    weight = read_weight(model, site)
+                    columns = site.shape[1]
+                    prices[key_of(site)] = price(weight, curvature, menu(columns))
+            advance()
+    return prices
+
+
+def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
+             methods: tuple[str, ...], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Solve the middle block with each method and compare with its price."""
+    block = len(model.blocks) // 2
+    curvatures = load_curvatures(folder, block, total)
+    sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
+    ratios: dict[str, dict[int, float]] = {}
+    with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
+        for name in methods:
+            method = base.get(name)()
+            for bits in PROBED_BITS:
+                priced = done = 0.0
+                for site in sites:
+                    level, weight, curvature = _level(site, bits), read_weight(model, site), curvatures[key_of(site)]
+                    packed = method.encode(weight[None], level, torch.bfloat16, curvature.h[None], curvature.g[None])[0]
+                    done += curvature.damage(packed.decode().float() - weight)
+                    priced += prices[key_of(site)][level.name][method.prices]
+                ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
+                advance()
+    return ratios
+
+
+def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
+          progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
+    """(damage, KL) of the whole model rounded to nearest at a few widths."""
+    candidates = {str(bits): Candidate(model, nearest(lambda site, b=bits: _level(site, b))) for bits in PROBED_BITS}
+    scores = compare(model, candidates, windows, progress)
+    points = []
+    for bits in PROBED_BITS:
+        blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
+        damage = sum(prices[key_of(s)][_level(s, bits).name]["nearest"] for s in blocks)
+        points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
+    return points
+
+
+def nearest(level_of: Callable[[Site], Level | None]) -> Override:
+    """Rounds every site to nearest at its level while it is loaded."""
+
+    def override(site: Site, weight: Tensor) -> Tensor:
+        level = level_of(site)
+        if level is None:
+            return weight
+        grid = IntegerGrid(level.bits, level.group_size, level.symmetric)
+        affine = grid.fit(weight)
+        return grid.decode(grid.encode(weight, affine), affine).float()
+
+    return override
+
+
+def _level(site: Site, bits: int) -> Level:
+    size = next((g for g in (GROUP, 32) if site.shape[1] % g == 0), None)
+    return Level(bits, None if size == site.shape[1] else size)

@@ -1,0 +1,1 @@
+"""Measuring: calibration text, streamed passes over a model, and the statistics they leave."""

@@ -1,0 +1,235 @@
+"""The profile: what was measured of a model, on disk, enough to plan without the model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from assay.measure.capture import Capture
+from assay.measure.damage import Curvature
+from assay.measure.stream import Activations, StreamedModel, batches, micro
+from assay.measure.text import Windows
+from assay.model.checkpoint import read_json
+from assay.model.errors import InputError
+from assay.model.files import load_tensors, save_json, save_tensors
+from assay.model.progress import Progress
+from assay.model.sites import Site
+
+VERSION = 1
+INDEX = "profile.json"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A folder of statistics and its index. `index` is what profile.json holds."""
+
+    folder: Path
+    index: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Profile:
+        """Open a finished profile. Raises InputError."""
+        path = Path(folder)
+        index = read_json(path / INDEX, "not a profile, or one that was cut off; run assay profile again")
+        if index.get("version") != VERSION:
+            raise InputError(f"{path}: profile version {index.get('version')}, this assay reads {VERSION}; measure again")
+        return cls(path, index)
+
+    @property
+    def prices(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+        """Damage in nats per token by site, level and method."""
+        return self.index["prices"]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the profile on disk."""
+        return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+    def curvatures(self, block: int | None) -> dict[str, Curvature]:
+        """Statistics of every site of one block, or of those outside the blocks, by site name."""
+        return load_curvatures(self.folder, block, int(self.index["calibration"]["tokens"]))
+
+
+def load_curvatures(folder: Path, block: int | None, total: int) -> dict[str, Curvature]:
+    """Statistics on disk as averages per token."""
+    name = _block_name(block)
+    forward, backward = (load_tensors(folder / f"{name}.{part}.safetensors") for part in ("H", "G"))
+    found = {}
+    for key, g in backward.items():
+        site, _, reads = key.partition("|")
+        seen = int(forward[f"n|{reads}"])
+        count = max(seen, 1)
+        found[site] = Curvature(forward[reads] / count, g / count, seen / total, seen)
+    return found
+
+
+def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress) -> None:
+    """Two sweeps over the model: inputs (H) forwards, output gradients (G) backwards.
+
+    Every finished block is durable, and a second call continues where the first was cut off.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Activations(folder / "activations")
+    parts = batches(windows.ids)
+    with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
+        _forward(model, parts, folder, work, advance)
+    with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
+        _tail(model, parts, folder, work, seed)
+        advance()
+        _backward(model, parts, folder, work, advance)
+    shutil.rmtree(work.folder)
+
+
+def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
+    with model.outside(tail=False):
+        for b, ids in enumerate(parts):
+            work.put("h0", b, model.embed(ids))
+    advance()
+    for index in range(len(model.blocks)):
+        target = folder / f"{_block_name(index)}.H.safetensors"
+        if not target.exists():
+            sums = Sums()
+            sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
+            with torch.no_grad(), model.block(index) as block:
+                for b in range(len(parts)):
+                    hidden = work.get(f"h{index}", b)
+                    with Capture(block, name, sites, sums.inputs):
+                        hidden = model.run_block(index, hidden, b)
+                    work.put(f"h{index + 1}", b, hidden)
+            sums.untouched(sites)
+            save_tensors(target, sums.values)
+        advance()
+
+
+def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int) -> None:
+    """Gradients of the sampled-label loss at the last block's output, and the head's statistics."""
+    depth = len(model.blocks)
+    head = [s for s in model.anatomy.sites.values() if s.role == "head"]
+    inputs, outputs = Sums(), torch.zeros(model.vocabulary)
+    with model.outside(tail=True):
+        for b in range(len(parts)):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + b)
+            gradients = []
+            for hidden in micro(work.get(f"h{depth}", b), model.vocabulary):
+                hidden.requires_grad_(True)
+                with Capture(model.model, "", head, inputs.inputs):
+                    logits = model.logits(hidden).flatten(0, 1)
+                p = logits.detach().softmax(-1)
+                labels = torch.multinomial(p, 1, generator=generator)[:, 0]
+                functional.cross_entropy(logits, labels, reduction="sum").backward()
+                gradients.append(hidden.grad)
+                outputs += (p - p.square()).sum(0)
+            work.put("g", b, torch.cat(gradients))
+    if head:
+        inputs.values[f"{head[0].name}|{head[0].reads}"] = outputs
+    save_tensors(folder / "head.partial.safetensors", inputs.values)
+
+
+def _backward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
+    for index in reversed(range(len(model.blocks))):
+        sums = Sums()
+        sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
+        with model.block(index) as block:
+            for b in range(len(parts)):
+                hidden = work.get(f"h{index}", b).requires_grad_(True)
+                with Capture(block, name, sites, sums.gradients):
+                    out = model.run_block(index, hidden, b)
+                out.backward(work.get("g", b))
+                work.put("g", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
+        sums.unreached(sites)
+        save_tensors(folder / f"{_block_name(index)}.G.safetensors", sums.values)
+        work.drop(f"h{index + 1}")
+        advance()
+    _outside(model, parts, folder, work)
+
+
+def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations) -> None:
+    """Statistics of the embedding (token counts and the gradient at its output) and of the head."""
+    head = load_tensors(folder / "head.partial.safetensors")
+    forward = {k: v for k, v in head.items() if "|" not in k or k.startswith("n|")}
+    backward = {k: v for k, v in head.items() if k not in forward}
+    embedding = next((s for s in model.anatomy.sites.values() if s.role == "embedding"), None)
+    if embedding is not None:
+        counts = torch.bincount(torch.cat(parts).flatten(), minlength=embedding.shape[0]).float()
+        total = sum(p.numel() for p in parts)
+        sums = Sums()
+        for b in range(len(parts)):
+            sums.add(embedding.reads, work.get("g", b))
+        forward[embedding.reads] = sums.values[embedding.reads]
+        forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
+        backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
+    save_tensors(folder / "outside.H.safetensors", forward)
+    save_tensors(folder / "outside.G.safetensors", backward)
+    (folder / "head.partial.safetensors").unlink()
+
+
+class Sums:
+    """Sums over tokens, float32: second moments by key, and the tokens they cover."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._latest: dict[str, int] = {}
+
+    def add(self, key: str, rows: Tensor) -> None:
+        """Add the second moment of rows [..., n] to the sum at `key`."""
+        flat = rows.detach().reshape(-1, rows.shape[-1])
+        if key not in self.values:
+            self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
+        self.values[key].addmm_(flat.T, flat)
+
+    def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
+        """A product's input; siblings that read the same one share the sum."""
+        reads = sites[0].reads
+        owner = self._latest.setdefault(f"owner|{reads}", hash(sites[0].name))
+        if owner == hash(sites[0].name):
+            self.add(reads, x)
+            key = f"n|{reads}"
+            self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
+            self._latest[reads] = x.data_ptr()
+        elif self._latest[reads] != x.data_ptr():
+            raise AssertionError(f"{sites[0].name} does not read what its siblings read")
+
+    def gradients(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
+        """A product's output: its gradient is summed when it arrives."""
+
+        def arrived(gradient: Tensor) -> None:
+            for site in sites:
+                rows = slice(*site.rows) if site.rows else slice(None)
+                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows])
+
+        if y.requires_grad:
+            y.register_hook(arrived)
+
+    def untouched(self, sites: list[Site]) -> None:
+        """Sites that no token met (experts, say) get zeros."""
+        for site in sites:
+            self.values.setdefault(site.reads, torch.zeros(site.shape[1], site.shape[1]))
+            self.values.setdefault(f"n|{site.reads}", torch.tensor(0.0))
+
+    def unreached(self, sites: list[Site]) -> None:
+        """Sites that no gradient reached get zeros."""
+        for site in sites:
+            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros(site.shape[0], site.shape[0]))
+
+
+def key_of(site: Site) -> str:
+    """Name of a site in profiles and plans: the tensor, and the part of it for stacked experts."""
+    return site.name if not site.stacked else f"{site.name}[{site.expert},{site.rows}]"
+
+
+def save_index(folder: Path, index: Mapping[str, Any]) -> Profile:
+    """Close a profile: written last, so that a folder with an index is complete."""
+    save_json(folder / INDEX, {"version": VERSION} | dict(index))
+    return Profile.open(folder)
+
+
+def _block_name(block: int | None) -> str:
+    return "outside" if block is None else f"block-{block:04d}"

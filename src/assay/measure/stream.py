@@ -1,0 +1,253 @@
+"""Runs a model block by block, so that memory is one block plus activations whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+from assay.model.sites import Anatomy, Site, empty_model, survey
+
+Override = Callable[[Site, Tensor], Tensor]
+"""Takes a site and its weight [out, in], float32; returns the weight to run with."""
+LOGITS_AT_ONCE = 1 << 24
+
+
+class _Stop(Exception):
+    pass
+
+
+class StreamedModel:
+    """A model whose parameters are in memory only while they are needed. Computes in float32."""
+
+    def __init__(self, checkpoint: Checkpoint, override: Override | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.model = empty_model(checkpoint)
+        self.anatomy: Anatomy = survey(checkpoint, self.model)
+        self.override = override
+        self.blocks = [self.model.get_submodule(name) for name in self.anatomy.block_names]
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._outside = [p for p in self.anatomy.parameters if not self._block_of(p)]
+        self._sites_by_parameter: dict[str, list[Site]] = {}
+        for site in self.anatomy.sites.values():
+            self._sites_by_parameter.setdefault(site.parameter, []).append(site)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding."""
+        embedding = self.model.get_input_embeddings()
+        if not isinstance(embedding, nn.Embedding):
+            raise InputError(f"{self.anatomy.family} does not read tokens; assay measures text models only")
+        return embedding.num_embeddings
+
+    @contextmanager
+    def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:
+        """Block `index` with its weights loaded; they are released at the end."""
+        name = self.anatomy.block_names[index]
+        paths = [p for p in self.anatomy.parameters if p.startswith(name + ".")]
+        with self._loaded(paths, override or self.override):
+            yield self.blocks[index]
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [batch, length] -> input of the first block [batch, length, hidden], float32.
+
+        Remembers, per batch, with which further arguments the model calls each block. Call inside `outside()`.
+        """
+        seen: list[Tensor] = []
+        with self._recorders(lambda index, hidden, call: self._note(index, hidden, call, seen)):
+            try:
+                self.model(input_ids=ids)
+            except _Stop:
+                pass
+        return seen[0]
+
+    def run_block(self, index: int, hidden: Tensor, batch: int) -> Tensor:
+        """Output [batch, length, hidden] of a loaded block for one batch noted by `embed`."""
+        args, kwargs = self._calls[index][batch]
+        result = self.blocks[index](hidden, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output of the last block -> logits [batch, length, vocabulary]. Call inside `outside()`."""
+
+        def replay(index: int, _: Tensor, __: Any) -> Tensor:
+            return hidden
+
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        with self._recorders(replay):
+            return self.model(input_ids=ids).logits
+
+    @contextmanager
+    def outside(self, tail: bool) -> Iterator[None]:
+        """Load what lies outside the blocks: the tail (norms and head) or the front (the rest)."""
+        embedding = self.model.get_input_embeddings()
+        name = next((n for n, m in self.model.named_modules() if m is embedding), "")
+        head = self.model.get_output_embeddings()
+        head_name = next((n for n, m in self.model.named_modules() if m is head), "-")
+        if tail and not self.anatomy.tied:
+            with self._loaded([p for p in self._outside if not p.startswith(name + ".")]), self._blind(embedding):
+                yield
+        else:
+            skip = head_name + "." if not tail and not self.anatomy.tied else "-"
+            with self._loaded([p for p in self._outside if not p.startswith(skip)]):
+                yield
+
+    def forget(self) -> None:
+        """Drop the noted calls, before another set of windows."""
+        self._calls.clear()
+
+    @contextmanager
+    def _blind(self, embedding: nn.Module) -> Iterator[None]:
+        """The embedding gives zeros: its weights are not needed, only its shape."""
+        width = embedding.embedding_dim
+        embedding.forward = lambda ids: torch.zeros(*ids.shape, width)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del embedding.forward
+
+    def _block_of(self, path: str) -> bool:
+        return any(path.startswith(name + ".") for name in self.anatomy.block_names)
+
+    def _note(self, index: int, hidden: Tensor, call: tuple[Any, Any], seen: list[Tensor]) -> Tensor:
+        if index == 0:
+            seen.append(hidden.float())
+        calls = self._calls.setdefault(index, [])
+        first = self._calls[0]
+        calls.append(_share(call, first[0]) if first else call)
+        if index == len(self.blocks) - 1:
+            raise _Stop
+        return hidden
+
+    @contextmanager
+    def _recorders(self, on_call: Callable[[int, Tensor, Any], Tensor]) -> Iterator[None]:
+        """Every block answers with `on_call`'s tensor."""
+        originals = [block.forward for block in self.blocks]
+
+        def stand_in(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                return on_call(index, hidden.as_subclass(Tensor), (args[1:], kwargs)).as_subclass(_Answer)
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.forward = stand_in(index)
+        try:
+            yield
+        finally:
+            for block, original in zip(self.blocks, originals, strict=True):
+                block.forward = original
+
+    @contextmanager
+    def _loaded(self, paths: list[str], override: Override | None = None) -> Iterator[None]:
+        homes = [(self._home(path), path) for path in paths if self.anatomy.parameters[path]]
+        for (module, leaf), path in homes:
+            value = self._value(path, override)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+        self.model.tie_weights()
+        try:
+            yield
+        finally:
+            for (module, leaf), _ in homes:
+                store = module._parameters if leaf in module._parameters else module._buffers
+                store[leaf] = _emptied(store[leaf])
+            self.model.tie_weights()
+
+    def _home(self, path: str) -> tuple[nn.Module, str]:
+        module, _, leaf = path.rpartition(".")
+        return self.model.get_submodule(module), leaf
+
+    def _value(self, path: str, override: Override | None) -> Tensor:
+        stored = self.anatomy.parameters[path]
+        sites = self._sites_by_parameter.get(path, [])
+        parts = [self.checkpoint.read(name) for name in stored]
+        parts = [p.float() if p.is_floating_point() else p for p in parts]
+        if len(parts) > 1:
+            if override is not None:
+                parts = [override(site, part) for site, part in zip(sites, parts, strict=True)]
+            experts = len({site.expert for site in sites})
+            return torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
+        value = parts[0]
+        if override is None:
+            return value
+        if sites and not sites[0].stacked:
+            new = override(sites[0], value.T.contiguous() if sites[0].transposed else value)
+            return new.T.contiguous() if sites[0].transposed else new
+        for site in sites:
+            if site.rows is not None and site.expert is not None:
+                rows = slice(*site.rows)
+                value[site.expert, rows] = override(site, value[site.expert, rows])
+        return value
+
+
+class _Answer(Tensor):
+    """A block's output for models that take it as it is and for models that take item 0 of a tuple."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.as_subclass(Tensor) if isinstance(index, int) else self.as_subclass(Tensor)[index]
+
+
+def _emptied(value: Tensor | None) -> Any:
+    empty = torch.empty_like(value, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
+
+
+def _share(call: Any, earlier: Any) -> Any:
+    """`call` with every tensor that equals its counterpart in `earlier` replaced by that one."""
+    if isinstance(call, Tensor):
+        same = isinstance(earlier, Tensor) and call.shape == earlier.shape and torch.equal(call, earlier)
+        return earlier if same else call
+    if isinstance(call, dict):
+        return {k: _share(v, earlier.get(k) if isinstance(earlier, dict) else None) for k, v in call.items()}
+    if isinstance(call, (tuple, list)):
+        others = earlier if isinstance(earlier, (tuple, list)) and len(earlier) == len(call) else [None] * len(call)
+        return type(call)(_share(a, b) for a, b in zip(call, others, strict=True))
+    return call
+
+
+class Activations:
+    """Hidden states by (name, batch) in files, read without memory maps so that they don't count as resident."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, batch: int, value: Tensor) -> None:
+        np.save(self.folder / f"{name}.{batch}.npy", value.detach().numpy())
+
+    def get(self, name: str, batch: int) -> Tensor:
+        return torch.from_numpy(np.load(self.folder / f"{name}.{batch}.npy"))
+
+    def drop(self, name: str) -> None:
+        for path in self.folder.glob(f"{name}.*.npy"):
+            path.unlink()
+
+
+def batches(ids: Tensor, tokens: int = 2048) -> list[Tensor]:
+    """Windows [n, length] in batches of about `tokens` tokens."""
+    return list(ids.split(max(1, tokens // ids.shape[1])))
+
+
+def micro(hidden: Tensor, vocabulary: int) -> list[Tensor]:
+    """A batch split so that its logits stay within a bounded number of elements."""
+    return list(hidden.split(max(1, LOGITS_AT_ONCE // (hidden.shape[1] * vocabulary))))
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Loss in nats of each predicted token: logits [b, t, v], ids [b, t] -> [b, t - 1]."""
+    return functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")

@@ -1,0 +1,136 @@
+"""Calibration and evaluation text: built in, from a file, or from a data set on the hub; cut into windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+
+BUILTIN = "builtin"
+_FIELDS = ("text", "content", "messages", "prompt")
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows without padding. ids: int64 [windows, length]; source names the text; digest hashes the ids."""
+
+    ids: Tensor
+    source: str
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:32]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises InputError when it is missing or larger than the model's vocabulary."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint.folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    if len(tokenizer) == 0:
+        raise InputError(f"{checkpoint.folder}: the tokenizer is empty; copy tokenizer.json from the original model")
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the vocabulary: profiles made with another tokenizer are refused by it."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]
+
+
+def windows(
+    checkpoint: Checkpoint, text: str | Path | None, split: str, tokens: int, length: int, vocabulary: int
+) -> Windows:
+    """`tokens` tokens of the text in windows of `length`, in the order of the text.
+
+    `split` ("calibration" or "evaluation") picks the part of the built-in text when `text` is None or
+    "builtin". Raises InputError for text that is missing, binary, empty or shorter than one window, and
+    for token ids beyond the model's vocabulary.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    source = str(text or BUILTIN)
+    ids: list[int] = []
+    for document in _documents(source, split):
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if source == BUILTIN:
+            ids += separator
+        if len(ids) >= tokens:
+            break
+    count = min(len(ids), tokens) // length
+    if count == 0:
+        raise InputError(f"{source}: {len(ids)} tokens where one window needs {length}; give more text")
+    if max(ids) >= vocabulary:
+        raise InputError(f"token {max(ids)} is beyond the model's {vocabulary}: tokenizer and model don't match")
+    return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
+
+
+def _documents(source: str, split: str) -> Iterator[str]:
+    if source == BUILTIN:
+        from assay.builtin.corpus import corpus
+
+        yield from (document.text for document in corpus(split))
+        return
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; give a text or JSONL file")
+    if not path.exists():
+        if source.count("/") == 1 and not path.suffix:
+            yield from _hub(source, split)
+            return
+        raise InputError(f"calibration text {source} does not exist")
+    yield from _file(path)
+
+
+def _file(path: Path) -> Iterable[str]:
+    raw = path.read_bytes()
+    if b"\0" in raw[:65536]:
+        raise InputError(f"{path}: binary; give plain text or JSONL")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    if not text.strip():
+        raise InputError(f"{path}: empty; give some text")
+    return [text] if path.suffix != ".jsonl" else [_row(path, i, row) for i, row in enumerate(text.splitlines()) if row]
+
+
+def _row(path: Path, line: int, row: str) -> str:
+    try:
+        value = json.loads(row)
+    except ValueError as error:
+        raise InputError(f"{path}:{line + 1}: not JSON ({error})") from error
+    if isinstance(value, str):
+        return value
+    found = next((value[f] for f in _FIELDS if isinstance(value, dict) and f in value), None)
+    if isinstance(found, list):
+        return "\n".join(str(m.get("content", "")) for m in found)
+    if found is None:
+        raise InputError(f"{path}:{line + 1}: no field {' or '.join(_FIELDS)}")
+    return str(found)
+
+
+def _hub(name: str, split: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(f"calibration data set {name}: pip install datasets, or give a file") from None
+    try:
+        rows = load_dataset(name, split="validation" if split == "calibration" else "test", streaming=True)
+        yield from (next(str(row[f]) for f in _FIELDS if f in row) for row in rows)
+    except (OSError, ValueError, StopIteration, ConnectionError) as error:
+        raise InputError(f"calibration data set {name}: {str(error).splitlines()[0]}") from error

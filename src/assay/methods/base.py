@@ -1,0 +1,73 @@
+"""What a method is: a frozen dataclass that implements one verb. The file's name is the method's name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from assay import methods
+from assay.model.errors import InputError
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Facts that every method states about itself.
+
+    verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G");
+    prices: which price of the profile predicts it; paper: title and year of its source.
+    """
+
+    verb: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]]
+    prices: ClassVar[str]
+    paper: ClassVar[str]
+
+
+class Encoder(Method, Protocol):
+    """A method that turns weights into their compressed form."""
+
+    def encode(
+        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
+    ) -> list[PackedInteger]:
+        """Compress a batch of equal-shaped matrices.
+
+        weight: float32 [batch, out, in]; h: float32 [batch, in, in] second moment of the inputs;
+        g: float32 [batch, out, out] second moment of the output gradients; either may be None.
+        """
+        ...
+
+
+_FOLDERS = ("quantize",)
+
+
+def names() -> list[str]:
+    """Every method, in alphabetical order."""
+    return sorted(_homes())
+
+
+def get(name: str) -> type:
+    """The class of a method by its file name. Raises InputError naming the nearest."""
+    homes = _homes()
+    if name not in homes:
+        near = difflib.get_close_matches(name, homes, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(homes))}"
+        raise InputError(f"unknown method {name!r}; {hint}")
+    return importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
+
+
+def _homes() -> dict[str, str]:
+    return {file: folder for folder in _FOLDERS for file in _files(folder)}
+
+
+def _files(folder: str) -> Iterator[str]:
+    for root in methods.__path__:
+        found = pkgutil.iter_modules([f"{root}/{folder}"])
+        yield from (m.name for m in found if not m.name.startswith("_"))

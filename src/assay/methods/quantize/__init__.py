@@ -1,0 +1,1 @@
+"""Weight quantizers: each file is a method, a solver on a grid."""

@@ -1,0 +1,33 @@
+"""Round to nearest after a search for the range that loses least under the diagonal of H."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from assay.methods.quantize._integer import pack
+from assay.methods.solve import clip
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Round to nearest after a search for the range that loses least under the diagonal of H."""
+
+    verb: ClassVar[str] = "encode"
+    needs: ClassVar[tuple[str, ...]] = ("H",)
+    prices: ClassVar[str] = "clip"
+    paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization (2023), the clipping step"
+
+    def encode(
+        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
+    ) -> list[PackedInteger]:
+        """See `Encoder.encode`."""
+        return pack(clip.solve, weight, level, scale_dtype, h, None)
+
+
+METHOD = Clip

@@ -1,0 +1,33 @@
+"""Rounding column by column, each error fed back into the columns to come through the inverse of H."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from assay.methods.quantize._integer import pack
+from assay.methods.solve import gptq
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Rounding column by column, each error fed back into the columns to come through the inverse of H."""
+
+    verb: ClassVar[str] = "encode"
+    needs: ClassVar[tuple[str, ...]] = ("H",)
+    prices: ClassVar[str] = "gptq"
+    paper: ClassVar[str] = "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (2022)"
+
+    def encode(
+        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
+    ) -> list[PackedInteger]:
+        """See `Encoder.encode`."""
+        return pack(gptq.solve, weight, level, scale_dtype, h, None)
+
+
+METHOD = Gptq

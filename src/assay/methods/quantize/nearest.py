@@ -1,0 +1,33 @@
+"""Round to nearest on the min-max grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from assay.methods.quantize._integer import pack
+from assay.methods.solve import nearest
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Round to nearest on the min-max grid."""
+
+    verb: ClassVar[str] = "encode"
+    needs: ClassVar[tuple[str, ...]] = ()
+    prices: ClassVar[str] = "nearest"
+    paper: ClassVar[str] = "none (round to nearest)"
+
+    def encode(
+        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
+    ) -> list[PackedInteger]:
+        """See `Encoder.encode`."""
+        return pack(nearest.solve, weight, level, scale_dtype, None, None)
+
+
+METHOD = Nearest

@@ -1,0 +1,1 @@
+"""Proof: how far a compressed model is from its original, with intervals."""
