@@ -64,6 +64,8 @@ def load_curvatures(folder: Path, block: int | None, total: int) -> dict[str, Cu
     forward, backward = (load_tensors(folder / f"{name}.{part}.safetensors") for part in ("H", "G"))
     found = {}
     for key, g in backward.items():
+        if key == "none|":
+            continue
         site, _, reads = key.partition("|")
         seen = int(forward[f"n|{reads}"])
         count = max(seen, 1)
@@ -78,6 +80,9 @@ def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, pro
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = Activations(folder / "activations")
+    if (folder / "outside.G.safetensors").exists():
+        shutil.rmtree(work.folder)
+        return
     parts = batches(windows.ids)
     with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
         _forward(model, parts, folder, work, advance)
@@ -85,6 +90,7 @@ def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, pro
         _tail(model, parts, folder, work, seed)
         advance()
         _backward(model, parts, folder, work, advance)
+    (folder / "head.partial.safetensors").unlink()
     shutil.rmtree(work.folder)
 
 
@@ -112,6 +118,9 @@ def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
 def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int) -> None:
     """Gradients of the sampled-label loss at the last block's output, and the head's statistics."""
     depth = len(model.blocks)
+    target = folder / "head.partial.safetensors"
+    if target.exists():
+        return
     head = [s for s in model.anatomy.sites.values() if s.role == "head"]
     inputs, outputs = Sums(), torch.zeros(model.vocabulary)
     with model.outside(tail=True):
@@ -127,26 +136,29 @@ def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activat
                 functional.cross_entropy(logits, labels, reduction="sum").backward()
                 gradients.append(hidden.grad)
                 outputs += (p - p.square()).sum(0)
-            work.put("g", b, torch.cat(gradients))
+            work.put(f"g{depth}", b, torch.cat(gradients))
     if head:
         inputs.values[f"{head[0].name}|{head[0].reads}"] = outputs
-    save_tensors(folder / "head.partial.safetensors", inputs.values)
+    save_tensors(target, inputs.values or {"none": torch.zeros(1)})
 
 
 def _backward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
     for index in reversed(range(len(model.blocks))):
-        sums = Sums()
-        sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
-        with model.block(index) as block:
-            for b in range(len(parts)):
-                hidden = work.get(f"h{index}", b).requires_grad_(True)
-                with Capture(block, name, sites, sums.gradients):
-                    out = model.run_block(index, hidden, b)
-                out.backward(work.get("g", b))
-                work.put("g", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
-        sums.unreached(sites)
-        save_tensors(folder / f"{_block_name(index)}.G.safetensors", sums.values)
+        target = folder / f"{_block_name(index)}.G.safetensors"
+        if not target.exists():
+            sums = Sums()
+            sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
+            with model.block(index) as block:
+                for b in range(len(parts)):
+                    hidden = work.get(f"h{index}", b).requires_grad_(True)
+                    with Capture(block, name, sites, sums.gradients):
+                        out = model.run_block(index, hidden, b)
+                    out.backward(work.get(f"g{index + 1}", b))
+                    work.put(f"g{index}", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
+            sums.unreached(sites)
+            save_tensors(target, sums.values)
         work.drop(f"h{index + 1}")
+        work.drop(f"g{index + 1}")
         advance()
     _outside(model, parts, folder, work)
 
@@ -162,13 +174,12 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
         total = sum(p.numel() for p in parts)
         sums = Sums()
         for b in range(len(parts)):
-            sums.add(embedding.reads, work.get("g", b))
+            sums.add(embedding.reads, work.get("g0", b))
         forward[embedding.reads] = sums.values[embedding.reads]
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
-    save_tensors(folder / "outside.H.safetensors", forward)
-    save_tensors(folder / "outside.G.safetensors", backward)
-    (folder / "head.partial.safetensors").unlink()
+    save_tensors(folder / "outside.H.safetensors", forward or {"none": torch.zeros(1)})
+    save_tensors(folder / "outside.G.safetensors", backward or {"none|": torch.zeros(1)})
 
 
 class Sums:

@@ -10,7 +10,7 @@ from assay.model.errors import InputError
 _NAME = re.compile(r"int([2-8])-(?:g(\d+)|channel)-(sym|asym)")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Level:
     """An integer grid of `bits` per weight with one scale per group of inputs.
 
@@ -21,6 +21,13 @@ class Level:
     bits: int
     group_size: int | None = 64
     symmetric: bool = False
+
+    def __lt__(self, other: Level) -> bool:
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int, bool]:
+        return self.bits, -(self.group_size or 1 << 30), self.symmetric
 
     @property
     def name(self) -> str:

@@ -1,0 +1,1 @@
+"""Budgets, menus, plans and planners."""

@@ -1,0 +1,71 @@
+"""Budgets as people state them: file size, average bits, or a bound on the loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from assay.budget.menu import Decision
+from assay.model.errors import InputError
+
+UNITS = {
+    "": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12,
+    "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "3.5GB", "22GiB", "900MB" or a number of bytes. Raises InputError."""
+    match = re.fullmatch(r"\s*(-?[0-9.]+)\s*([a-zA-Z]*)\s*", str(text))
+    try:
+        if match is None:
+            raise ValueError
+        value, unit = float(match[1]), UNITS[match[2].lower()]
+    except (ValueError, KeyError):
+        raise InputError(f"size {text!r} not understood; write it like 3.5GB (10^9 bytes) or 22GiB (2^30)") from None
+    if value <= 0:
+        raise InputError(f"size {text!r} must be above zero")
+    return int(value * unit)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of: size (bytes of all weight files), bits (average inside the blocks), max_loss (KL, nats)."""
+
+    size: str | int | None = None
+    bits: float | None = None
+    max_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {"--" + k.replace("_", "-"): v for k, v in vars(self).items() if v is not None}
+        if len(given) != 1:
+            names = " and ".join(given) if given else "none of --size, --bits and --max-loss"
+            raise InputError(f"give one budget: --size, --bits or --max-loss (got {names})")
+        if self.size is not None:
+            parse_size(self.size)
+        for name, value in (("--bits", self.bits), ("--max-loss", self.max_loss)):
+            if value is not None and not value > 0:
+                raise InputError(f"{name} {value} must be above zero")
+
+    def limit_for(self, decisions: Sequence[Decision], fixed_bytes: int) -> int:
+        """Bytes that all decisions together may take. fixed_bytes: the rest of the weight files."""
+        if self.size is not None:
+            limit = parse_size(self.size) - fixed_bytes
+            self._check(limit, decisions, fixed_bytes)
+            return limit
+        assert self.bits is not None, "a loss bound has no byte limit"
+        count = sum(d.count for d in decisions if d.inside)
+        limit = int(self.bits * count / 8)
+        inside = [d for d in decisions if d.inside]
+        low, high = (8 * sum(d.options[i].nbytes for d in inside) / max(count, 1) for i in (0, -1))
+        if self.bits < low:
+            raise InputError(f"--bits {self.bits} is out of reach; this model and engine allow {low:.3f} to {high:.3f}")
+        return min(limit, sum(d.options[-1].nbytes for d in inside)) + sum(
+            d.options[-1].nbytes for d in decisions if not d.inside
+        )
+
+    def _check(self, limit: int, decisions: Sequence[Decision], fixed_bytes: int) -> None:
+        low, high = (fixed_bytes + sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
+        if limit + fixed_bytes < low:
+            raise InputError(f"--size {self.size} is out of reach; this model and engine allow {low} to {high} bytes")

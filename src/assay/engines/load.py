@@ -1,0 +1,35 @@
+"""A result as a transformers model, or in another layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from assay.engines import get, write
+from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+
+
+def load(folder: Path) -> Any:
+    """The model of a folder with float weights in memory, through stock transformers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    checkpoint = Checkpoint.open(folder)
+    options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if checkpoint.levels else {}
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", **options)
+
+
+def export(folder: Path, to: str, destination: Path) -> None:
+    """Write a packed result as `plain` decoded weights, or copy it as `compressed-tensors`. Raises InputError."""
+    source = Checkpoint.open(folder)
+    if to == "compressed-tensors":
+        if not source.levels:
+            raise InputError(f"{folder} holds plain weights; compress it for transformers or vllm instead")
+        shutil.copytree(source.folder, destination)
+        return
+    if to != "plain":
+        raise InputError(f"unknown layout {to!r}; there are plain and compressed-tensors")
+    packed = {name: (lambda n=name: source.read_packed(n)) for name in source.levels}
+    write.write(destination, source, packed, get("plain"), {}, source.levels)

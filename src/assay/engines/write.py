@@ -1,0 +1,167 @@
+"""Writes a result folder: new, complete, durable, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from assay.engines.contract import Contract
+from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model.errors import InputError
+from assay.model.level import Level
+from assay.model.packed import PackedInteger
+
+SHARD_BYTES = 500_000_000
+HEADROOM = 16_000_000
+Loaders = Mapping[str, Callable[[], PackedInteger]]
+
+
+def write(
+    destination: Path, source: Checkpoint, packed: Loaders, contract: Contract, extra_files: Mapping[str, str],
+    levels: Mapping[str, Level], transposed: frozenset[str] = frozenset(), shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write the compressed model and all side files into `destination`, which must not exist.
+
+    packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
+    InputError when the disk is too small; leaves nothing behind when anything fails.
+    """
+    partial = destination.absolute().with_name(f".{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    _check_space(partial.parent, source, levels, contract)
+    partial.mkdir()
+    try:
+        _write_tensors(partial, source, packed, contract, transposed, shard_bytes)
+        _write_side_files(partial, source, contract, levels, extra_files)
+        for path in sorted(partial.rglob("*")):
+            _sync(path)
+        _sync(partial)
+        os.rename(partial, destination)
+        _sync(destination.absolute().parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def quantization_config(levels: Mapping[str, Level], kept: list[str]) -> dict[str, Any]:
+    """compressed-tensors' description of the packed modules, one group a level, and of the linear ones that stay."""
+    groups: dict[str, Any] = {}
+    for index, level in enumerate(sorted(set(levels.values()))):
+        groups[f"group_{index}"] = {
+            "targets": sorted(name.removesuffix(".weight") for name, own in levels.items() if own == level),
+            "weights": {
+                "num_bits": level.bits, "type": "int", "symmetric": level.symmetric,
+                "strategy": "channel" if level.group_size is None else "group", "group_size": level.group_size,
+                "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+            },
+            "input_activations": None, "output_activations": None, "format": "pack-quantized",
+        }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": groups, "ignore": kept, "kv_cache_scheme": None, "global_compression_ratio": None,
+    }  # fmt: skip
+
+
+def output_tensors(
+    source: Checkpoint, name: str, packed: Loaders, contract: Contract, transposed: frozenset[str]
+) -> dict[str, Tensor]:
+    """What one logical tensor of the source becomes in the files."""
+    if name in packed:
+        result = packed[name]()
+        if contract.layout != "plain":
+            return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
+        weight = result.decode().to(plain_dtype(source, name))
+        return {name: weight.T.contiguous() if name in transposed else weight}
+    if len(source.parts(name)) > 1:
+        weight = source.read(name)
+        half = weight.to(torch.bfloat16)
+        return {name: half if torch.equal(half.to(weight.dtype), weight) else weight}
+    return dict(source.iter_raw([name]))
+
+
+def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:
+    """Dtype of a decoded weight."""
+    return source.dtype(name)
+
+
+def _write_tensors(
+    folder: Path, source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
+) -> None:
+    shards: list[list[str]] = []
+    total = 0
+    for shard in _shards(source, packed, contract, transposed, limit):
+        save_file(shard, folder / f"part-{len(shards):05d}", {"format": "pt"})
+        shards.append(sorted(shard))
+        total += sum(t.nbytes for t in shard.values())
+    if len(shards) == 1:
+        (folder / "part-00000").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        final = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{index:05d}").rename(folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index_text = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index_text, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(
+    source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name in source.names:
+        tensors = output_tensors(source, name, packed, contract, transposed)
+        extra = sum(t.nbytes for t in tensors.values())
+        if shard and size + extra > limit:
+            yield shard
+            shard, size = {}, 0
+        shard |= tensors
+        size += extra
+    yield shard
+
+
+def _write_side_files(
+    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], extra_files: Mapping[str, str]
+) -> None:
+    for path in source.side_files():
+        target = folder / path.relative_to(source.folder)
+        if target.parts[len(folder.parts)] == "assay":
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    if contract.layout != "plain" and levels:
+        linear = [n.removesuffix(".weight") for n in source.names if n.endswith(".weight") and n not in levels]
+        kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
+        config["quantization_config"] = quantization_config(levels, kept)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, text in extra_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _check_space(folder: Path, source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> None:
+    need = HEADROOM
+    for name in source.names:
+        rows_columns = source.shape(name)
+        small = name in levels and contract.layout != "plain"
+        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.nbytes(name)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(f"{folder}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

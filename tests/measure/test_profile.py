@@ -1,0 +1,126 @@
+"""H and G are the sums that their definitions say, additive, resumable, and priced right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+
+from assay.measure import profile
+from assay.measure.damage import Curvature, pivots
+from assay.measure.profile import load_curvatures, measure
+from assay.measure.stream import StreamedModel
+from assay.measure.text import Windows
+from assay.model.checkpoint import Checkpoint
+from assay.model.progress import Silent
+
+
+@pytest.fixture
+def llama(tmp_path: Path):
+    _, model = build("llama")
+    model.float().eval().save_pretrained(tmp_path / "m")
+    ids = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    return tmp_path, model, Windows(ids, "random")
+
+
+def test_inputs_equal_hooks_on_the_whole_model(llama) -> None:
+    folder, model, text = llama
+    expected: dict[str, torch.Tensor] = {}
+
+    def hook(name: str):
+        def add(module, args) -> None:
+            x = args[0].flatten(0, 1)
+            expected[name] = expected.get(name, 0) + x.T @ x / text.tokens
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            module.register_forward_pre_hook(hook(f"{name}.weight"))
+    with torch.no_grad():
+        model(text.ids)
+    measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent())
+    for block in range(2):
+        for name, curvature in load_curvatures(folder / "p", block, text.tokens).items():
+            torch.testing.assert_close(curvature.h, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None:
+    folder, model, text = llama
+    chosen: list[torch.Tensor] = []
+    sample = torch.multinomial
+
+    def remember(*args, **kwargs):
+        chosen.append(sample(*args, **kwargs))
+        return chosen[-1]
+
+    monkeypatch.setattr(profile.torch, "multinomial", remember)
+    measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent())
+    grads: dict[str, torch.Tensor] = {}
+
+    def hook(name: str):
+        return lambda module, args, out: out.register_hook(lambda g: grads.__setitem__(name, g.flatten(0, 1)))
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            module.register_forward_hook(hook(f"{name}.weight"))
+    logits = model(text.ids).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, torch.cat(chosen)[:, 0], reduction="sum").backward()
+    for block in range(2):
+        for name, curvature in load_curvatures(folder / "p", block, text.tokens).items():
+            torch.testing.assert_close(curvature.g, grads[name].T @ grads[name] / text.tokens, rtol=1e-3, atol=1e-8)
+
+
+def test_a_sweep_cut_off_at_any_block_ends_with_the_same_bytes(llama, monkeypatch) -> None:
+    folder, _, text = llama
+    streamed = StreamedModel(Checkpoint.open(folder / "m"))
+    measure(streamed, text, folder / "whole", 0, Silent())
+    save, countdown = profile.save_tensors, [0]
+
+    def cut(path, tensors, metadata=None) -> None:
+        if countdown[0] == 0:
+            raise KeyboardInterrupt
+        countdown[0] -= 1
+        save(path, tensors, metadata)
+
+    for stop in range(7):
+        countdown[0] = stop
+        monkeypatch.setattr(profile, "save_tensors", cut)
+        streamed.forget()
+        with pytest.raises(KeyboardInterrupt):
+            measure(streamed, text, folder / f"cut{stop}", 0, Silent())
+        monkeypatch.setattr(profile, "save_tensors", save)
+        streamed.forget()
+        measure(streamed, text, folder / f"cut{stop}", 0, Silent())
+        for path in (folder / "whole").iterdir():
+            assert path.read_bytes() == (folder / f"cut{stop}" / path.name).read_bytes(), (stop, path.name)
+
+
+def test_experts_count_their_tokens(tmp_path: Path) -> None:
+    _, model = build("mixtral")
+    model.float().eval().save_pretrained(tmp_path / "m")
+    text = Windows(torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0)), "random")
+    measure(StreamedModel(Checkpoint.open(tmp_path / "m")), text, tmp_path / "p", 0, Silent())
+    found = load_curvatures(tmp_path / "p", 0, text.tokens)
+    shares = [c.share for name, c in found.items() if name.endswith("w2.weight")]
+    assert sum(shares) == pytest.approx(model.config.num_experts_per_tok)
+    assert any(s != shares[0] for s in shares)
+
+
+def test_damage_is_the_trace() -> None:
+    torch.manual_seed(0)
+    h, g, d = torch.randn(6, 9), torch.randn(4, 7), torch.randn(4, 6)
+    h, g = h @ h.T, g @ g.T
+    exact = 0.5 * torch.trace(g @ d @ h @ d.T)
+    assert Curvature(h, g, 1.0, 1).damage(d) == pytest.approx(float(exact), rel=1e-5)
+    assert Curvature(h, g.diagonal(), 0.5, 1).damage(d) == pytest.approx(
+        0.25 * float(torch.trace(torch.diag(g.diagonal()) @ d @ h @ d.T)), rel=1e-5
+    )
+
+
+def test_pivots_multiply_to_the_determinant() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(8, 20)
+    h = root @ root.T / 20
+    assert float(pivots(h, damping=0.0).log().sum()) == pytest.approx(float(torch.logdet(h)), rel=1e-4)
+    assert bool((pivots(h, damping=0.0) <= h.diagonal() + 1e-5).all())
