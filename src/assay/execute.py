@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -18,7 +19,6 @@ from assay.measure.damage import Curvature
 from assay.measure.profile import Profile, key_of
 from assay.measure.stream import StreamedModel
 from assay.methods import base
-from assay.model.errors import InputError
 from assay.model.files import save_tensors
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
@@ -54,7 +54,7 @@ class Results:
 
     def loaders(self) -> dict[str, Callable[[], PackedInteger]]:
         """For each compressed tensor, a function that reads it."""
-        return {site: (lambda s=site: self.packed(s)) for site in self.solved}
+        return {site: partial(self.packed, site) for site in self.solved}
 
     def packed(self, site: str) -> PackedInteger:
         """One compressed weight."""
@@ -65,7 +65,7 @@ class Results:
 
 
 def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, progress: Progress) -> Results:
-    """Solve every planned site into `folder`. Raises InputError for weights that are NaN or infinite."""
+    """Solve every planned site into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     method = base.get(plan.method)()
     blocks: list[int | None] = [*range(len(model.blocks)), None]
@@ -89,7 +89,7 @@ def _solve_block(
     tensors: dict[str, Tensor] = {}
     solved: list[Solved] = []
     for level, sites in _batches(model, plan, block):
-        weights = [_checked(model, site) for site in sites]
+        weights = [read_weight(model, site) for site in sites]
         scale_dtype = _scale_dtype(model, sites[0])
         stats = [curvatures[key_of(site)] for site in sites]
         packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
@@ -112,7 +112,7 @@ def _encode(
         return base.get("nearest")().encode(weights, level, scale_dtype, None, None), "no calibration token met it"
     try:
         return method.encode(weights, level, scale_dtype, h, g), ""
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         return base.get("nearest")().encode(weights, level, scale_dtype, None, None), str(error).splitlines()[0]
 
 
@@ -127,13 +127,6 @@ def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tu
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))
         for start in range(0, len(sites), size):
             yield level, sites[start : start + size]
-
-
-def _checked(model: StreamedModel, site: Site) -> Tensor:
-    weight = read_weight(model, site)
-    if not torch.isfinite(weight).all():
-        raise InputError(f"{site.name} holds NaN or infinite weights; the source model is damaged")
-    return weight
 
 
 def _scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,13 +19,12 @@ import torch
 import assay.engines.load
 from assay import engines
 from assay.budget import plans, probe
-from assay.budget.forecast import Forecast
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
 from assay.execute import Results
 from assay.execute import execute
 from assay.engines import reopen, write
-from assay.measure.profile import Profile, measure, save_index
+from assay.measure.profile import Profile, key_of, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -32,8 +32,9 @@ from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, save_text
 from assay.model.level import Level
-from assay.model.ledger import Entry, Ledger
+from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.progress import Progress, Silent
+from assay.model.sites import Site
 from assay.prove.divergence import Candidate, compare
 
 TOKENS = 16_384
@@ -68,7 +69,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     checkpoint = open_model(model)
     streamed = StreamedModel(checkpoint)
     anatomy = streamed.anatomy
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
         for r in plans.rows(streamed)
     ]
@@ -143,18 +144,15 @@ def compress(
     measured = Profile.open(profile) if profile else _profile_in(work, model, calibration, tokens, window, progress)
     _check_profile(measured, streamed)
     if plan is None:
-        chosen = globals()["plan"](
-            measured.folder, size=size, bits=bits, max_loss=max_loss, engine=engine, method=method, keep=keep, uniform=uniform
-        )
-        chosen = plans.against_uniform(streamed, measured, chosen, contract, _probe_windows(streamed, measured), progress)
+        chosen = plans.make(measured, Budget(size=size, bits=bits, max_loss=max_loss), contract, _method(method), keep, "lagrange", uniform)
     else:
         chosen = plan if isinstance(plan, Plan) else Plan.load(plan)
         contract = engines.get(chosen.engine)
+        if chosen.model != checkpoint.fingerprint:
+            raise InputError("the plan was made for another model; run assay plan on a profile of this one")
         chosen = plans.checked(measured, chosen, contract)
-    if chosen.model != checkpoint.fingerprint:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
-    progress.log(chosen.sentence)
-    results = execute(streamed, chosen, measured, work / f"blocks-{_digest(chosen.to_text())}", progress)
+    twin = plans.uniform_twin(measured, chosen, contract, keep) if plan is None else None
+    chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
     report = _hand_over(streamed, chosen, measured, contract, results, destination)
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
@@ -214,6 +212,40 @@ def list_methods() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _solve_better(
+    model: StreamedModel, profile: Profile, plan: Plan, twin: Plan | None, work: Path, progress: Progress
+) -> tuple[Plan, Results]:
+    """Carry out the plan and its uniform twin; the twin's measured loss corrects the promise, the better one stays."""
+    if twin is None:
+        progress.log(plan.sentence)
+        return plan, execute(model, plan, profile, _blocks(work, plan), progress)
+    held_out = _probe_windows(model, profile)
+    flat = execute(model, twin, profile, _blocks(work, twin), progress)
+    flat_kl = _mean_kl(model, flat, held_out, progress)
+    plan = plans.corrected(profile, plan, twin, flat_kl)
+    progress.log(plan.sentence)
+    results = execute(model, plan, profile, _blocks(work, plan), progress)
+    kl = _mean_kl(model, results, held_out, progress)
+    progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
+    if kl <= flat_kl:
+        return plan, results
+    sentence = f"{twin.sentence}; the uniform plan measured better ({flat_kl:.4f} against {kl:.4f}) and is used"
+    return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
+
+
+def _blocks(work: Path, plan: Plan) -> Path:
+    levels = json.dumps({n: c.level for n, c in plan.choices.items()}, sort_keys=True)
+    return work / f"blocks-{_digest(f'{plan.model}:{plan.profile}:{plan.method}:{levels}')}"
+
+
+def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress: Progress) -> float:
+    def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
+        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
+
+    scores = compare(model, {"plan": Candidate(model, override)}, windows, progress)["plan"]
+    return float(torch.cat(scores.kl).double().mean())
+
+
 def _hand_over(
     model: StreamedModel, plan: Plan, profile: Profile, contract: Any, results: Results, destination: Path
 ) -> dict[str, Any]:
@@ -259,7 +291,7 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Any) -
         if name in results.solved:
             solved = results.solved[name]
             after = results.packed(name).nbytes if contract.layout != "plain" else before
-            fate = "fell_back" if solved.fell_back else "done"
+            fate: Fate = "fell_back" if solved.fell_back else "done"
             ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
         else:
             reason = model.anatomy.kept.get(name) or (plan.choices[name].why if name in plan.choices else "")

@@ -8,7 +8,7 @@ from families import build
 
 from assay.measure import profile
 from assay.measure.damage import Curvature, pivots
-from assay.measure.profile import load_curvatures, measure
+from assay.measure.profile import Curvatures, measure
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
 from assay.model.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ def test_inputs_equal_hooks_on_the_whole_model(llama) -> None:
         model(text.ids)
     measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent())
     for block in range(2):
-        for name, curvature in load_curvatures(folder / "p", block, text.tokens).items():
+        for name, curvature in Curvatures(folder / "p", block, text.tokens).items():
             torch.testing.assert_close(curvature.h, expected[name], rtol=1e-4, atol=1e-6)
 
 
@@ -59,7 +59,10 @@ def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None
     grads: dict[str, torch.Tensor] = {}
 
     def hook(name: str):
-        return lambda module, args, out: out.register_hook(lambda g: grads.__setitem__(name, g.flatten(0, 1)))
+        def watch(module, args, out) -> None:
+            out.register_hook(lambda g: grads.__setitem__(name, g.flatten(0, 1)))
+
+        return watch
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers" in name:
@@ -67,7 +70,7 @@ def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None
     logits = model(text.ids).logits.flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, torch.cat(chosen)[:, 0], reduction="sum").backward()
     for block in range(2):
-        for name, curvature in load_curvatures(folder / "p", block, text.tokens).items():
+        for name, curvature in Curvatures(folder / "p", block, text.tokens).items():
             torch.testing.assert_close(curvature.g, grads[name].T @ grads[name] / text.tokens, rtol=1e-3, atol=1e-8)
 
 
@@ -101,7 +104,7 @@ def test_experts_count_their_tokens(tmp_path: Path) -> None:
     model.float().eval().save_pretrained(tmp_path / "m")
     text = Windows(torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0)), "random")
     measure(StreamedModel(Checkpoint.open(tmp_path / "m")), text, tmp_path / "p", 0, Silent())
-    found = load_curvatures(tmp_path / "p", 0, text.tokens)
+    found = Curvatures(tmp_path / "p", 0, text.tokens)
     shares = [c.share for name, c in found.items() if name.endswith("w2.weight")]
     assert sum(shares) == pytest.approx(model.config.num_experts_per_tok)
     assert any(s != shares[0] for s in shares)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from assay.budget.prices import _MEASURED_BITS
+from assay.budget.prices import MEASURED_BITS
 from assay.model.level import Level
 
 OPTIMISED = {"nearest": 1.0, "clip": 1.0, "gptq": 1.10, "two_sided": 1.15}
@@ -15,6 +15,9 @@ OPTIMISED = {"nearest": 1.0, "clip": 1.0, "gptq": 1.10, "two_sided": 1.15}
 pebble and the built-in model (benchmarks/RESULTS.md, Prediction)."""
 SPREAD = ((0.05, 0.18), (math.inf, 0.30))
 """Standard deviation of log(measured / predicted) over the same runs: below 0.05 nats, and above."""
+
+PROBED_SPREAD = 0.10
+"""The same after a whole-model probe with the method itself."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Forecast:
 
     def damage(self, method: str, level: Level, price: float) -> float:
         """Damage that `method` is expected to leave at `level`, nats per token."""
-        ratio = self.ratios.get(method, {}).get(min(level.bits, _MEASURED_BITS), 1.0)
+        ratio = self.ratios.get(method, {}).get(min(level.bits, MEASURED_BITS), 1.0)
         return price * ratio
 
     def kl(self, method: str, damage: float) -> tuple[float, float, float]:
@@ -44,6 +47,12 @@ class Forecast:
             return 0.0, 0.0, 0.0
         expected = damage * self._factor(damage) * OPTIMISED.get(method, 1.0)
         spread = 1.96 * next(s for limit, s in SPREAD if expected < limit)
+        return expected * math.exp(-spread), expected, expected * math.exp(spread)
+
+    def corrected(self, plan_kl: float, probe_kl: float, measured: float) -> tuple[float, float, float]:
+        """(low, expected, high) of a plan's KL once another plan of the same method and budget was measured."""
+        expected = plan_kl * measured / probe_kl if probe_kl > 0 else plan_kl
+        spread = 1.96 * PROBED_SPREAD
         return expected * math.exp(-spread), expected, expected * math.exp(spread)
 
     def damage_for(self, method: str, kl: float) -> float:

@@ -6,25 +6,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from assay.budget import menu, planners
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
-from assay.budget.probe import nearest
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile, key_of
 from assay.measure.stream import StreamedModel
-from assay.measure.text import Windows
 from assay.methods import base
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.progress import Progress
 from assay.model.sites import Site
-from assay.prove.divergence import Candidate, compare, interval
 
 
 def rows(model: StreamedModel) -> list[SiteRow]:
@@ -53,7 +47,7 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
     kind = base.get(method).prices
     levels: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
-    all_rows = [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
+    all_rows = _rows(profile)
     for row in all_rows:
         found = allowed(contract, row)
         priced = profile.prices.get(row.name, {})
@@ -62,6 +56,10 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
             x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in levels[row.name]
         }
     return menu.build(all_rows, prices, lambda row: levels[row.name], contract.fused, outside, keep)
+
+
+def _rows(profile: Profile) -> list[SiteRow]:
+    return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
 
 
 def _price_kind(row: SiteRow, kind: str) -> str:
@@ -74,6 +72,9 @@ def make(
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
     options = decisions(profile, contract, method, budget.size is not None, keep)
+    if not any(len(d.options) > 1 for d in options):
+        reasons = sorted({r for row in _rows(profile) if isinstance(r := allowed(contract, row), str)})
+        raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
@@ -178,31 +179,22 @@ def _is_outside(profile: Profile, name: str) -> bool:
     return any(r["name"] == name and r["block"] is None for r in profile.index["rows"])
 
 
-def against_uniform(
-    model: StreamedModel, profile: Profile, plan: Plan, contract: Contract, windows: Windows, progress: Progress
-) -> Plan:
-    """The plan, or the uniform one of the same budget where that measures better, both rounded to nearest."""
+def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:
+    """The best uniform plan of the same budget, or None where there is none or it is the same plan."""
     budget = Budget(**plan.budget)
     if budget.max_loss is not None:
-        return plan
-    plain = make(profile, budget, contract, plan.method, (), "uniform", True)
-    if {n: c.level for n, c in plain.choices.items()} == {n: c.level for n, c in plan.choices.items()}:
-        return plan
-    candidates = {
-        name: Candidate(model, nearest(lambda s, p=p: _level(p, s))) for name, p in (("mixed", plan), ("uniform", plain))
-    }
-    scores = compare(model, candidates, windows, progress)
-    mixed, flat = (torch.cat(scores[n].kl).double().mean(1) for n in ("mixed", "uniform"))
-    low, high = interval(mixed - flat)
-    progress.log(
-        f"rounded to nearest on held-out text: this plan {float(mixed.mean()):.4f}, "
-        f"uniform {plain.uniform['level']} {float(flat.mean()):.4f} nats/token"
+        return None
+    twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
+    same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())
+    return None if same else twin
+
+
+def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan:
+    """The plan with its promise corrected by its uniform twin's measured KL (nats per token)."""
+    forecast = Forecast.from_index(profile.index)
+    low, expected, high = forecast.corrected(plan.predicted, twin.predicted, measured)
+    uniform = dict(plan.uniform) | {"measured": measured}
+    sentence = _sentence(expected, low, high, uniform | {"predicted": measured})
+    return dataclasses.replace(
+        plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence
     )
-    if low > 0:
-        return dataclasses.replace(plain, sentence=f"{plain.sentence}; the uniform plan measured better and is used")
-    return plan
-
-
-def _level(plan: Plan, site: Site) -> Level | None:
-    choice = plan.choices.get(key_of(site))
-    return Level.parse(choice.level) if choice is not None and choice.level is not None else None

@@ -17,15 +17,16 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.model.level import Level
 
 BITS = (2, 3, 4, 5, 6, 8)
+SYMMETRIC_BITS = (4, 8)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
-_MEASURED_BITS = 4
+MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
 
 def menu(columns: int) -> list[Level]:
     """Every level priced for rows of `columns` weights."""
     sizes = [g for g in GROUPS if g is None or (columns % g == 0 and g < columns)]
-    return [Level(b, g, s) for b in BITS for g in sizes for s in (False, True)]
+    return [Level(b, g, s) for b in BITS for g in sizes for s in (False, True) if not s or b in SYMMETRIC_BITS]
 
 
 def price(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
@@ -34,24 +35,26 @@ def price(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict
     weight: float32 [out, in].
     """
     rows, columns = diagonal(curvature.g), diagonal(curvature.h)
-    weights = {
-        "nearest": (rows, columns),
-        "gptq": (rows, pivots(curvature.h)),
-        "two_sided": (pivots(curvature.g), pivots(curvature.h)),
-    }
+    pivot_rows, pivot_columns = pivots(curvature.g), pivots(curvature.h)
     errors: dict[Level, dict[str, float]] = {}
     found = {}
     for level in levels:
-        base = Level(min(level.bits, _MEASURED_BITS), level.group_size, level.symmetric)
+        base = Level(min(level.bits, MEASURED_BITS), level.group_size, level.symmetric)
         if base not in errors:
-            squared = _squared_error(weight, base)
-            errors[base] = {k: 0.5 * curvature.share * float(g @ squared @ h) for k, (g, h) in weights.items()}
+            plain, clipped = _squared_errors(weight, base, columns)
+            errors[base] = {
+                "nearest": 0.5 * curvature.share * float(rows @ plain @ columns),
+                "gptq": 0.5 * curvature.share * float(rows @ clipped @ pivot_columns),
+                "two_sided": 0.5 * curvature.share * float(pivot_rows @ clipped @ pivot_columns),
+            }
         finer = ((2**base.bits - 1) / (2**level.bits - 1)) ** 2
         found[level.name] = {k: v * finer for k, v in errors[base].items()}
     return found
 
 
-def _squared_error(weight: Tensor, level: Level) -> Tensor:
+def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best."""
     grid = IntegerGrid(level.bits, level.group_size, level.symmetric, torch.float32)
-    affine = grid.fit(weight)
-    return (grid.decode(grid.encode(weight, affine), affine) - weight).square()
+    affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
+    plain, clipped = ((grid.decode(grid.encode(weight, a), a) - weight).square() for a in affines)
+    return plain, clipped

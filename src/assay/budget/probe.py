@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from assay.budget.prices import menu, price
 from assay.measure.damage import Curvature
-from assay.measure.profile import key_of, load_curvatures
+from assay.measure.profile import key_of, Curvatures
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base
@@ -40,7 +41,7 @@ def price_model(
     blocks: list[int | None] = [*range(len(model.blocks)), None]
     with progress.task("pricing levels", len(blocks)) as advance:
         for block in blocks:
-            curvatures = load_curvatures(folder, block, total)
+            curvatures = Curvatures(folder, block, total)
             for site in (s for s in model.anatomy.sites.values() if s.block == block):
                 if (curvature := curvatures.get(key_of(site))) is not None:
                     weight = read_weight(model, site)
@@ -54,7 +55,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
              methods: tuple[str, ...], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
-    curvatures = load_curvatures(folder, block, total)
+    curvatures = Curvatures(folder, block, total)
     sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
     ratios: dict[str, dict[int, float]] = {}
     with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
@@ -75,7 +76,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
           progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
     """(damage, KL) of the whole model rounded to nearest at a few widths."""
-    candidates = {str(bits): Candidate(model, nearest(lambda site, b=bits: _level(site, b))) for bits in PROBED_BITS}
+    candidates = {str(bits): Candidate(model, nearest(partial(_level, bits=bits))) for bits in PROBED_BITS}
     scores = compare(model, candidates, windows, progress)
     points = []
     for bits in PROBED_BITS:

@@ -68,4 +68,4 @@ class Budget:
     def _check(self, limit: int, decisions: Sequence[Decision], fixed_bytes: int) -> None:
         low, high = (fixed_bytes + sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
         if limit + fixed_bytes < low:
-            raise InputError(f"--size {self.size} is out of reach; this model and engine allow {low} to {high} bytes")
+            raise InputError(f"--size {self.size} is out of reach; this model and engine allow {low / 1e6:,.2f} to {high / 1e6:,.2f} MB")

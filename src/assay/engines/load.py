@@ -12,13 +12,10 @@ from assay.model.errors import InputError
 
 
 def load(folder: Path) -> Any:
-    """The model of a folder with float weights in memory, through stock transformers."""
+    """The model of a folder through stock transformers, which decodes packed weights at the first forward pass."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    checkpoint = Checkpoint.open(folder)
-    options = {"quantization_config": CompressedTensorsConfig(run_compressed=False)} if checkpoint.levels else {}
-    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", **options)
+    return AutoModelForCausalLM.from_pretrained(Checkpoint.open(folder).folder, dtype="auto")
 
 
 def export(folder: Path, to: str, destination: Path) -> None:

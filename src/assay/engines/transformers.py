@@ -1,8 +1,12 @@
-"""Stock transformers with compressed-tensors installed: `pack-quantized`, each layer at its own level."""
+"""Stock transformers with compressed-tensors installed: `pack-quantized`, each layer at its own level.
+
+transformers 5.23 reads such files wrongly: it refuses packed zero points, and with `dequantize=True` it
+decodes every layer with the scheme of the first group. 5.18 to 5.22 read them exactly.
+"""
 
 from assay.engines.contract import Contract
 
 CONTRACT = Contract(
-    name="transformers", layout="pack-quantized", since="transformers 5.0, compressed-tensors 0.13",
+    name="transformers", layout="pack-quantized", since="transformers 5.17 to 5.22, compressed-tensors 0.19",
     bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128, None), symmetric=(False, True), head=True,
 )  # fmt: skip

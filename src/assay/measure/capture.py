@@ -27,7 +27,7 @@ class Capture(TorchFunctionMode):
         self.on_product = on_product
         self.by_address: dict[int, list[Site]] = {}
         for site in sites:
-            weight = block.get_parameter(site.parameter.removeprefix(prefix + "."))
+            weight: Tensor = block.get_parameter(site.parameter.removeprefix(prefix + "."))
             if site.expert is not None:
                 weight = weight[site.expert]
             self.by_address.setdefault(weight.data_ptr(), []).append(site)

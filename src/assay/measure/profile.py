@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +26,7 @@ from assay.model.sites import Site
 
 VERSION = 1
 INDEX = "profile.json"
+_EMPTY = "none"
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,35 @@ class Profile:
         """Size of the profile on disk."""
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
-    def curvatures(self, block: int | None) -> dict[str, Curvature]:
+    def curvatures(self, block: int | None) -> Curvatures:
         """Statistics of every site of one block, or of those outside the blocks, by site name."""
-        return load_curvatures(self.folder, block, int(self.index["calibration"]["tokens"]))
+        return Curvatures(self.folder, block, int(self.index["calibration"]["tokens"]))
 
 
-def load_curvatures(folder: Path, block: int | None, total: int) -> dict[str, Curvature]:
-    """Statistics on disk as averages per token."""
-    name = _block_name(block)
-    forward, backward = (load_tensors(folder / f"{name}.{part}.safetensors") for part in ("H", "G"))
-    found = {}
-    for key, g in backward.items():
-        if key == "none|":
-            continue
-        site, _, reads = key.partition("|")
-        seen = int(forward[f"n|{reads}"])
-        count = max(seen, 1)
-        found[site] = Curvature(forward[reads] / count, g / count, seen / total, seen)
-    return found
+class Curvatures(Mapping[str, Curvature]):
+    """Statistics on disk as averages per token, read one site at a time. total: calibration tokens."""
+
+    def __init__(self, folder: Path, block: int | None, total: int) -> None:
+        name = _block_name(block)
+        self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
+        self._total = total
+        with safe_open(self._gradients, framework="pt") as file:
+            self._keys = dict(key.split("|", 1) for key in file.keys() if key != _EMPTY)  # noqa: SIM118
+
+    def __getitem__(self, site: str) -> Curvature:
+        reads = self._keys[site]
+        with safe_open(self._inputs, framework="pt") as file:
+            seen = int(file.get_tensor(f"n|{reads}"))
+            h = file.get_tensor(reads) / max(seen, 1)
+        with safe_open(self._gradients, framework="pt") as file:
+            g = file.get_tensor(f"{site}|{reads}") / max(seen, 1)
+        return Curvature(h, g, seen / self._total, seen)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress) -> None:
@@ -126,7 +139,7 @@ def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activat
     with model.outside(tail=True):
         for b in range(len(parts)):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + b)
-            gradients = []
+            gradients: list[Tensor] = []
             for hidden in micro(work.get(f"h{depth}", b), model.vocabulary):
                 hidden.requires_grad_(True)
                 with Capture(model.model, "", head, inputs.inputs):
@@ -134,12 +147,12 @@ def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activat
                 p = logits.detach().softmax(-1)
                 labels = torch.multinomial(p, 1, generator=generator)[:, 0]
                 functional.cross_entropy(logits, labels, reduction="sum").backward()
-                gradients.append(hidden.grad)
+                gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
                 outputs += (p - p.square()).sum(0)
             work.put(f"g{depth}", b, torch.cat(gradients))
     if head:
         inputs.values[f"{head[0].name}|{head[0].reads}"] = outputs
-    save_tensors(target, inputs.values or {"none": torch.zeros(1)})
+    save_tensors(target, inputs.values or {_EMPTY: torch.zeros(1)})
 
 
 def _backward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
@@ -178,8 +191,8 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
         forward[embedding.reads] = sums.values[embedding.reads]
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
-    save_tensors(folder / "outside.H.safetensors", forward or {"none": torch.zeros(1)})
-    save_tensors(folder / "outside.G.safetensors", backward or {"none|": torch.zeros(1)})
+    save_tensors(folder / "outside.H.safetensors", forward or {_EMPTY: torch.zeros(1)})
+    save_tensors(folder / "outside.G.safetensors", backward or {_EMPTY: torch.zeros(1)})
 
 
 class Sums:

@@ -18,7 +18,7 @@ from assay.model.sites import Anatomy, Site, empty_model, survey
 
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 22
 
 
 class _Stop(Exception):
@@ -108,7 +108,7 @@ class StreamedModel:
     @contextmanager
     def _blind(self, embedding: nn.Module) -> Iterator[None]:
         """The embedding gives zeros: its weights are not needed, only its shape."""
-        width = embedding.embedding_dim
+        width = int(embedding.weight.shape[1])  # type: ignore[union-attr, index, call-overload, arg-type]
         embedding.forward = lambda ids: torch.zeros(*ids.shape, width)  # type: ignore[method-assign, assignment]
         try:
             yield
@@ -170,11 +170,18 @@ class StreamedModel:
         module, _, leaf = path.rpartition(".")
         return self.model.get_submodule(module), leaf
 
+    def _read(self, name: str) -> Tensor:
+        value = self.checkpoint.read(name)
+        if not value.is_floating_point():
+            return value
+        if not torch.isfinite(value).all():
+            raise InputError(f"{name} holds NaN or infinite weights; the source model is damaged")
+        return value.float()
+
     def _value(self, path: str, override: Override | None) -> Tensor:
         stored = self.anatomy.parameters[path]
         sites = self._sites_by_parameter.get(path, [])
-        parts = [self.checkpoint.read(name) for name in stored]
-        parts = [p.float() if p.is_floating_point() else p for p in parts]
+        parts = [self._read(name) for name in stored]
         if len(parts) > 1:
             if override is not None:
                 parts = [override(site, part) for site, part in zip(sites, parts, strict=True)]
@@ -202,7 +209,7 @@ class _Answer(Tensor):
         return self.as_subclass(Tensor) if isinstance(index, int) else self.as_subclass(Tensor)[index]
 
 
-def _emptied(value: Tensor | None) -> Any:
+def _emptied(value: Any) -> Any:
     empty = torch.empty_like(value, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 
 BUILTIN = "builtin"
+Split = Literal["calibration", "evaluation"]
 _FIELDS = ("text", "content", "messages", "prompt")
 
 
@@ -53,7 +55,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def windows(
-    checkpoint: Checkpoint, text: str | Path | None, split: str, tokens: int, length: int, vocabulary: int
+    checkpoint: Checkpoint, text: str | Path | None, split: Split, tokens: int, length: int, vocabulary: int
 ) -> Windows:
     """`tokens` tokens of the text in windows of `length`, in the order of the text.
 
@@ -79,7 +81,7 @@ def windows(
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
 
 
-def _documents(source: str, split: str) -> Iterator[str]:
+def _documents(source: str, split: Split) -> Iterator[str]:
     if source == BUILTIN:
         from assay.builtin.corpus import corpus
 

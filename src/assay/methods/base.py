@@ -53,14 +53,15 @@ def names() -> list[str]:
     return sorted(_homes())
 
 
-def get(name: str) -> type:
+def get(name: str) -> type[Encoder]:
     """The class of a method by its file name. Raises InputError naming the nearest."""
     homes = _homes()
     if name not in homes:
         near = difflib.get_close_matches(name, homes, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(homes))}"
         raise InputError(f"unknown method {name!r}; {hint}")
-    return importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
+    found: type[Encoder] = importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
+    return found
 
 
 def _homes() -> dict[str, str]:

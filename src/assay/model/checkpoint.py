@@ -60,11 +60,14 @@ class Checkpoint:
         folder = resolve(source)
         config = read_json(folder / "config.json", "not a model folder")
         stored: dict[str, TensorInfo] = {}
-        for shard in _shards(folder):
+        index = _index(folder)
+        for shard in _shards(folder, index):
             for name, info in _read_header(shard).items():
                 if name in stored:
                     raise InputError(f"{shard.name}: tensor {name} is also in {stored[name].shard.name}; remove one")
                 stored[name] = info
+        if lost := sorted(set(index) - set(stored)):
+            raise InputError(f"{folder}: {INDEX} names {lost[0]}, which no shard holds; download the model again")
         return cls(folder, config, stored)
 
     @cached_property
@@ -177,6 +180,9 @@ class Checkpoint:
         scale = self._raw(self._fp8_scale(name) or "").to(torch.float32)
         if scale.ndim == 2 and scale.shape != (weight.shape[0], 1):
             blocks = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
+            if list(scale.shape) != [-(-n // b) for n, b in zip(weight.shape, blocks, strict=True)]:
+                shapes = f"{list(scale.shape)} scales for {list(weight.shape)} weights"
+                raise InputError(f"{name}: {shapes} in blocks of {blocks}; download the model again")
             scale = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
             scale = scale[: weight.shape[0], : weight.shape[1]]
         return weight * scale
@@ -214,17 +220,25 @@ def read_json(path: Path, problem: str) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX, "not a model folder")
-        names = sorted(set((index.get("weight_map") or {}).values()))
-        for name in names:
-            if not isinstance(name, str) or os.path.basename(name) != name:
-                raise InputError(f"{INDEX}: shard path {name!r} leaves the folder; the download is not to be trusted")
-            if not (folder / name).exists():
-                raise InputError(f"{folder}: shard {name} is missing; download the model again")
-        if names:
-            return [folder / name for name in names]
+def _index(folder: Path) -> dict[str, str]:
+    """Shard names by tensor; empty where there is no index."""
+    if not (folder / INDEX).exists():
+        return {}
+    shards = read_json(folder / INDEX, "not a model folder").get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f"{folder / INDEX}: weight_map must map tensors to shards; download the model again")
+    return shards
+
+
+def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
+    names = sorted(set(index.values()))
+    for name in names:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise InputError(f"{INDEX}: shard path {name!r} leaves the folder; the download is not to be trusted")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: shard {name} is missing; download the model again")
+    if names:
+        return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
@@ -242,12 +256,22 @@ def _read_header(shard: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         infos = {name: _info(shard, entry) for name, entry in header.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + _end_of_data(header)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
     if end != size:
         raise InputError(f"{shard.name}: {size} bytes where its header needs {end}; download the file again")
     return infos
+
+
+def _end_of_data(header: dict[str, Any]) -> int:
+    """Where the last tensor ends; tensors must follow one another without a gap or an overlap."""
+    end = 0
+    for start, stop in sorted(entry["data_offsets"] for entry in header.values()):
+        if start != end:
+            raise ValueError("tensors overlap or leave a gap")
+        end = stop
+    return end
 
 
 def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
@@ -273,5 +297,5 @@ def _packed_levels(config: dict[str, Any]) -> dict[str, Level]:
             continue
         size = weights.get("group_size") if weights.get("strategy") == "group" else None
         level = Level(int(weights["num_bits"]), size, bool(weights["symmetric"]))
-        levels.update({target: level for target in group.get("targets", [])})
+        levels.update(dict.fromkeys(group.get("targets", []), level))
     return levels

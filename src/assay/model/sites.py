@@ -103,7 +103,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
         if cls is not None and issubclass(cls, PreTrainedModel):
             model = cls._from_config(config, dtype=torch.float32)
         else:
-            kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+            kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
             if kind is None:
                 raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -177,9 +177,10 @@ class _Names:
 
     def _spellings(self, path: str) -> Iterator[str]:
         yield path
+        renamed = path
         for new, old in self.rules.get("rename", {}).items():
-            if new in f".{path}" or path.startswith(new):
-                yield path.replace(new, old, 1)
+            renamed = renamed.replace(new, old, 1)
+        yield renamed
         if path.startswith(self.prefix):
             yield path.removeprefix(self.prefix)
         else:

@@ -1,0 +1,105 @@
+"""assay, in the peers' place: profile, plan, compress, then the decoded weights.
+
+The budget is what the width takes in groups of one size, asymmetric, everywhere; a mixed plan may
+spend the same bytes unevenly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import assay
+from _common import Clock, Job, check_changes, parser, peak_rss, read_job, write_result
+from assay.budget.plan import Plan
+from assay.model.level import Level
+from transformers import AutoModelForCausalLM
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def block_shapes(job: Job) -> Shapes:
+    """Rows and columns of every weight matrix inside the blocks, by tensor name."""
+    sites = assay.inspect(job.model)["sites"]
+    return {row["site"]: tuple(row["shape"]) for row in sites if row["block"] is not None}
+
+
+def budget(job: Job, shapes: Shapes) -> float:
+    """Bits per weight inside the blocks, all stored bytes counted, of one level everywhere."""
+    level = Level(job.bits, job.group_size)
+    stored = sum(8 * level.nbytes(*shape) for shape in shapes.values())
+    return stored / sum(rows * columns for rows, columns in shapes.values())
+
+
+def bits_of(levels: dict[str, Level], shapes: Shapes) -> float:
+    """Bits per weight as they are counted for the peers: codes, scales and zero points."""
+    stored = weights = 0
+    for name, (rows, columns) in shapes.items():
+        level = levels[name]
+        per_group = 16 + (0 if level.symmetric else level.bits)
+        stored += rows * (columns * level.bits + level.groups(columns) * per_group)
+        weights += rows * columns
+    return stored / weights
+
+
+def profile(job: Job, text: Path, folder: Path) -> Any:
+    """Measure on exactly the job's tokens, which are the beginning of the text."""
+    ids = job.ids()
+    measured = assay.profile(
+        job.model, folder, calibration=text, tokens=ids.numel(), window=ids.shape[1]
+    )
+    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    if not digest.startswith(measured.index["calibration"]["digest"]):
+        raise RuntimeError("assay calibrated on other tokens than the peers")
+    return measured
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    given = parser(__doc__)
+    given.add_argument("--text", type=Path, required=True, help="text that the ids are the start of")
+    given.add_argument("--method", default="auto", help="gptq, two_sided or auto")
+    given.add_argument("--plan", choices=("uniform", "mixed"), default="uniform")
+    return given.parse_args()
+
+
+def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) -> dict[str, Level]:
+    """Profile and compress into `work`/packed. Returns the level of every weight in the blocks."""
+    measured = profile(job, given.text, work / "profile")
+    assay.compress(
+        job.model,
+        work / "packed",
+        profile=measured.folder,
+        bits=budget(job, shapes),
+        method=given.method,
+        uniform=given.plan == "uniform",
+        threads=job.threads,
+    )
+    plan = Plan.load(work / "packed" / "assay" / "plan.yaml")
+    return {name: Level.parse(plan.choices[name].level) for name in shapes}
+
+
+def main() -> None:
+    """Compress the model on the command line."""
+    given = options()
+    job, clock = read_job(given), Clock()
+    work = job.out.with_name(f"{job.out.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    shapes = block_shapes(job)
+    with clock.running():
+        levels = compress(job, given, work, shapes)
+    memory = peak_rss()
+    assay.export(work / "packed", "plain", job.out)
+    check_changes(job.load(), AutoModelForCausalLM.from_pretrained(job.out).state_dict())
+    facts = {"peer": "assay", "version": assay.__version__, "method": given.method}
+    facts |= {"levels": Counter(level.name for level in levels.values())}
+    write_result(job, clock, memory, **facts, bits_in_blocks=bits_of(levels, shapes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Seconds to profile and compress to 4 bits: ours beside llm-compressor's GPTQ, and the floor.
+
+python benchmarks/speed.py [--rounds 3] [--threads 4]
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from _contestants import PEER_GPTQ, Contestant, Task, compress, ours
+from _floor import Part, floor
+from _harness import (
+    CALIBRATION_TEXT,
+    CALIBRATION_WINDOWS,
+    WINDOW,
+    arguments,
+    machine,
+    table,
+    token_windows,
+    work_folder,
+    write,
+)
+
+GPTQ, DEFAULT = ours("gptq", uniform=True), ours("auto", uniform=False)
+EVERYONE = (GPTQ, DEFAULT, PEER_GPTQ)
+Times = dict[Contestant, list[dict[str, Any]]]
+
+
+def rounds(task: Task, count: int) -> Times:
+    """Every contestant in turn, `count` times."""
+    times: Times = {contestant: [] for contestant in EVERYONE}
+    for index in range(count):
+        for contestant in EVERYONE:
+            row = compress(contestant, task)
+            if "failed" in row:
+                raise SystemExit(f"{contestant.name}: {row['failed']}")
+            times[contestant].append(row)
+            print(f"round {index + 1}, {contestant.name}: {row['seconds']:.1f} s", flush=True)
+    return times
+
+
+def comparison(times: Times) -> str:
+    """Medians, and the median ratio of the rounds to the peer, with its range."""
+    rows = []
+    for contestant, found in times.items():
+        cells = [contestant.name]
+        for key in ("seconds", "seconds_total", "wall_seconds"):
+            pairs = zip(found, times[PEER_GPTQ], strict=True)
+            ratios = [mine[key] / theirs[key] for mine, theirs in pairs]
+            spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            cells += [f"{median(row[key] for row in found):.1f}", spread]
+        rows.append(cells)
+    header = ["contestant"]
+    for name in ("work", "with imports and saving", "process"):
+        header += [f"{name}, s", "ratio to the peer"]
+    return table(header, rows)
+
+
+def floors(parts: list[Part]) -> str:
+    """The floor, part by part."""
+    rows = [
+        [
+            part.name,
+            "two-sided" if part.gradients else "all",
+            f"{part.multiply_adds / 1e9:.1f}",
+            f"{part.multiply_adds / part.seconds / 1e9:.0f}",
+            f"{part.seconds:.2f}",
+        ]
+        for part in parts
+    ]
+    return table(("part", "needed by", "G multiply-adds", "G/s measured", "floor, s"), rows)
+
+
+def distances(times: Times, parts: list[Part]) -> str:
+    """How far ours is from the floor."""
+    columns = sum(part.seconds for part in parts if not part.gradients)
+    both = sum(part.seconds for part in parts)
+    rows = []
+    for contestant, least, what in (
+        (GPTQ, columns, "inputs only"),
+        (GPTQ, both, "with gradients, which our profile measures for every method"),
+        (DEFAULT, both, "with gradients"),
+    ):
+        took = median(row["seconds"] for row in times[contestant])
+        rows.append([contestant.name, what, f"{least:.2f}", f"{took / least:.1f}"])
+    return table(("contestant", "floor of", "floor, s", "median / floor"), rows)
+
+
+def main() -> None:
+    """Time ours and the peer on the model on the command line."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bits", type=int, default=4)
+    given = parser.parse_args()
+    folder = work_folder(given.out)
+    ids = token_windows(given.model, CALIBRATION_TEXT, CALIBRATION_WINDOWS)
+    times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
+    parts = floor(given.model, CALIBRATION_WINDOWS, WINDOW, given.threads)
+    text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts)]
+    figures = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
+    write(folder, "speed", "\n\n".join(text), figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assay.model.errors import InputError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id like org/name, or builtin.", show_default=False)]
+Size = Annotated[str | None, typer.Option("--size", metavar="SIZE", help="Bound on the bytes of all weight files, like 3.5GB.")]
+Bits = Annotated[
+    float | None,
+    typer.Option("--bits", metavar="BITS", help="Bound on the average bits of the weights in the blocks, all overhead counted."),
+]
+MaxLoss = Annotated[
+    float | None, typer.Option("--max-loss", metavar="NATS", help="Bound on the KL to the original, in nats per token.")
+]
+Method = Annotated[str, typer.Option("--method", metavar="NAME", help="A name that assay methods lists, or auto.")]
+Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm or plain.")]
+Keep = Annotated[
+    list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Leave matching tensors as they are; may be repeated.")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="FILE|DATASET", help="Text, JSONL or a hub data set; the built-in text if not given."),
+]
+Tokens = Annotated[
+    str | None, typer.Option("--tokens", metavar="N|auto", help="Calibration tokens; auto adds more until the plan stays.")
+]
+Window = Annotated[int | None, typer.Option("--window", metavar="N", help="Tokens that are read together.", min=2)]
+Uniform = Annotated[bool, typer.Option("--uniform", help="One level everywhere instead of the best mix.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write; must not exist yet.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+def token_count(text: str | None) -> int | str | None:
+    """The value of `--tokens`. Raises InputError."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit() or int(text) == 0:
+        raise InputError(f"--tokens {text}: give a number above zero, or auto")
+    return int(text)
+
+
+def absent(path: Path) -> Path:
+    """A path where something new may be written. Raises InputError."""
+    if path.exists():
+        raise InputError(f"{path} exists; choose another name or remove it")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path.absolute().parent} does not exist; make it first")
+    return path

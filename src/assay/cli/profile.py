@@ -1,0 +1,30 @@
+"""assay profile: measure what each weight matrix is worth."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from assay.cli.answer import Answer, command
+from assay.cli.options import Calibration, Json, Model, Output, Tokens, Window, token_count
+
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.")]
+
+
+@command(resumes=True)
+def run(
+    model: Model, output: Output, calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
+    seed: Seed = 0, as_json: Json = False,
+) -> Answer:  # fmt: skip
+    """Measure a model on a text. A call that was cut off continues where it stopped."""
+    count = token_count(tokens)
+    import assay
+    from assay.cli.progress import Bars
+    from assay.report import tables
+
+    measured = assay.profile(
+        model, output, calibration=calibration, tokens=count, window=window, seed=seed, progress=Bars()
+    )
+    facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
+    return Answer(facts, lambda: tables.profiled(facts))

@@ -1,0 +1,199 @@
+"""Evenly spaced grids: `b`-bit unsigned codes, one scale and one integer zero point per group.
+
+    decoded = (code - zero_point) * scale        code, zero_point in 0 .. 2^b - 1
+
+This is the weight format of GPTQ, AWQ, compressed-tensors and vLLM. The scale lives in the model's
+dtype, so it is rounded to that dtype before any code is chosen: a code picked for an unrounded
+scale is a code picked for a weight that no reader will ever see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHRINKS = tuple(1 - i / 20 for i in range(11))
+"""Fractions of the min-max range tried by the clip search: 1.00, 0.95, ... 0.50."""
+
+
+class Affine(NamedTuple):
+    """Parameters of a fitted grid, one pair per output row and group of inputs."""
+
+    scale: Tensor
+    """[..., out, groups], the grid's `scale_dtype`, positive."""
+    zero_point: Tensor
+    """[..., out, groups], uint8, the code that decodes to 0."""
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """`bits` per code; groups of `group_size` consecutive inputs of one row (None: the whole row)."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"an integer grid has 2 to 8 bits, not {self.bits}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"a group holds at least one weight, not {self.group_size}")
+        if not self.scale_dtype.is_floating_point or self.scale_dtype.itemsize < 2:
+            raise ValueError(f"scales are stored as bf16, fp16 or fp32, not {self.scale_dtype}")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of every group of a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight: code, scale, and a `bits` wide zero point unless symmetric.
+
+        A grid with one group per row counts 0 for its parameters: their share depends on the
+        row's length, which the grid does not know; `stored_bits` does.
+        """
+        return self.bits if self.group_size is None else self.stored_bits(self.group_size)
+
+    def stored_bits(self, inputs: int) -> float:
+        """Stored bits per weight of rows of `inputs` weights."""
+        parameters = 8 * self.scale_dtype.itemsize + (0 if self.symmetric else self.bits)
+        return self.bits + parameters / (self.group_size or inputs)
+
+    def groups(self, inputs: int) -> int:
+        """How many groups a row of `inputs` weights has; ValueError if it cannot be cut evenly."""
+        size = self.group_size or inputs
+        if inputs % size:
+            divisors = [d for d in range(1, inputs + 1) if inputs % d == 0]
+            raise ValueError(f"groups of {size} do not divide {inputs} inputs; these sizes do: {divisors}")
+        return inputs // size
+
+    # ---- fitting -------------------------------------------------------------------------
+
+    def fit(self, weight: Tensor) -> Affine:
+        """The min-max grid of `weight` [..., out, in]: covers 0 and every weight, clips nothing."""
+        low, high = self._range(self._grouped(weight))
+        return self._affine(low, high)
+
+    def fit_clipped(
+        self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS
+    ) -> Affine:
+        """The grid with the smallest weighted rounding error among shrunken ranges.
+
+        Tries the min-max range times each of `shrinks` (EasyQuant 2023, AWQ 2023), and around
+        the best of them the zero points one code to either side. Always tries 1, so never worse
+        than `fit`.
+
+        weight: [..., out, in]. importance: what a squared error costs, [..., in] for one number
+        per input (diag H) or [..., out, in]; None: all equal.
+        """
+        grouped = self._grouped(weight)
+        cost = None if importance is None else self._grouped_importance(importance, weight)
+        low, high = self._range(grouped)
+        best = self._affine(low, high)
+        error = self._error(grouped, best, cost)
+        for shrink in shrinks:
+            best, error = self._better(grouped, cost, best, error, self._affine(low * shrink, high * shrink))
+        if not self.symmetric:
+            centre = best.zero_point.int()
+            for shift in (-1, 1):
+                moved = Affine(best.scale, (centre + shift).clamp(0, self.top).to(torch.uint8))
+                best, error = self._better(grouped, cost, best, error, moved)
+        return best
+
+    def _better(
+        self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine
+    ) -> tuple[Affine, Tensor]:
+        """Group by group the better of two grids, and its error."""
+        trial_error = self._error(grouped, trial, cost)
+        wins = trial_error < error
+        merged = Affine(*(torch.where(wins, new, old) for new, old in zip(trial, best, strict=True)))
+        return merged, torch.where(wins, trial_error, error)
+
+    def _error(self, grouped: Tensor, affine: Affine, cost: Tensor | None) -> Tensor:
+        """Weighted squared rounding error of each group, [..., out, groups]."""
+        scale, low, high = (p[..., None] for p in self.centred(affine))
+        difference = self.snap(grouped, scale, low, high).mul_(scale).sub_(grouped).square_()
+        return (difference if cost is None else difference.mul_(cost)).sum(-1)
+
+    def _range(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group, the range widened to hold 0."""
+        return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+    def _affine(self, low: Tensor, high: Tensor) -> Affine:
+        """The grid that spans [low, high]; the scale rounded to its dtype before the zero point is set."""
+        if self.symmetric:
+            scale = self.round_scale(torch.maximum(high, -low) / (self.top / 2))
+            return Affine(scale, torch.full_like(scale, self.middle, dtype=torch.uint8))
+        scale = self.round_scale((high - low) / self.top)
+        zero = (-low / scale.float()).round().clamp(0, self.top)
+        return Affine(scale, zero.to(torch.uint8))
+
+    def round_scale(self, scale: Tensor) -> Tensor:
+        """`scale` in the dtype it is stored in: finite, and positive even for a group of zeros."""
+        info = torch.finfo(self.scale_dtype)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        return scale.clamp(info.tiny, info.max).to(self.scale_dtype)
+
+    # ---- encoding ------------------------------------------------------------------------
+
+    def encode(self, weight: Tensor, affine: Affine) -> Tensor:
+        """Codes [..., out, in] (uint8) of the levels nearest to `weight`."""
+        grouped = self._grouped(weight)
+        scale, low, high = (p[..., None] for p in self.centred(affine))
+        return (self.snap(grouped, scale, low, high) - low).to(torch.uint8).reshape(weight.shape)
+
+    def decode(self, codes: Tensor, affine: Affine) -> Tensor:
+        """The weights [..., out, in] in `scale_dtype`, exactly as compressed-tensors' reader makes them."""
+        grouped = codes.unflatten(-1, (affine.scale.shape[-1], -1)).int()
+        signed = (grouped - affine.zero_point[..., None].int()).to(self.scale_dtype)
+        return (signed * affine.scale[..., None]).reshape(codes.shape)
+
+    def centred(self, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+        """(scale, lowest, highest) as float32, the code range counted from the zero point."""
+        zero = affine.zero_point.float()
+        return affine.scale.float(), -zero, self.top - zero
+
+    def snap(self, values: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Codes counted from the zero point, as float32, nearest to float32 `values`; broadcasts.
+
+        Decoded weights are rounded to `scale_dtype`, which moves a level by up to half a step at
+        8 bits in bf16 (255 steps, 8 bits of mantissa). So from 5 bits on the neighbour on the
+        value's side is compared as well; below, levels move by less than 3% of a step.
+        """
+        codes = torch.clamp((values / scale).round_(), low, high)
+        if self.bits <= 4 or self.scale_dtype == torch.float32:
+            return codes
+        error = values - self.level(codes, scale)
+        neighbour = torch.clamp(codes + error.sign(), low, high)
+        closer = (values - self.level(neighbour, scale)).abs() < error.abs()
+        return torch.where(closer, neighbour, codes)
+
+    def level(self, centred: Tensor, scale: Tensor) -> Tensor:
+        """What codes counted from the zero point decode to, as float32; rounded once to `scale_dtype`."""
+        return (centred * scale).to(self.scale_dtype).float()
+
+    # ---- shapes --------------------------------------------------------------------------
+
+    def per_weight(self, affine: Affine, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`centred` repeated over each group's inputs, [..., out, in]."""
+        size = inputs // affine.scale.shape[-1]
+        scale, low, high = (p.repeat_interleave(size, -1) for p in self.centred(affine))
+        return scale, low, high
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        """`weight` as float32 [..., out, groups, group_size]."""
+        return weight.float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
+
+    def _grouped_importance(self, importance: Tensor, weight: Tensor) -> Tensor:
+        """`importance` as float32, broadcastable to the grouped weight."""
+        grouped = self._grouped(importance)
+        return grouped.unsqueeze(-3) if importance.dim() < weight.dim() else grouped

@@ -1,0 +1,111 @@
+"""Second moments made usable: symmetric, positive definite, less sure of themselves, factored.
+
+H = E[x x^T] [..., in, in] and G = E[g g^T] [..., out, out] are averages over a sample of tokens.
+An error-feedback solver trusts their smallest eigenvalues most (it divides by them), and those are
+what a sample gets most wrong. Shrinkage and damping take that trust back.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_DAMPING = 10.0
+"""Ten times the mean diagonal: with that, any finite symmetric second moment has a Cholesky factor."""
+
+
+def diagonal(moment: Tensor) -> Tensor:
+    """The diagonal [..., n] of [..., n, n], negative rounding errors set to 0."""
+    return moment.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+
+
+def mean_diagonal(moment: Tensor) -> Tensor:
+    """Mean of the positive diagonal entries, [...]; 1 where none is positive."""
+    entries = diagonal(moment)
+    alive = (entries > 0).sum(-1)
+    return torch.where(alive > 0, entries.sum(-1) / alive.clamp(min=1), torch.ones_like(entries[..., 0]))
+
+
+def shrink(moment: Tensor, amount: float) -> Tensor:
+    """`moment` [..., n, n] moved by `amount` in [0, 1] towards its own diagonal (Ledoit and Wolf, 2004).
+
+    The target keeps what is known best, the variances, and doubts only the correlations. Dead
+    channels (diagonal 0) get the mean diagonal and no correlations: their weights are rounded to
+    nearest instead of being zeroed, since a channel silent on the sample may still speak later.
+    """
+    moment = (moment.float() + moment.float().mT) / 2
+    entries = diagonal(moment)
+    dead = entries <= 0
+    kept = moment.masked_fill(dead[..., None] | dead[..., None, :], 0) * (1 - amount)
+    return set_diagonal(kept, torch.where(dead, mean_diagonal(moment)[..., None], entries))
+
+
+def set_diagonal(moment: Tensor, entries: Tensor) -> Tensor:
+    """A copy of `moment` [..., n, n] with the diagonal `entries` [..., n]."""
+    return moment.diagonal_scatter(entries, dim1=-2, dim2=-1)
+
+
+def damp(moment: Tensor, amount: float | Tensor) -> Tensor:
+    """`moment` plus `amount` (a number, or one per matrix) times its mean diagonal on the diagonal."""
+    amount = torch.as_tensor(amount, dtype=moment.dtype, device=moment.device)
+    return set_diagonal(moment, diagonal(moment) + (amount * mean_diagonal(moment))[..., None])
+
+
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """(U, damping used): U upper triangular with inv(moment + damping) = U^T U, [..., n, n] float32.
+
+    Damping is a fraction of the mean diagonal; for the matrices that are still not positive
+    definite it is doubled (from 1e-6 at least) until they are. Reversing rows and columns turns the
+    lower Cholesky factor into an upper one, whose inverse is U: one factorisation, one triangular solve,
+    and the inverse itself, which would square the condition number, is never formed. In float64,
+    because the loss of a few digits here would be paid in every weight.
+    """
+    moment = moment.double()
+    amount = torch.full(moment.shape[:-2], float(damping), dtype=torch.float64, device=moment.device)
+    while True:
+        factor, info = torch.linalg.cholesky_ex(damp(moment, amount).flip(-1, -2))
+        failed = info != 0
+        if not bool(failed.any()):
+            break
+        if float(amount.max()) > MAX_DAMPING:
+            raise ValueError("a second moment has no Cholesky factor even when damped tenfold; is it one?")
+        amount = torch.where(failed, (2 * amount).clamp(min=1e-6), amount)
+    identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
+    upper = torch.linalg.solve_triangular(factor.flip(-1, -2), identity.expand_as(factor), upper=True)
+    return upper.float(), float(amount.max())
+
+
+def conditional_importance(factor: Tensor, order: Tensor) -> Tensor:
+    """1 / U_jj^2 per input, [..., in] in original order: the cost of a squared error at j under feedback.
+
+    It is what remains of H_jj once the columns visited after j may move to make up for it, and so
+    the weight with which the error of column j enters the sum that error feedback minimises.
+    """
+    return factor.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(-1, order.argsort(-1))
+
+
+def falling_order(moment: Tensor) -> Tensor:
+    """Indices [..., n] that sort the diagonal from large to small; ties keep their order."""
+    return diagonal(moment).argsort(dim=-1, descending=True, stable=True)
+
+
+def permute(moment: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of [..., n, n] taken in `order` [..., n]."""
+    rows = moment.gather(-2, order[..., :, None].expand_as(moment))
+    return rows.gather(-1, order[..., None, :].expand_as(moment))
+
+
+def take_columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """Columns of [..., m, n] taken in `order` [..., n]."""
+    return matrix.gather(-1, order[..., None, :].expand_as(matrix))
+
+
+def take_rows(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows of [..., m, n] taken in `order` [..., m]."""
+    return matrix.gather(-2, order[..., :, None].expand_as(matrix))
+
+
+def damage(difference: Tensor, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
+    """1/2 tr(G D H D^T), [...]: nats per token if G holds gradients of the loss in nats; G None: identity."""
+    through = difference @ inputs
+    if outputs is not None:
+        through = outputs @ through
+    return (through * difference).sum((-2, -1)) / 2

@@ -1,0 +1,73 @@
+"""GPTQ (Frantar et al., 2022): error feedback along the inputs, all rows at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from assay.methods.grid.integer import SHRINKS, Affine, IntegerGrid
+from assay.methods.solve import clip
+from assay.methods.solve.curvature import (
+    conditional_importance,
+    falling_order,
+    inverse_factor,
+    permute,
+    shrink,
+    take_columns,
+)
+from assay.methods.solve.feedback import column_feedback
+from assay.methods.solve.rounded import Rounded, check, flatten_batch
+
+
+class FixedGrid:
+    """Column quantizer of an integer grid fitted beforehand ("static groups")."""
+
+    def __init__(self, grid: IntegerGrid, affine: Affine, order: Tensor) -> None:
+        """affine: [batch, out, groups]; order: the inputs in order of visit, [batch, in]."""
+        parameters = (take_columns(p, order) for p in grid.per_weight(affine, order.shape[-1]))
+        self.grid = grid
+        self.scale, self.low, self.high = (p.mT.contiguous() for p in parameters)
+        self.codes = torch.empty_like(self.scale, dtype=torch.uint8)
+
+    def begin_block(self, start: int, values: Tensor) -> None:
+        """Nothing to do: the grid is fixed."""
+
+    def __call__(self, column: int, values: Tensor) -> Tensor:
+        scale, low = self.scale[:, column], self.low[:, column]
+        centred = self.grid.snap(values, scale, low, self.high[:, column])
+        self.codes[:, column] = (centred - low).to(torch.uint8)
+        return self.grid.level(centred, scale)
+
+
+def solve(
+    weight: Tensor,
+    grid: IntegerGrid,
+    H: Tensor | None = None,
+    G: Tensor | None = None,
+    *,
+    act_order: bool = True,
+    clipped: bool = True,
+    shrinks: Sequence[float] = SHRINKS,
+    shrinkage: float = 0.0,
+    damping: float = 0.01,
+    block: int = 32,
+) -> Rounded:
+    """Round `weight` [..., out, in] to keep tr(D H D^T) small; without H, `clip` is what is left of it.
+
+    act_order: visit inputs by falling H_jj, so that the loudest have the most columns left to make
+    up for them; group grids are then those of the unmoved weight. clipped: search each group's range,
+    weighted by what feedback leaves of each input's cost, instead of min-max. shrinkage: how far H moves towards its diagonal.
+    damping: added to H, as a fraction of its mean diagonal. G is ignored.
+    """
+    if H is None:
+        return clip.solve(weight, grid, shrinks=shrinks if clipped else (1.0,))
+    check(weight, grid, H)
+    flat, moment = flatten_batch(weight, weight.dim()), shrink(flatten_batch(H, weight.dim()), shrinkage)
+    order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
+    factor, used = inverse_factor(permute(moment, order), damping)
+    affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)
+    quantizer = FixedGrid(grid, affine, order)
+    column_feedback(take_columns(flat, order), factor, quantizer, block)
+    codes = take_columns(quantizer.codes.mT, order.argsort(-1)).reshape(weight.shape)
+    shape = (*weight.shape[:-1], -1)
+    return Rounded(codes, Affine(affine.scale.reshape(shape), affine.zero_point.reshape(shape)), used)

@@ -1,0 +1,46 @@
+"""What every rounding solver takes and returns."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.methods.grid.integer import Affine, IntegerGrid
+
+
+@dataclass
+class Rounded:
+    """A weight rounded to an integer grid."""
+
+    codes: Tensor
+    """uint8 [..., out, in]; `grid.decode(codes, affine)` is the compressed weight."""
+    affine: Affine
+    """Scale and zero point, [..., out, groups] each."""
+    damping_used: float = 0.0
+    """Largest damping any matrix needed, as a fraction of the mean diagonal of its curvature."""
+
+
+def check(weight: Tensor, grid: IntegerGrid, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    """ValueError for a weight [..., out, in] that cannot be rounded, or curvature that does not fit it."""
+    if weight.dim() < 2:
+        raise ValueError(f"a weight has an output and an input axis; this one has shape {tuple(weight.shape)}")
+    grid.groups(weight.shape[-1])
+    *batch, rows, columns = weight.shape
+    for name, tensor, shape in (
+        ("weight", weight, (*batch, rows, columns)),
+        ("H", inputs, (*batch, columns, columns)),
+        ("G", outputs, (*batch, rows, rows)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the weight asks for {shape}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def flatten_batch(tensor: Tensor | None, dimensions: int) -> Tensor | None:
+    """Any leading axes of a tensor of `dimensions` axes as one, in float32: [batch, rows, columns]."""
+    if tensor is None:
+        return None
+    return tensor.float()[None] if dimensions == 2 else tensor.float().flatten(0, -3)

@@ -1,0 +1,145 @@
+"""Rounding for the whole price 1/2 tr(G D H D^T): feedback along inputs and outputs, then descent.
+
+1. A grid searched per group, errors weighted by what feedback leaves of each input's cost.
+2. Babai's nearest plane for the metric G x H (`wavefront`). A second candidate fits the grid anew to what
+   the weights had become when they were rounded; per matrix the better one goes on.
+3. Scales refitted by least squares, codes moved one at a time (`refine`); neither can raise the price.
+
+Cost: the factorisations, and per pass a few products of sizes out x in x in and out x out x in.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from assay.methods.grid.integer import SHRINKS, Affine, IntegerGrid
+from assay.methods.solve import clip
+from assay.methods.solve.curvature import (
+    conditional_importance,
+    damp,
+    falling_order,
+    inverse_factor,
+    permute,
+    shrink,
+    take_columns,
+    take_rows,
+)
+from assay.methods.solve.refine import Problem, descend, objective, refit
+from assay.methods.solve.rounded import Rounded, check, flatten_batch
+from assay.methods.solve.wavefront import wavefront
+
+
+class _Order(NamedTuple):
+    """Order of visit of one axis, and the factor of the inverse curvature in that order."""
+
+    visit: Tensor
+    """[batch, n]"""
+    back: Tensor
+    """[batch, n], the inverse permutation"""
+    factor: Tensor
+    """[batch, n, n], upper"""
+
+
+class _Rounding(NamedTuple):
+    """A candidate: codes counted from the zero point [batch, out, in], and their grid."""
+
+    centred: Tensor
+    affine: Affine
+
+
+def solve(
+    weight: Tensor,
+    grid: IntegerGrid,
+    H: Tensor | None = None,
+    G: Tensor | None = None,
+    *,
+    shrinks: Sequence[float] = SHRINKS,
+    shrink_inputs: float = 0.05,
+    shrink_outputs: float = 0.1,
+    damping: float = 0.01,
+    second_grid: bool = True,
+    refits: int = 1,
+    sweeps: int = 2,
+    tile: int = 16,
+) -> Rounded:
+    """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
+
+    shrinks: ranges tried by the grid search. shrink_inputs, shrink_outputs: how far H and G move
+    towards their diagonals; damping: then added, as a fraction of the mean diagonal. second_grid: also
+    try the grid fitted to compensated weights. refits: how often scales are refitted, each time
+    followed by `sweeps` of descent. tile: side of the square tiles of the wave (speed only).
+    """
+    if H is None:
+        return clip.solve(weight, grid, shrinks=shrinks)
+    check(weight, grid, H, G)
+    flat, moment, gradients = (flatten_batch(t, weight.dim()) for t in (weight, H, G))
+    inputs = shrink(moment, shrink_inputs)
+    outputs = _identity(flat) if gradients is None else shrink(gradients, shrink_outputs)
+    problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
+    columns, used_inputs = _order(inputs, damping)
+    rows, used_outputs = _order(outputs, damping)
+    best = _feedback(problem, rows, columns, shrinks, second_grid, tile)
+    best = _refined(problem, best, refits, sweeps)
+    codes = best.centred + best.affine.zero_point.repeat_interleave(flat.shape[-1] // best.affine.scale.shape[-1], -1)
+    shape = weight.shape[:-1]
+    affine = Affine(*(p.reshape(*shape, -1) for p in best.affine))
+    return Rounded(codes.to(torch.uint8).reshape(weight.shape), affine, max(used_inputs, used_outputs))
+
+
+def _identity(weight: Tensor) -> Tensor:
+    """No idea about the outputs: all alike and independent, [batch, out, out]."""
+    eye = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
+    return eye.expand(len(weight), -1, -1)
+
+
+def _order(moment: Tensor, damping: float) -> tuple[_Order, float]:
+    """Largest diagonal first: what is loud is rounded while many others can still make up for it."""
+    visit = falling_order(moment)
+    factor, used = inverse_factor(permute(moment, visit), damping)
+    return _Order(visit, visit.argsort(-1), factor), used
+
+
+def _feedback(
+    problem: Problem, rows: _Order, columns: _Order, shrinks: Sequence[float], second_grid: bool, tile: int
+) -> _Rounding:
+    """The better of one or two passes of two-sided error feedback."""
+    importance = conditional_importance(columns.factor, columns.visit)
+    affine = problem.grid.fit_clipped(problem.weight, importance, shrinks)
+    first, targets = _pass(problem, rows, columns, affine, tile)
+    if not second_grid:
+        return first
+    affine = problem.grid.fit_clipped(targets, importance, shrinks)
+    return _better(problem, first, _pass(problem, rows, columns, affine, tile)[0])
+
+
+def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile: int) -> tuple[_Rounding, Tensor]:
+    """One wave over the matrix; also what each weight had become when it was rounded."""
+
+    def ordered(matrix: Tensor) -> Tensor:
+        return take_rows(take_columns(matrix, columns.visit), rows.visit)
+
+    def restored(matrix: Tensor) -> Tensor:
+        return take_rows(take_columns(matrix, columns.back), rows.back)
+
+    scale, low, high = problem.grid.per_weight(affine, problem.weight.shape[-1])
+    parameters = (ordered(scale), ordered(low), ordered(high))
+    wave = wavefront(ordered(problem.weight), columns.factor, rows.factor, problem.grid, parameters, tile)
+    return _Rounding(restored(wave.centred), affine), restored(wave.targets)
+
+
+def _better(problem: Problem, one: _Rounding, other: _Rounding) -> _Rounding:
+    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal."""
+    wins = (objective(problem, *other) < objective(problem, *one))[:, None, None]
+    scale, zero = (torch.where(wins, b, a) for a, b in zip(one.affine, other.affine, strict=True))
+    return _Rounding(torch.where(wins, other.centred, one.centred), Affine(scale, zero))
+
+
+def _refined(problem: Problem, start: _Rounding, refits: int, sweeps: int) -> _Rounding:
+    """Scales and codes in turn."""
+    centred, affine = start
+    for _ in range(refits):
+        affine = refit(problem, centred, affine)
+        centred = descend(problem, centred, affine, sweeps)
+    return _Rounding(centred, affine)

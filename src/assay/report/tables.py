@@ -1,0 +1,146 @@
+"""Tables for the terminal, made from the same dictionaries that `--json` prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from assay.budget.plan import Plan
+
+Facts = Mapping[str, Any]
+UNKNOWN = "-"
+
+
+def closing(report: Facts, model: str, verdict: Facts | None = None) -> Group:
+    """The end of `compress`: what was promised, beside what was measured if it was."""
+    table = Table("", "before", "predicted", "after", title=str(report["out"]), title_justify="left")
+    source, perplexity = report.get("source_bytes"), (verdict or {}).get("perplexity", {})
+    kl = (verdict or {}).get("kl", {})
+    promised = span(report.get("predicted"), report.get("predicted_low"), report.get("predicted_high"))
+    table.add_row("KL, nats/token", "0", promised, span(kl.get("measured"), kl.get("low"), kl.get("high")))
+    if perplexity:
+        table.add_row("perplexity", number(perplexity["original"]), "", number(perplexity["compressed"]))
+    table.add_row("bytes of the weight files", size(source), "", size(report["bytes"]) + ratio(source, report["bytes"]))
+    table.add_row("bits per weight, in the blocks", "", "", number(report["bits"]))
+    table.add_row("bits per weight, all", "", "", number(report.get("bits_all")))
+    lines = [_counts(report["ledger"]), f"{report['seconds']:.0f} s, peak memory {size(report['peak_rss_bytes'])}"]
+    if verdict is None:
+        lines.append(f"not measured yet: assay verify {report['out']} --against {model}")
+    return Group(table, *lines)
+
+
+def verdict(found: Facts) -> Group:
+    """The end of `verify`: measured beside predicted."""
+    kl, perplexity = found["kl"], found["perplexity"]
+    table = Table("", "predicted", "measured", title=f"on {found['tokens']} tokens of {found['text']}", title_justify="left")
+    predicted = span(kl["predicted"], kl["predicted_low"], kl["predicted_high"])
+    table.add_row("KL, nats/token", predicted, span(kl["measured"], kl["low"], kl["high"]))
+    table.add_row("KL, median and 99%", "", f"{number(kl.get('median'))} and {number(kl.get('p99'))}")
+    table.add_row("perplexity", "", f"{number(perplexity['original'])} → {number(perplexity['compressed'])}")
+    table.add_row("same top token", "", f"{_value(found['agreement']):.1%}")
+    table.add_row("bytes of the weight files", "", size(found["bytes"]))
+    table.add_row("bits per weight, in the blocks", "", number(found["bits"]))
+    table.add_row("bits per weight, all", "", number(found["bits_all"]))
+    bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
+    return Group(table, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+
+
+def inspection(found: Facts) -> Group:
+    """The end of `inspect`: sites by role, and what stays with its reason."""
+    sites = Table("role", "matrices", "out x in", "bytes", title=f"{found['family']}: {found['model']}", title_justify="left")
+    for role, rows in _by(found["sites"], "role").items():
+        shapes = sorted({f"{r['shape'][0]} x {r['shape'][1]}" for r in rows})
+        sites.add_row(role, str(len(rows)), ", ".join(shapes), size(sum(r["bytes"] for r in rows)))
+    kept = Table("tensors", "stay as they are because")
+    for reason, count in Counter(found["kept"].values()).most_common():
+        kept.add_row(str(count), reason)
+    total = f"{found['blocks']} blocks, {found['parameters']:,} parameters, {size(found['bytes'])}"
+    tied = "; head and embedding are tied" if found["tied"] else ""
+    return Group(sites, kept, total + tied)
+
+
+def plan_facts(plan: Plan, path: Path) -> dict[str, Any]:
+    """A plan in a few numbers."""
+    levels = Counter(choice.level or "keep" for choice in plan.choices.values())
+    return {
+        "plan": str(path), "bits": plan.bits, "bits_all": plan.bits_all, "levels": dict(sorted(levels.items())),
+        "kl": {"predicted": plan.predicted, "predicted_low": plan.predicted_low, "predicted_high": plan.predicted_high},
+        "uniform": dict(plan.uniform), "gap": plan.gap, "sentence": plan.sentence,
+    }  # fmt: skip
+
+
+def planned(found: Facts) -> Group:
+    """The end of `plan`."""
+    table = Table("level", "matrices", title=found["plan"], title_justify="left")
+    for level, count in found["levels"].items():
+        table.add_row(level, str(count))
+    bits = f"{number(found['bits'])} bits per weight in the blocks, {number(found['bits_all'])} over all"
+    return Group(table, bits, found["sentence"])
+
+
+def profiled(found: Facts) -> Group:
+    """The end of `profile`."""
+    return Group(f"{found['profile']}: {found['family']}, {found['tokens']} tokens of {found['source']}")
+
+
+def methods(rows: Sequence[Facts]) -> Table:
+    """The methods, one a row."""
+    table = Table("name", "verb", "needs", "levels", "paper")
+    for row in rows:
+        table.add_row(row["name"], row["verb"], ", ".join(row["needs"]) or UNKNOWN, str(row["levels"]), row["paper"])
+    return table
+
+
+def facts(found: Facts) -> Group:
+    """Plain pairs."""
+    return Group(*(f"{name}: {size(value) if name == 'bytes' else value}" for name, value in found.items()))
+
+
+def span(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval."""
+    if value is None:
+        return UNKNOWN
+    return number(value) + (f" ({number(low)} to {number(high)})" if low is not None else "")
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent where that can be read."""
+    if value is None:
+        return UNKNOWN
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that leaves one to three digits before the point."""
+    if count is None:
+        return UNKNOWN
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def ratio(before: int | None, after: int) -> str:
+    """How many times smaller."""
+    return f" ({before / after:.2f} times smaller)" if before and after else ""
+
+
+def _counts(ledger: Facts) -> str:
+    words = ", ".join(f"{ledger[key]} {key.replace('_', ' ')}" for key in ("planned", "done", "fell_back", "copied", "dropped"))
+    return f"tensors: {words}"
+
+
+def _by(rows: Iterable[Facts], key: str) -> dict[str, list[Facts]]:
+    groups: dict[str, list[Facts]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _value(measured: Any) -> float:
+    return float(measured["measured"] if isinstance(measured, Mapping) else measured)
