@@ -52,7 +52,7 @@ def test_every_family_is_compressed_and_loads_as_simulated(family) -> None:
             if key in result.levels:
                 parameter.copy_(result.read(key))
         ids = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
-        loaded = assay.load(folder / "out").float().eval()
+        loaded = assay.load(folder / "out").eval()
         torch.testing.assert_close(loaded(ids).logits, simulated(ids).logits, atol=1e-4, rtol=1e-4)
 
 

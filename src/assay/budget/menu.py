@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from assay.model.level import Level
 
 @dataclass(frozen=True)
 class SiteRow:
-    """What planning needs to know of a site. stored_bytes: in the source; scale_itemsize: bytes of one scale."""
+    """What planning needs to know of a site. stored_bytes: in the source; scale_itemsize: of a scale."""
 
     name: str
     role: str
@@ -43,7 +44,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Decision:
-    """Sites decided together. count: weights; inside: within the blocks; options: by rising bytes, keeping last."""
+    """Sites decided together. count: weights; inside: within the blocks; options: by rising bytes.
+
+    The last option always keeps the sites as they are stored, with no damage.
+    """
 
     name: str
     sites: tuple[str, ...]
@@ -62,7 +66,8 @@ def build(
 ) -> list[Decision]:
     """The menu. prices: damage by site and level name; fused: roles that must share a level.
 
-    Raises InputError for a `keep` pattern that matches no site.
+    A level is left out where it has no finite price at one of the sites decided together, or doesn't make
+    them smaller. Raises InputError for a `keep` pattern that matches no site.
     """
     rows = list(rows)
     kept = _kept([row.name for row in rows], keep)
@@ -75,10 +80,10 @@ def build(
 def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
     kept: set[str] = set()
     for pattern in patterns:
-        found = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removesuffix(".weight"), pattern)}
+        found = {n for n in names if any(fnmatchcase(x, pattern) for x in (n, n.removesuffix(".weight")))}
         if not found:
             near = difflib.get_close_matches(pattern, names, 3, 0.3)
-            raise InputError(f"--keep {pattern} matches nothing; near it: {', '.join(near) or ', '.join(names[:3])}")
+            raise InputError(f"--keep {pattern} matches nothing; near it: {', '.join(near or names[:3])}")
         kept |= found
     return kept
 
@@ -100,20 +105,23 @@ def _decision(
 ) -> Decision:
     inside = group[0].block is not None
     stored = Option(None, sum(r.stored_bytes for r in group), 0.0)
-    options = [stored]
+    options: list[Option] = []
     if (inside or treat_outside) and not any(r.name in kept for r in group):
         common = set.intersection(*(set(levels(r)) for r in group))
-        for level in sorted(common):
-            if all(level.name in prices[r.name] for r in group):
-                nbytes = sum(level.nbytes(*r.shape, r.scale_itemsize) for r in group)
-                options.append(Option(level.name, nbytes, sum(prices[r.name][level.name] for r in group)))
-    return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, _useful(options))
+        options = [_option(group, prices, level) for level in sorted(common)]
+    useful = (*_useful(o for o in options if o.nbytes < stored.nbytes and math.isfinite(o.damage)), stored)
+    return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, useful)
 
 
-def _useful(options: list[Option]) -> tuple[Option, ...]:
+def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level) -> Option:
+    nbytes = sum(level.nbytes(*r.shape, r.scale_itemsize) for r in group)
+    return Option(level.name, nbytes, sum(prices.get(r.name, {}).get(level.name, math.inf) for r in group))
+
+
+def _useful(options: Iterable[Option]) -> list[Option]:
     """Options by rising bytes, each with less damage than every smaller one."""
     useful: list[Option] = []
     for option in sorted(options, key=lambda o: (o.nbytes, o.damage, str(o.level))):
         if not useful or option.damage < useful[-1].damage:
             useful.append(option)
-    return tuple(useful)
+    return useful

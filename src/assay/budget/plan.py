@@ -1,8 +1,9 @@
-"""The plan: which level every site gets, what that costs, and why; text that a person reads, edits and diffs."""
+"""The plan: which level every site gets, what that costs, and why; text to read, edit and diff."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from assay.budget.menu import Decision
+from assay.budget.size import Budget
 from assay.model.errors import InputError
 from assay.model.files import save_text
 from assay.model.level import Level
@@ -57,12 +59,18 @@ class Plan:
         header = {k: dict(v) if isinstance(v, Mapping) else v for k, v in header.items()}
         text = "# assay plan: edit the levels below; the figures are computed anew when it is used\n"
         text += yaml.safe_dump(header, sort_keys=False, width=10_000)
-        width = max((len(name) for name in self.choices), default=0)
-        lines = [
-            f"  {name}:{' ' * (width - len(name))} {c.level or 'keep':<18} # {c.nbytes} bytes, {c.damage:.3g} nats; {c.why}"
-            for name, c in self.choices.items()
-        ]
-        return text + "levels:\n" + "\n".join(lines) + "\n"
+        keys = {name: _key(name) for name in self.choices}
+        width = max((len(key) for key in keys.values()), default=0)
+        lines, group = ["levels:" if self.choices else "levels: {}"], None
+        for name, choice in self.choices.items():
+            if group not in (None, _group(name)):
+                lines.append("")
+            group = _group(name)
+            lines.append(
+                f"  {keys[name]}:{' ' * (width - len(keys[name]))} {choice.level or 'keep':<18} "
+                f"# {choice.nbytes} bytes, {choice.damage:.3g} nats; {choice.why}"
+            )
+        return text + "\n".join(lines) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the plan durably."""
@@ -72,20 +80,59 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan. Raises InputError in one line for anything malformed."""
         try:
-            value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            value = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError:
             raise InputError(f"no plan at {path}; make one with assay plan") from None
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a plan ({str(error).splitlines()[0]})") from error
+        except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not a plan ({_reason(error)})") from error
         names = {f.name for f in fields(cls)} - {"choices"} | {"levels"}
         if not isinstance(value, dict) or set(value) != names:
-            odd = sorted(names ^ set(value if isinstance(value, dict) else ()))
-            raise InputError(f"{path}: not a plan (missing or unknown: {', '.join(map(str, odd))})")
+            odd = sorted(map(str, names ^ set(value if isinstance(value, dict) else ())))
+            raise InputError(f"{path}: not a plan (missing or unknown: {', '.join(odd)})")
         levels = value.pop("levels")
         if not isinstance(levels, dict):
             raise InputError(f"{path}: levels must map each site to a level or keep")
+        _check_header(path, value)
         choices = {str(n): Choice(_level(path, n, text), 0, 0.0, "") for n, text in levels.items()}
         return cls(choices=choices, **value)
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses a key written twice, instead of dropping the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _reason(error: Exception) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem and mark:
+        return f"line {mark.line + 1}: {problem}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _check_header(path: str | Path, header: Mapping[str, Any]) -> None:
+    wanted: dict[str, tuple[type | tuple[type, ...], str]] = {
+        "str": (str, "text"), "int": (int, "a whole number"), "float": ((int, float), "a number"),
+        "Mapping[str, Any]": (dict, "a mapping"),
+    }  # fmt: skip
+    for field in fields(Plan):
+        kind, words = wanted.get(str(field.type), (object, ""))
+        value = header.get(field.name)
+        if field.name in header and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{path}: {field.name} must be {words}, not {value!r}")
+    try:
+        Budget(**header["budget"])
+    except TypeError:
+        raise InputError(f"{path}: budget must be one of size, bits and max_loss") from None
+    except InputError as error:
+        raise InputError(f"{path}: budget: {error}") from None
 
 
 def _level(path: str | Path, name: str, text: Any) -> str | None:
@@ -97,13 +144,30 @@ def _level(path: str | Path, name: str, text: Any) -> str | None:
         raise InputError(f"{path}: {name}: {error}") from None
 
 
+def _key(name: str) -> str:
+    """A site's name as YAML reads it back, quoted only where it must be."""
+    try:
+        plain = yaml.safe_load(f"{name}: keep") == {name: "keep"}
+    except (yaml.YAMLError, ValueError):
+        plain = False
+    return name if plain else json.dumps(name)
+
+
+def _group(name: str) -> str:
+    """What comes before the name's second part that follows a block's number: one block is one paragraph."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[: number + 1])
+
+
 def validate(plan: Plan, decisions: Sequence[Decision]) -> None:
     """Check a plan's sites and levels against a menu. Raises InputError."""
     known = {site for d in decisions for site in d.sites}
     for name in plan.choices:
         if name not in known:
             near = difflib.get_close_matches(name, known, 2)
-            raise InputError(f"the plan names {name}, which this model lacks; near it: {', '.join(near) or 'nothing'}")
+            nearest = ", ".join(near) or "nothing"
+            raise InputError(f"the plan names {name}, which this model lacks; near it: {nearest}")
     if missing := sorted(known - set(plan.choices)):
         raise InputError(f"the plan lacks {missing[0]}; write a level or keep for it")
     for decision in decisions:
@@ -113,4 +177,6 @@ def validate(plan: Plan, decisions: Sequence[Decision]) -> None:
         allowed = {o.level for o in decision.options}
         if not wanted <= allowed:
             choices = ", ".join(o or "keep" for o in sorted(allowed, key=str))
-            raise InputError(f"{decision.name}: {plan.engine} or the menu doesn't allow {wanted.pop()}; choose {choices}")
+            level = wanted.pop()
+            refused = f"{plan.engine} or the menu doesn't allow {level}"
+            raise InputError(f"{decision.name}: {refused}; choose {choices}")

@@ -29,4 +29,4 @@ def refuse_impossible(decisions: Sequence[Decision], budget: int) -> None:
     """Raises InputError with the achievable range when even the smallest options are above `budget` bytes."""
     low, high = (sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
     if budget < low:
-        raise InputError(f"{budget} bytes are too few for these weights; the achievable range is {low} to {high}")
+        raise InputError(f"{budget} bytes are too few for these weights; achievable range: {low} to {high}")

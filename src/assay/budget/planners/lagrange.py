@@ -7,127 +7,172 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from assay.budget.menu import Decision
 from assay.budget.planners import refuse_impossible, uniform
+from assay.budget.table import Floats, Ints, Table
+from assay.model.errors import InputError
 
 
 def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     """Hull steps by falling gain per byte while they fit, then single upgrades with the bytes left.
 
-    Never above `budget` bytes and never more damage than the best uniform level that fits. Raises InputError.
+    Never above `budget` bytes, never more damage than the best uniform level that fits, and above
+    `lower_bound` by less than the damage that one hull step takes away. Raises InputError.
     """
     refuse_impossible(decisions, budget)
-    choice, spent = [0] * len(decisions), sum(d.options[0].nbytes for d in decisions)
-    blocked: set[int] = set()
-    for decision, target in _steps(decisions):
-        extra = decisions[decision].options[target].nbytes - decisions[decision].options[choice[decision]].nbytes
-        if decision in blocked or spent + extra > budget:
-            blocked.add(decision)
-            continue
-        choice[decision], spent = target, spent + extra
-    choice = _fill(decisions, choice, budget - spent)
-    flat = uniform.plan(decisions, budget)
-    return choice if _damage(decisions, choice) <= _damage(decisions, flat) else flat
+    table = Table.of(decisions)
+    choice, left = _climb(table, budget)
+    choice = _fill(decisions, table, choice, left)
+    flat = uniform.best(table, budget)
+    return (choice if table.damage_of(choice) <= table.damage_of(flat) else flat).tolist()
 
 
 def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
-    """Few bytes with total damage of at most `max_damage` nats per token."""
-    choice = [0] * len(decisions)
-    damage = _damage(decisions, choice)
-    for decision, target in _steps(decisions):
-        if damage <= max_damage:
+    """Few bytes with total damage of at most `max_damage` nats per token.
+
+    The bytes are above the least possible by less than those of one hull step. Raises InputError when even
+    the options of most bytes do more damage.
+    """
+    table = Table.of(decisions)
+    least = table.damage_of(table.count - 1)
+    if not max_damage >= least:
+        raise InputError(f"a damage of {max_damage} nats per token is out of reach; the least is {least}")
+    choice = np.zeros_like(table.count)
+    steps = _steps(table)
+    final = choice.copy()
+    final[steps.owner] = steps.target
+    before = table.damage_of(final) + np.cumsum(steps.gain[::-1])[::-1]
+    needed = int(np.searchsorted(-before, -max_damage))
+    choice[steps.owner[:needed]] = steps.target[:needed]
+    for owner, target in zip(steps.owner[needed:], steps.target[needed:], strict=True):
+        if table.damage_of(choice) <= max_damage:
             break
-        options = decisions[decision].options
-        damage -= options[choice[decision]].damage - options[target].damage
-        choice[decision] = target
-    return _trim(decisions, choice, max_damage)
+        choice[owner] = target
+    trimmed = _trim(table, choice, max_damage)
+    fitting = [c for c in (trimmed, choice) if table.damage_of(c) <= max_damage]
+    return (fitting or [table.count - 1])[0].tolist()
 
 
 def lower_bound(decisions: Sequence[Decision], budget: int) -> float:
-    """No choice within `budget` bytes has less damage than this (the Lagrangian dual at its best multiplier)."""
-    spent = sum(d.options[0].nbytes for d in decisions)
-    damage = _damage(decisions, [0] * len(decisions))
-    at = [0] * len(decisions)
-    for decision, target in _steps(decisions):
-        options = decisions[decision].options
-        extra = options[target].nbytes - options[at[decision]].nbytes
-        gain = options[at[decision]].damage - options[target].damage
-        if spent + extra > budget:
-            return max(0.0, damage - gain * (budget - spent) / extra)
-        at[decision], spent, damage = target, spent + extra, damage - gain
-    return max(0.0, damage)
+    """No choice within `budget` bytes has less damage than this many nats per token.
+
+    The Lagrangian dual at its best multiplier. Raises InputError when nothing fits.
+    """
+    refuse_impossible(decisions, budget)
+    return dual(Table.of(decisions), budget)[0]
 
 
-def _steps(decisions: Sequence[Decision]) -> list[tuple[int, int]]:
-    """(decision, next option on its hull) by falling gain per byte."""
-    owner, target, slope = [], [], []
-    for index, decision in enumerate(decisions):
-        hull = _hull(decision)
-        for a, b in zip(hull, hull[1:], strict=False):
-            low, high = decision.options[a], decision.options[b]
-            owner.append(index)
-            target.append(b)
-            slope.append((low.damage - high.damage) / (high.nbytes - low.nbytes))
-    order: NDArray[np.intp] = np.argsort(-np.asarray(slope), kind="stable")
-    return [(owner[i], target[i]) for i in order]
+def dual(table: Table, budget: int) -> tuple[float, float]:
+    """(lower bound in nats per token, its multiplier in nats per token and byte) at `budget` bytes."""
+    choice = np.zeros_like(table.count)
+    steps = _steps(table)
+    spent = table.bytes_of(choice) + np.cumsum(steps.extra)
+    fit = int(np.searchsorted(spent, budget, side="right"))
+    choice[steps.owner[:fit]] = steps.target[:fit]
+    damage = table.damage_of(choice)
+    if fit == len(spent):
+        return max(0.0, damage), 0.0
+    price = float(steps.gain[fit] / steps.extra[fit])
+    left = budget - int(spent[fit] - steps.extra[fit])
+    return max(0.0, damage - price * left), price
 
 
-def _hull(decision: Decision) -> list[int]:
-    """Indices on the lower convex hull of (bytes, damage), from the smallest option on."""
-    hull: list[int] = []
-    points = [(o.nbytes, o.damage) for o in decision.options]
-    for index, (x, y) in enumerate(points):
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = points[hull[-2]], points[hull[-1]]
-            if (y1 - y0) * (x - x0) < (y - y0) * (x1 - x0):
-                break
-            hull.pop()
-        hull.append(index)
-    return hull
+@dataclass(frozen=True)
+class _Steps:
+    """Moves to a decision's next hull point, by falling gain per byte. extra: bytes; gain: nats per token."""
+
+    owner: Ints
+    target: Ints
+    extra: Ints
+    gain: Floats
 
 
-def _fill(decisions: Sequence[Decision], choice: list[int], left: int) -> list[int]:
+def _steps(table: Table) -> _Steps:
+    """Walks every hull at once: each point leads to the one of most gain per byte, the farthest of equals."""
+    active, at = table.rows, np.zeros_like(table.count)
+    steepest = np.full(len(active), np.inf)
+    found = [(at[:0], at[:0], at[:0], steepest[:0], steepest[:0])]
+    while len(active):
+        rows, size, damage = np.arange(len(active)), table.nbytes[active], table.damage[active]
+        extra, gain = size - size[rows, at][:, None], damage[rows, at][:, None] - damage
+        slope = np.divide(gain, extra, out=np.full(gain.shape, -np.inf), where=(extra > 0) & (gain > 0))
+        target = np.minimum(slope.shape[1] - 1 - slope[:, ::-1].argmax(1), table.count[active] - 1)
+        live = slope[rows, target] > 0
+        active, target, rows = active[live], target[live], rows[live]
+        steepest = np.minimum(steepest[live], slope[rows, target])
+        found.append((active, target, extra[rows, target], gain[rows, target], steepest))
+        at = target
+    owner, target, extra, gain, slope = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.lexsort((target, owner, -slope))
+    return _Steps(owner[order], target[order], extra[order], gain[order])
+
+
+def _climb(table: Table, budget: int) -> tuple[Ints, int]:
+    """(choice, bytes left) after the hull steps that fit; a decision stops at its first that doesn't."""
+    choice = np.zeros_like(table.count)
+    steps = _steps(table)
+    spent = table.bytes_of(choice) + np.cumsum(steps.extra)
+    fit = int(np.searchsorted(spent, budget, side="right"))
+    choice[steps.owner[:fit]] = steps.target[:fit]
+    left = budget - table.bytes_of(choice)
+    smallest = np.minimum.accumulate(steps.extra[fit:][::-1])[::-1].tolist()
+    rest = zip(*(x[fit:].tolist() for x in (steps.owner, steps.target, steps.extra)), smallest, strict=True)
+    blocked: set[int] = set()
+    for owner, target, extra, least in rest:
+        if least > left:
+            break
+        if owner in blocked or extra > left:
+            blocked.add(owner)
+            continue
+        choice[owner], left = target, left - extra
+    return choice, left
+
+
+def _fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:
     """Spend the bytes left on the single upgrades that gain most per byte, off the hull as well."""
-    choice = list(choice)
-    queue = [u for i in range(len(decisions)) if (u := _upgrade(decisions, choice, i, left))]
+    choice, rows = choice.copy(), table.rows
+    following = np.minimum(choice + 1, table.count - 1)
+    extra = table.nbytes[rows, following] - table.nbytes[rows, choice]
+    near = np.flatnonzero((following > choice) & (extra <= left)).tolist()
+    queue = [u for i in near if (u := _upgrade(decisions[i], int(choice[i]), i, left))]
     heapq.heapify(queue)
     while queue:
         _, index, target = heapq.heappop(queue)
-        extra = decisions[index].options[target].nbytes - decisions[index].options[choice[index]].nbytes
-        if 0 < extra <= left and target > choice[index]:
-            choice[index], left = target, left - extra
-        if again := _upgrade(decisions, choice, index, left):
+        options, current = decisions[index].options, int(choice[index])
+        needed = options[target].nbytes - options[current].nbytes
+        if needed <= left:
+            choice[index], left = target, left - needed
+        if again := _upgrade(decisions[index], int(choice[index]), index, left):
             heapq.heappush(queue, again)
     return choice
 
 
-def _upgrade(decisions: Sequence[Decision], choice: list[int], index: int, left: int) -> tuple[float, int, int] | None:
-    options, current = decisions[index].options, choice[index]
+def _upgrade(decision: Decision, current: int, index: int, left: int) -> tuple[float, int, int] | None:
+    """(damage per byte, decision, option) of the upgrade that gains most per byte within `left` bytes."""
+    size, damage = decision.options[current].nbytes, decision.options[current].damage
     found = [
-        ((o.damage - options[current].damage) / (o.nbytes - options[current].nbytes), index, k)
-        for k, o in enumerate(options)
-        if k > current and o.nbytes - options[current].nbytes <= left
+        ((o.damage - damage) / (o.nbytes - size), index, k)
+        for k, o in enumerate(decision.options[current + 1 :], current + 1)
+        if size < o.nbytes <= size + left and o.damage < damage
     ]
     return min(found, default=None)
 
 
-def _trim(decisions: Sequence[Decision], choice: list[int], max_damage: float) -> list[int]:
-    """Undo upgrades, largest saving first, while the damage stays within its bound."""
-    choice, damage = list(choice), _damage(decisions, choice)
-    order = sorted(range(len(decisions)), key=lambda i: -decisions[i].options[choice[i]].nbytes)
-    for index in order:
-        options = decisions[index].options
-        for smaller in range(choice[index]):
-            more = options[smaller].damage - options[choice[index]].damage
-            if damage + more <= max_damage:
-                choice[index], damage = smaller, damage + more
-                break
+def _trim(table: Table, choice: Ints, max_damage: float) -> Ints:
+    """Undo upgrades, largest decision first, while the damage stays within its bound."""
+    choice, damage = choice.copy(), table.damage_of(choice)
+    order = np.argsort(-table.nbytes[table.rows, choice], kind="stable")
+    least = np.where(np.arange(table.damage.shape[1]) < choice[:, None], table.damage, np.inf).min(1)
+    more = least - table.damage[table.rows, choice]
+    for index in order[more[order] <= max_damage - damage].tolist():
+        current = int(choice[index])
+        room = max_damage - damage + table.damage[index, current]
+        smaller = np.flatnonzero(table.damage[index, :current] <= room)
+        if len(smaller):
+            damage += float(table.damage[index, smaller[0]] - table.damage[index, current])
+            choice[index] = smaller[0]
     return choice
-
-
-def _damage(decisions: Sequence[Decision], choice: Sequence[int]) -> float:
-    return sum(d.options[c].damage for d, c in zip(decisions, choice, strict=True))

@@ -4,43 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from assay.budget.menu import Decision
 from assay.budget.planners import refuse_impossible
+from assay.budget.table import Ints, Table
 
 
 def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     """The single level with the least damage that fits `budget` bytes. Raises InputError.
 
     A decision without the level takes its next larger option; what lies outside the blocks is kept
-    if that fits, and else treated alike.
+    if that fits, and else treated alike. Where no level fits everything takes its smallest option.
     """
     refuse_impossible(decisions, budget)
-    levels = {o.level for d in decisions for o in d.options}
-    trials = [[0] * len(decisions)]
-    for level in levels:
-        size = _bits_of(decisions, level)
-        for outside in (False, True):
-            trials.append([_index(d, level, size) if d.inside or outside else len(d.options) - 1 for d in decisions])
-    fitting = [t for t in trials if _bytes(decisions, t) <= budget]
-    return min(fitting, key=lambda t: (_damage(decisions, t), _bytes(decisions, t), t))
+    return best(Table.of(decisions), budget).tolist()
 
 
-def _bits_of(decisions: Sequence[Decision], level: str | None) -> float:
-    found = [o.nbytes / d.count for d in decisions for o in d.options if o.level == level]
-    return min(found, default=0.0)
+def best(table: Table, budget: int) -> Ints:
+    """`plan` on a table whose smallest options fit `budget` bytes."""
+    found = np.zeros_like(table.count)
+    merit = table.damage_of(found), table.bytes_of(found)
+    for level in range(len(table.levels)):
+        alike = _at(table, level)
+        for trial in (alike, np.where(table.inside, alike, table.count - 1)):
+            size = table.bytes_of(trial)
+            if size <= budget and (table.damage_of(trial), size) < merit:
+                found, merit = trial, (table.damage_of(trial), size)
+    return found
 
 
-def _index(decision: Decision, level: str | None, bytes_per_weight: float) -> int:
-    for index, option in enumerate(decision.options):
-        if option.level == level:
-            return index
-    larger = [i for i, o in enumerate(decision.options) if o.nbytes / decision.count >= bytes_per_weight]
-    return larger[0] if larger else len(decision.options) - 1
-
-
-def _bytes(decisions: Sequence[Decision], choice: list[int]) -> int:
-    return sum(d.options[c].nbytes for d, c in zip(decisions, choice, strict=True))
-
-
-def _damage(decisions: Sequence[Decision], choice: list[int]) -> float:
-    return sum(d.options[c].damage for d, c in zip(decisions, choice, strict=True))
+def _at(table: Table, level: int) -> Ints:
+    """Option of every decision at a level, or its next larger one in bytes per weight."""
+    same = table.level == level
+    choice, has = same.argmax(1), same.any(1)
+    per_weight = table.nbytes / np.maximum(table.weights, 1)[:, None]
+    lacking = np.flatnonzero(~has)
+    larger = per_weight[lacking] >= per_weight[same].min()
+    choice[lacking] = np.where(larger.any(1), larger.argmax(1), table.count[lacking] - 1)
+    return choice
