@@ -20,6 +20,7 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.files import load_tensors
 
 PEBBLE = Path(__file__).resolve().parents[2] / "shared" / "models" / "pebble"
+REFUSED = {"gpt2": "Conv1D", "mixtral": "experts", "qwen3_moe": "experts", "falcon": "open", "mamba": "open"}
 SMALL = {"tokens": 1024, "window": 32}
 
 
@@ -35,11 +36,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_every_family_is_compressed_and_loads_as_simulated(family) -> None:
     name, model, text, folder = family
-    if name == "gpt2":
-        with pytest.raises(InputError, match="Conv1D"):
+    if name in REFUSED:
+        with pytest.raises(InputError, match=REFUSED[name]):
             assay.compress(model, folder / "out", bits=4.7, calibration=text, **SMALL)
         return
-    report = assay.compress(model, folder / "out", bits=30.0 if name in ("mixtral", "qwen3_moe") else 4.7, calibration=text, **SMALL)
+    report = assay.compress(model, folder / "out", bits=4.7, calibration=text, **SMALL)
     counts = report["ledger"]
     assert counts["done"] == counts["planned"] > 0
     ledger = json.loads((folder / "out" / "assay" / "ledger.json").read_text())
@@ -54,6 +55,17 @@ def test_every_family_is_compressed_and_loads_as_simulated(family) -> None:
         ids = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
         loaded = assay.load(folder / "out").eval()
         torch.testing.assert_close(loaded(ids).logits, simulated(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_vllm_gets_one_level_for_what_it_fuses(tmp_path: Path) -> None:
+    model = save("qwen3_moe", tmp_path / "m")
+    assay.compress(model, tmp_path / "out", bits=8.0, engine="vllm", calibration=text_file(tmp_path), **SMALL)
+    levels = Checkpoint.open(tmp_path / "out").levels
+    for block in range(2):
+        experts = {v.name for k, v in levels.items() if f"layers.{block}.mlp.experts" in k}
+        attention = {v.name for k, v in levels.items() if f"layers.{block}.self_attn" in k and "o_proj" not in k}
+        assert len(experts) <= 1 and len(attention) <= 1
+    assert {v.bits for v in levels.values()} <= {4, 8}
 
 
 @pytest.mark.parametrize("family_name", ["gpt2", "mixtral"])

@@ -22,6 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+Width = tuple[int, int]
+"""Bits of a weight and the size of its groups."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -135,21 +138,29 @@ def finish(
     plain = job.load(torch.float32)
     found = model.state_dict() | {f"{name}.weight": w for name, w in (decoded or {}).items()}
     state = {name: found[name].float() for name in plain.state_dict()}
-    check_changes(plain, state)
+    names = [f"{name}.weight" for name in block_linears(plain)]
+    check(plain, state, dict.fromkeys(names, (job.bits, job.group_size)))
     plain.load_state_dict(state)
     facts = {"peer": peer[0], "version": peer[1], "bits_in_blocks": bits}
     write_result(job, clock, memory, **facts, dtype=save_plain(job, plain))
 
 
-def check_changes(original: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Every block linear must have changed; embeddings and head must not have."""
-    inside = {f"{name}.weight" for name in block_linears(original)}
+def check(original: nn.Module, state: Mapping[str, Tensor], widths: Mapping[str, Width]) -> None:
+    """Raise unless tensors in `widths` have few enough values a group and other matrices stayed."""
     for name, before in original.state_dict().items():
-        same = before.equal(state[name])
-        if name in inside and same:
-            raise RuntimeError(f"{name} was not quantized")
-        if before.ndim == 2 and name not in inside and not same:
+        after = state[name]
+        if name in widths:
+            bits, group_size = widths[name]
+            if most_values(after, group_size) > 1 << bits:
+                raise RuntimeError(f"{name} was not quantized to {bits} bits")
+        elif before.ndim == 2 and not before.float().equal(after.float()):
             raise RuntimeError(f"{name} should have stayed as it was")
+
+
+def most_values(weight: Tensor, group_size: int) -> int:
+    """Most distinct values in any group of `group_size` inputs of a weight [out, in]."""
+    ordered = weight.float().reshape(-1, group_size).sort(dim=1).values
+    return 1 + int(ordered.diff(dim=1).ne(0).sum(dim=1).max())
 
 
 def save_plain(job: Job, model: PreTrainedModel) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from _common import Clock, Job, bits_in_blocks, finish
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from _common import Clock, Job, bits_in_blocks, block_linears, finish
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, fake_quantize
 from llmcompressor import oneshot
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 
@@ -21,14 +22,20 @@ def scheme(job: Job) -> dict[str, Any]:
 
 
 def run(job: Job, peer: str, recipe: list[Any]) -> None:
-    """Quantize in the model's own dtype. 16 bits of scale and a zero point of `bits` per group.
-
-    What is left in the model are the dequantized weights as its readers compute them: codes times
-    scale, rounded once to the model's dtype.
-    """
+    """Quantize in the model's own dtype. 16 bits of scale and a zero point of `bits` per group."""
     model, clock = job.load(), Clock()
     rows = [{"input_ids": ids[0], "attention_mask": ids[0] * 0 + 1} for ids in job.batches()]
     with clock.running():
         oneshot(model=model, recipe=recipe, dataset=DataLoader(rows, batch_size=1))
+    decoded = {name: decode(linear) for name, linear in block_linears(model).items()}
     release = peer, version("llmcompressor")
-    finish(job, clock, release, bits_in_blocks(job, 16 + job.bits), model)
+    finish(job, clock, release, bits_in_blocks(job, 16 + job.bits), model, decoded)
+
+
+def decode(linear: nn.Linear) -> Tensor:
+    """Weight that its readers compute with: codes times scale, rounded once to the model's dtype.
+
+    Some modifiers leave these in the layer, some the weights that are yet to be rounded.
+    """
+    scheme = linear.quantization_scheme.weights
+    return fake_quantize(linear.weight, linear.weight_scale, linear.weight_zero_point, scheme)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import assay
-from _common import Clock, Job, check_changes, parser, peak_rss, read_job, write_result
+from _common import Clock, Job, check, parser, peak_rss, read_job, write_result
 from assay.budget.plan import Plan
 from assay.model.level import Level
 from transformers import AutoModelForCausalLM
@@ -95,7 +95,8 @@ def main() -> None:
         levels = compress(job, given, work, shapes)
     memory = peak_rss()
     assay.export(work / "packed", "plain", job.out)
-    check_changes(job.load(), AutoModelForCausalLM.from_pretrained(job.out).state_dict())
+    widths = {name: (v.bits, v.group_size or shapes[name][1]) for name, v in levels.items()}
+    check(job.load(), AutoModelForCausalLM.from_pretrained(job.out).state_dict(), widths)
     facts = {"peer": "assay", "version": assay.__version__, "method": given.method}
     facts |= {"levels": Counter(level.name for level in levels.values())}
     write_result(job, clock, memory, **facts, bits_in_blocks=bits_of(levels, shapes))

@@ -21,9 +21,8 @@ from assay import engines
 from assay.budget import plans, probe
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
-from assay.execute import Results
-from assay.execute import execute
 from assay.engines import reopen, write
+from assay.execute import Results, execute
 from assay.measure.profile import Profile, key_of, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
@@ -31,8 +30,8 @@ from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, save_text
-from assay.model.level import Level
 from assay.model.ledger import Entry, Fate, Ledger
+from assay.model.level import Level
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
 from assay.prove.divergence import Candidate, compare

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -89,11 +88,13 @@ def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
 
 
 def _key(row: SiteRow, fused: Sequence[frozenset[str]]) -> tuple[object, ...]:
+    if fused and row.expert is not None:
+        return (row.block, "experts")
     roles = next((r for r in fused if row.role in r), None)
     if roles is None or row.block is None:
         return (row.name,)
     parent = row.name.removesuffix(".weight").rpartition(".")[0]
-    return (row.block, re.sub(r"\.experts\.\d+", ".experts", parent), tuple(sorted(roles)))
+    return (row.block, parent, tuple(sorted(roles)))
 
 
 def _decision(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -102,11 +101,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+        for key in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -150,7 +148,7 @@ def _key(name: str) -> str:
         plain = yaml.safe_load(f"{name}: keep") == {name: "keep"}
     except (yaml.YAMLError, ValueError):
         plain = False
-    return name if plain else json.dumps(name)
+    return name if plain else yaml.safe_dump(name, default_style='"', width=10_000).rstrip("\n")
 
 
 def _group(name: str) -> str:

@@ -49,7 +49,7 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
     prices: dict[str, dict[str, float]] = {}
     all_rows = _rows(profile)
     for row in all_rows:
-        found = allowed(contract, row)
+        found = _refusal(profile, contract) or allowed(contract, row)
         priced = profile.prices.get(row.name, {})
         levels[row.name] = [] if isinstance(found, str) else [x for x in found if x.name in priced]
         prices[row.name] = {
@@ -60,6 +60,10 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
 
 def _rows(profile: Profile) -> list[SiteRow]:
     return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
+
+
+def _refusal(profile: Profile, contract: Contract) -> str | None:
+    return contract.refusal(profile.index["family"], any(r["expert"] is not None for r in profile.index["rows"]))
 
 
 def _price_kind(row: SiteRow, kind: str) -> str:
@@ -74,6 +78,7 @@ def make(
     options = decisions(profile, contract, method, budget.size is not None, keep)
     if not any(len(d.options) > 1 for d in options):
         reasons = sorted({r for row in _rows(profile) if isinstance(r := allowed(contract, row), str)})
+        reasons = [refusal] if (refusal := _refusal(profile, contract)) else reasons
         raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.budget.prices import menu, price
-from assay.measure.damage import Curvature
-from assay.measure.profile import key_of, Curvatures
+from assay.measure.profile import Curvatures, key_of
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base

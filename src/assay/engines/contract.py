@@ -27,6 +27,16 @@ class Contract:
     embedding: bool = False
     experts: bool = False
     transposed: bool = False
+    unreadable: tuple[str, ...] = ()
+    reads_expert_models: bool = True
+
+    def refusal(self, family: str, has_experts: bool) -> str | None:
+        """Why nothing of this family may be compressed for the engine; None when it may."""
+        if family in self.unreadable:
+            return f"{self.name} can't open compressed {family} models"
+        if has_experts and not self.reads_expert_models:
+            return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"
+        return None
 
     def levels(
         self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None, block: int | None

@@ -1,8 +1,8 @@
-"""vLLM's weight-only integer kernels: 4 and 8 bits, layers that it fuses at one level."""
+"""vLLM's weight-only integer kernels: 4 and 8 bits, layers that it fuses at one level, a layer's experts alike."""
 
 from assay.engines.contract import Contract
 
 CONTRACT = Contract(
     name="vllm", layout="pack-quantized", since="vllm 0.10", bits=(4, 8), group_sizes=(32, 64, 128, None),
-    symmetric=(True, False), fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
+    symmetric=(True, False), experts=True, fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip

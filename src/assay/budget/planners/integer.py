@@ -20,6 +20,8 @@ SECONDS = 30.0
 CLOSE = 1e-12
 ROW_SCALE = 1e6
 """The byte row's right-hand side. HiGHS accepts a violation of 1e-6 there: 1e-12 of the budget."""
+GAP_SCALE = 1e4
+"""The objective's value of the whole gap to be closed. HiGHS stops at 1e-6 of it: 1e-10 of the gap."""
 ATTEMPTS = 4
 
 
@@ -62,13 +64,13 @@ def _solve(
     room = max(limit - int(base.sum()), 1)
     least = table.damage.min(1)
     found = milp(
-        (table.damage[owner, option] - least[owner]) / gap,
+        (table.damage[owner, option] - least[owner]) / gap * GAP_SCALE,
         integrality=np.ones(len(owner)),
         bounds=Bounds(0, 1),
         constraints=_constraints(owner, (table.nbytes[owner, option] - base[owner]) / room),
         options={"time_limit": max(seconds, 0.01), "mip_rel_gap": 0.0},
     )
-    proven = float(least.sum()) + _dual_bound(found) * gap
+    proven = float(least.sum()) + _dual_bound(found) / GAP_SCALE * gap
     return (None if found.x is None else _choice(found, owner, option, best)), proven
 
 
@@ -92,9 +94,9 @@ def _constraints(owner: Ints, share: Floats) -> list[LinearConstraint]:
 
 
 def _dual_bound(found: OptimizeResult) -> float:
-    """HiGHS's proven bound less its absolute gap (1e-6), in units of the objective; -inf without one."""
+    """HiGHS's proven bound less its tolerances, in units of the objective; -inf without one."""
     value = found.mip_dual_bound
-    return -np.inf if value is None or not np.isfinite(value) else float(value) - 1e-6 * max(1.0, abs(value))
+    return -np.inf if value is None or not np.isfinite(value) else float(value) - 1e-6 - 1e-12 * abs(value)
 
 
 def _choice(found: OptimizeResult, owner: Ints, option: Ints, best: Ints) -> Ints:

@@ -62,7 +62,7 @@ def solve(
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks if clipped else (1.0,))
     check(weight, grid, H)
-    flat, moment = flatten_batch(weight, weight.dim()), shrink(flatten_batch(H, weight.dim()), shrinkage)
+    flat, moment = flatten_batch(weight), shrink(flatten_batch(H), shrinkage)
     order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
     factor, used = inverse_factor(permute(moment, order), damping)
     affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)

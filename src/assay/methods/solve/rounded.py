@@ -39,8 +39,6 @@ def check(weight: Tensor, grid: IntegerGrid, inputs: Tensor | None = None, outpu
             raise ValueError(f"{name} holds NaN or infinity")
 
 
-def flatten_batch(tensor: Tensor | None, dimensions: int) -> Tensor | None:
-    """Any leading axes of a tensor of `dimensions` axes as one, in float32: [batch, rows, columns]."""
-    if tensor is None:
-        return None
-    return tensor.float()[None] if dimensions == 2 else tensor.float().flatten(0, -3)
+def flatten_batch(tensor: Tensor) -> Tensor:
+    """Any leading axes as one, in float32: [batch, rows, columns]."""
+    return tensor.float()[None] if tensor.dim() == 2 else tensor.float().flatten(0, -3)

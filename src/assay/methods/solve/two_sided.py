@@ -74,9 +74,9 @@ def solve(
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks)
     check(weight, grid, H, G)
-    flat, moment, gradients = (flatten_batch(t, weight.dim()) for t in (weight, H, G))
-    inputs = shrink(moment, shrink_inputs)
-    outputs = _identity(flat) if gradients is None else shrink(gradients, shrink_outputs)
+    flat = flatten_batch(weight)
+    inputs = shrink(flatten_batch(H), shrink_inputs)
+    outputs = _identity(flat) if G is None else shrink(flatten_batch(G), shrink_outputs)
     problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
     columns, used_inputs = _order(inputs, damping)
     rows, used_outputs = _order(outputs, damping)
