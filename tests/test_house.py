@@ -19,9 +19,9 @@ FLOORS = {
     "measure": 1, "engines": 1,
     "methods": 2, "prove": 2,
     "budget": 3,
-    "execute": 4, "report": 4,
-    "run": 5, "": 5,
-    "cli": 6, "__main__": 7,
+    "execute": 4, "profiling": 4, "handover": 5, "report": 4,
+    "run": 6, "": 6,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 MODULES = {".".join(("assay", *f.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): f for f in FILES}
 

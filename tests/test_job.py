@@ -103,8 +103,9 @@ def test_a_run_killed_after_any_block_ends_with_the_same_bytes(tmp_path: Path, m
 
 def test_an_expert_that_saw_no_token_falls_back_and_says_so(tmp_path: Path) -> None:
     model = save("mixtral", tmp_path / "m", num_local_experts=32, num_experts_per_tok=1)
+    text = text_file(tmp_path, "aaaa" * 400)
     with pytest.raises(ShortfallError, match="fell back"):
-        assay.compress(model, tmp_path / "out", bits=4.7, engine="plain", calibration=text_file(tmp_path, "aaaa" * 400), tokens=256, window=32)
+        assay.compress(model, tmp_path / "out", bits=4.7, engine="plain", calibration=text, tokens=256, window=32)
     rows = json.loads((tmp_path / "out" / "assay" / "ledger.json").read_text())
     assert any(r["fate"] == "fell_back" and "no calibration token" in r["reason"] for r in rows)
 
@@ -173,7 +174,7 @@ def test_plans_and_profiles_of_other_models_are_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    assay.profile("builtin", folder / "p", tokens=8192)
+    assay.profile("builtin", folder / "p", tokens=4096)
     return folder
 
 
@@ -191,7 +192,7 @@ def test_a_size_is_the_bytes_of_the_weight_files(trained: Path) -> None:
     report = assay.compress("builtin", trained / "sized", size="4.2MB", profile=trained / "p")
     files = sum(p.stat().st_size for p in (trained / "sized").glob("*.safetensors"))
     assert files == report["bytes"] <= 4_200_000
-    verdict = assay.verify(trained / "sized", "builtin", tokens=8192)
+    verdict = assay.verify(trained / "sized", "builtin", tokens=4096)
     assert verdict["bytes"] == files
     assert verdict["kl"]["low"] < verdict["kl"]["measured"] < verdict["kl"]["high"]
 
@@ -200,7 +201,7 @@ def test_two_bits_hurt_four_do_not_and_the_promise_holds(trained: Path) -> None:
     found = {}
     for bits in (2.3, 4.3):
         assay.compress("builtin", trained / f"b{bits}", bits=bits, profile=trained / "p")
-        found[bits] = assay.verify(trained / f"b{bits}", "builtin", tokens=16384)
+        found[bits] = assay.verify(trained / f"b{bits}", "builtin", tokens=8192)
     assert found[4.3]["kl"]["measured"] < 0.1 * found[2.3]["kl"]["measured"]
     assert found[4.3]["perplexity"]["compressed"] < 1.02 * found[4.3]["perplexity"]["original"]
     for bits, (low, high) in {2.3: (0.65, 1.5), 4.3: (0.7, 1.4)}.items():
@@ -224,6 +225,6 @@ def test_each_solver_is_better_than_the_simpler_one(tmp_path: Path) -> None:
     measured = {}
     for method in ("nearest", "gptq", "two_sided"):
         assay.compress(PEBBLE, tmp_path / method, bits=3.32, method=method, uniform=True, profile=tmp_path / "p")
-        measured[method] = assay.verify(tmp_path / method, PEBBLE, text=text / "test.txt", tokens=15360)["kl"]["measured"]
+        measured[method] = assay.verify(tmp_path / method, PEBBLE, text=text / "test.txt", tokens=7680)["kl"]["measured"]
     assert measured["gptq"] < 0.55 * measured["nearest"]
     assert measured["two_sided"] < 0.85 * measured["gptq"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from assay.budget.prices import MEASURED_BITS
@@ -71,7 +72,7 @@ class Forecast:
         x = math.log(damage)
         if x <= points[0][0] or len(points) == 1:
             return math.exp(points[0][1])
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(points):
             if x <= x1:
                 return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
         return math.exp(points[-1][1])

@@ -54,10 +54,7 @@ def fail(message: object, code: int) -> typer.Exit:
 
 
 def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _prepare()
     try:
         with redirect_stdout(sys.stderr):
             return body()
@@ -70,6 +67,19 @@ def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
         if error.errno not in _REFUSED:
             raise
         raise fail(f"{error.filename or 'the disk'}: {error.strerror}", 2) from None
+
+
+def _prepare() -> None:
+    """Settings that libraries read when they are imported, which the commands do late.
+
+    Threads that wait by spinning slow the solvers' many small steps down a hundredfold where other
+    programs use the same cores; so they sleep instead.
+    """
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    if not sys.stderr.isatty():
+        settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 def _show(answer: Answer, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,8 @@ class StreamedModel:
         Remembers, per batch, with which further arguments the model calls each block. Call inside `outside()`.
         """
         seen: list[Tensor] = []
-        with self._recorders(lambda index, hidden, call: self._note(index, hidden, call, seen)):
-            try:
-                self.model(input_ids=ids)
-            except _Stop:
-                pass
+        with self._recorders(lambda index, hidden, call: self._note(index, hidden, call, seen)), suppress(_Stop):
+            self.model(input_ids=ids)
         return seen[0]
 
     def run_block(self, index: int, hidden: Tensor, batch: int) -> Tensor:

@@ -34,21 +34,23 @@ def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
 # ---- codes -----------------------------------------------------------------------------------
 
 
-def descend(problem: Problem, centred: Tensor, affine: Affine, sweeps: int = 1, block: int = 32) -> Tensor:
+def descend(
+    problem: Problem, centred: Tensor, affine: Affine, sweeps: int = 1, width: int = 8, block: int = 64
+) -> Tensor:
     """Coordinate descent on the codes (as QuantEase 2023 and CDQuant 2024 for G = I); returns centred codes.
 
-    A sweep visits the columns in order. In a column every weight is offered its own best level given
-    all others, and a set of offers is accepted that cannot raise f even jointly (see `_accept`).
+    A sweep visits the columns in order, `width` of them at a time. Every weight there is offered its
+    own best level given all others, and a set of offers is taken that lowers f jointly (see `_choose`).
     The gradient G D H is kept exact: at once inside a block of columns, by one product per block beyond.
     """
     state = _Descent(problem, centred, affine)
     for _ in range(sweeps):
-        state.sweep(block)
+        state.sweep(width, block)
     return state.centred.mT.contiguous()
 
 
 class _Descent:
-    """Weights held transposed, [batch, in, out], so that a column is contiguous."""
+    """Weights held transposed, [batch, in, out], so that columns are contiguous."""
 
     def __init__(self, problem: Problem, centred: Tensor, affine: Affine) -> None:
         self.problem = problem
@@ -57,49 +59,52 @@ class _Descent:
         self.centred = centred.mT.contiguous().clone()
         self.levels = problem.grid.level(self.centred, self.scale)
         self.row_weight, self.column_weight = diagonal(problem.outputs), diagonal(problem.inputs)
-        self.coupling = problem.outputs.abs()
-        self.coupling.diagonal(dim1=1, dim2=2).zero_()
 
-    def sweep(self, block: int) -> None:
+    def sweep(self, width: int, block: int) -> None:
         """Visit every column once."""
         inputs, outputs = self.problem.inputs, self.problem.outputs
         through = (self.problem.weight.mT - self.levels) @ outputs  # (G D)^T, afresh: no drift
         for start in range(0, self.levels.shape[1], block):
-            columns = slice(start, min(start + block, self.levels.shape[1]))
-            gradient = inputs[:, columns] @ through  # (G D H)^T of the block
-            for k in range(gradient.shape[1]):
-                j = start + k
-                pushed = self._visit(j, gradient[:, k])
-                through[:, j] -= pushed
-                later = gradient[:, k + 1 :]
-                later -= inputs[:, j, j + 1 : columns.stop, None] * pushed[:, None]
+            stop = min(start + block, self.levels.shape[1])
+            gradient = inputs[:, start:stop] @ through  # (G D H)^T of the block
+            for first in range(start, stop, width):
+                last = min(first + width, stop)
+                pushed = self._visit(slice(first, last), gradient[:, first - start : last - start])
+                through[:, first:last] -= pushed
+                if last < stop:
+                    gradient[:, last - start :] -= inputs[:, last:stop, first:last] @ pushed
 
-    def _visit(self, j: int, gradient: Tensor) -> Tensor:
-        """Move column j where that helps; returns G times the step taken, [batch, out]."""
-        grid, present, scale = self.problem.grid, self.levels[:, j], self.scale[:, j]
-        curvature = self.row_weight * self.column_weight[:, j, None]
-        codes = grid.snap(present + gradient / curvature, scale, self.low[:, j], self.high[:, j])
-        levels = grid.level(codes, scale)
-        step = levels - present
-        change = (curvature * step / 2 - gradient) * step
-        accepted = self._accept(step, change, self.column_weight[:, j, None])
-        step = torch.where(accepted, step, 0.0)
-        self.centred[:, j] = torch.where(accepted, codes, self.centred[:, j])
-        self.levels[:, j] = torch.where(accepted, levels, present)
-        return (self.problem.outputs @ step[..., None])[..., 0]
+    def _visit(self, columns: slice, gradient: Tensor) -> Tensor:
+        """Move some columns where that helps; returns G times the steps taken, [batch, columns, out]."""
+        grid, present, scale = self.problem.grid, self.levels[:, columns], self.scale[:, columns]
+        curvature = self.row_weight[:, None, :] * self.column_weight[:, columns, None]
+        codes = grid.snap(present + gradient / curvature, scale, self.low[:, columns], self.high[:, columns])
+        offers = grid.level(codes, scale) - present
+        steps, pushed = self._choose(offers, gradient, curvature, self.problem.inputs[:, columns, columns])
+        taken = steps != 0
+        self.centred[:, columns] = torch.where(taken, codes, self.centred[:, columns])
+        self.levels[:, columns] = present + steps
+        return pushed
 
-    def _accept(self, step: Tensor, change: Tensor, column_weight: Tensor) -> Tensor:
-        """Which of the offered steps [batch, out] of one column to take.
+    def _choose(self, offers: Tensor, gradient: Tensor, curvature: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The offered steps to take, [batch, columns, out], and G times them.
 
-        Steps a, b taken together change f by change_a + change_b + H_jj G_ab a b. Charging each step half
-        of |H_jj G_ab a b| for every other offer bounds its share from above; all whose bound is
-        negative may be taken together, and the best one alone always may.
+        Each offer lowers f alone. Those that would not if all the others were taken are withdrawn, and
+        the change the rest makes together is evaluated exactly. Where that is no gain, only the best
+        single offer of the matrix is taken.
         """
-        size = step.abs()
-        conflict = (self.coupling @ size[..., None])[..., 0]
-        accepted = change + column_weight / 2 * size * conflict < 0
-        best = change.argmin(-1, keepdim=True)
-        return accepted.scatter_(-1, best, change.gather(-1, best) < 0)
+        outputs = self.problem.outputs
+        alone = (curvature * offers / 2 - gradient) * offers
+        with_all = alone + offers * (inputs @ (offers @ outputs) - curvature * offers)
+        steps = torch.where(with_all < 0, offers, 0.0)
+        pushed = steps @ outputs
+        together = ((inputs @ pushed / 2 - gradient) * steps).sum((1, 2))
+        if bool((together > 0).any()):
+            best = alone.flatten(1).argmin(1, keepdim=True)
+            single = torch.zeros_like(alone).flatten(1).scatter_(1, best, offers.flatten(1).gather(1, best))
+            steps = torch.where(together[:, None, None] > 0, single.view_as(steps), steps)
+            pushed = steps @ outputs
+        return steps, pushed
 
 
 # ---- scales ----------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""Makes a profile: text, two sweeps, prices, a rehearsal and probes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from assay import engines
+from assay.budget import plans, probe
+from assay.budget.size import Budget
+from assay.measure.profile import Profile, measure, save_index
+from assay.measure.stream import StreamedModel
+from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
+from assay.model.checkpoint import read_json
+from assay.model.errors import InputError
+from assay.model.files import save_text
+from assay.model.progress import Progress
+
+TOKENS = 16_384
+WINDOW = 256
+PROBE_TOKENS = 4_096
+PROBED = ("gptq", "two_sided")
+MAX_AUTO_TOKENS = 131_072
+STABLE_SHARE = 0.05
+
+
+def make_profile(
+    model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
+    progress: Progress,
+) -> Profile:  # fmt: skip
+    """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError."""
+    text, held_out = _texts(model, calibration, tokens, window)
+    settings = _settings(model, text, seed)
+    if (folder / "profile.json").exists():
+        existing = Profile.open(folder)
+        if existing.index["settings"] != settings:
+            raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
+        return existing
+    _claim(folder, settings)
+    measure(model, text, folder, seed, progress)
+    return _finish(model, folder, text, held_out, settings, progress)
+
+
+def stable_profile(
+    model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress
+) -> Profile:
+    """Double the calibration tokens until the plan at 3.5 bits stops changing."""
+    if (folder / "profile.json").exists():
+        return Profile.open(folder)
+    count, earlier = TOKENS // 4, None
+    while True:
+        model.forget()
+        part = folder.with_name(f"{folder.name}.{count}")
+        found = make_profile(model, part, calibration, count, window, seed, progress)
+        plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
+        levels = {name: choice.level for name, choice in plan.choices.items()}
+        changed = sum(levels[n] != earlier[n] for n in levels) / len(levels) if earlier else 1.0
+        used = int(found.index["calibration"]["tokens"])
+        progress.log(f"{used} calibration tokens: {changed:.0%} of the plan changed")
+        if changed <= STABLE_SHARE or used < 0.9 * count or 2 * count > MAX_AUTO_TOKENS:
+            break
+        earlier, count = levels, count * 2
+    os.rename(found.folder, folder)
+    for part in folder.parent.glob(f"{folder.name}.[0-9]*"):
+        shutil.rmtree(part)
+    return Profile.open(folder)
+
+
+def _finish(
+    model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any], progress: Progress
+) -> Profile:
+    prices = probe.price_model(model, folder, text.tokens, progress)
+    ratios = probe.rehearse(model, folder, text.tokens, prices, PROBED, progress)
+    points = probe.probe(model, held_out, prices, progress)
+    index = {
+        "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,
+        "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
+        "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest},
+        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model)], "kept": model.anatomy.kept,
+        "names": {n: model.checkpoint.nbytes(n) for n in model.checkpoint.names},
+        "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
+        "file_bytes": model.checkpoint.weight_bytes, "prices": prices, "ratios": ratios, "probes": points,
+    }  # fmt: skip
+    return save_index(folder, index)
+
+
+def _texts(model: StreamedModel, calibration: str | Path | None, count: int, window: int | None) -> tuple[Windows, Windows]:
+    """Calibration windows, and the held-out ones for probes that follow them in the text."""
+    limit = int(getattr(model.model.config, "max_position_embeddings", WINDOW) or WINDOW)
+    length = min(window or WINDOW, limit)
+    both = windows(model.checkpoint, calibration, "calibration", count + PROBE_TOKENS, length, model.vocabulary)
+    held = min(max(1, PROBE_TOKENS // length), len(both.ids) // 4)
+    if held < 1:
+        raise InputError(f"{both.source}: {both.tokens} tokens; calibration needs at least {4 * length}")
+    used = min(len(both.ids) - held, max(1, count // length))
+    return Windows(both.ids[:used], both.source), Windows(both.ids[-held:], both.source + ":held out")
+
+
+def _settings(model: StreamedModel, text: Windows, seed: int) -> dict[str, Any]:
+    return {"model": model.checkpoint.fingerprint, "digest": text.digest, "tokens": text.tokens, "seed": seed}
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Mark an unfinished profile with its settings, so that only the same ones continue it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "unfinished.json"
+    if note.exists() and read_json(note, "damaged") != settings:
+        raise InputError(f"{folder} holds an unfinished profile of other settings; remove it or choose another folder")
+    save_text(note, json.dumps(settings, sort_keys=True))
