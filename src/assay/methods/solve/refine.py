@@ -79,11 +79,12 @@ class _Descent:
         grid, present, scale = self.problem.grid, self.levels[:, columns], self.scale[:, columns]
         curvature = self.row_weight[:, None, :] * self.column_weight[:, columns, None]
         codes = grid.snap(present + gradient / curvature, scale, self.low[:, columns], self.high[:, columns])
-        offers = grid.level(codes, scale) - present
+        levels = grid.level(codes, scale)
+        offers = levels - present
         steps, pushed = self._choose(offers, gradient, curvature, self.problem.inputs[:, columns, columns])
         taken = steps != 0
         self.centred[:, columns] = torch.where(taken, codes, self.centred[:, columns])
-        self.levels[:, columns] = present + steps
+        self.levels[:, columns] = torch.where(taken, levels, present)
         return pushed
 
     def _choose(self, offers: Tensor, gradient: Tensor, curvature: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

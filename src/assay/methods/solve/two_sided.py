@@ -60,8 +60,8 @@ def solve(
     shrink_outputs: float = 0.1,
     damping: float = 0.01,
     second_grid: bool = True,
-    refits: int = 1,
-    sweeps: int = 2,
+    refits: int = 2,
+    sweeps: int = 3,
     tile: int = 16,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
