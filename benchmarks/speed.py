@@ -5,11 +5,14 @@ python benchmarks/speed.py [--rounds 3] [--threads 4]
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from _contestants import PEER_GPTQ, Contestant, Task, compress, ours
-from _floor import Part, floor
+from _floor import Part
 from _harness import (
     CALIBRATION_TEXT,
     CALIBRATION_WINDOWS,
@@ -21,6 +24,7 @@ from _harness import (
     work_folder,
     write,
 )
+from _process import run
 
 GPTQ, DEFAULT = ours("gptq", uniform=True), ours("auto", uniform=False)
 EVERYONE = (GPTQ, DEFAULT, PEER_GPTQ)
@@ -55,6 +59,14 @@ def comparison(times: Times) -> str:
     for name in ("work", "with imports and saving", "process"):
         header += [f"{name}, s", "ratio to the peer"]
     return table(header, rows)
+
+
+def floor(model: Path, threads: int, folder: Path) -> list[Part]:
+    """The floor's parts, measured in a process with the contestants' environment."""
+    script = Path(__file__).with_name("_floor.py")
+    sizes = [str(n) for n in (CALIBRATION_WINDOWS, WINDOW, threads)]
+    usage = run([sys.executable, str(script), str(model), *sizes], threads, folder / "floor.log")
+    return [Part(**row) for row in json.loads(usage.output.strip().splitlines()[-1])]
 
 
 def floors(parts: list[Part]) -> str:
@@ -96,7 +108,7 @@ def main() -> None:
     folder = work_folder(given.out)
     ids = token_windows(given.model, CALIBRATION_TEXT, CALIBRATION_WINDOWS)
     times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
-    parts = floor(given.model, CALIBRATION_WINDOWS, WINDOW, given.threads)
+    parts = floor(given.model, given.threads, folder)
     text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts)]
     figures = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
     write(folder, "speed", "\n\n".join(text), figures)

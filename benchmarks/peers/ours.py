@@ -61,7 +61,9 @@ def profile(job: Job, text: Path, folder: Path) -> Any:
 def options() -> argparse.Namespace:
     """The command line."""
     given = parser(__doc__)
-    given.add_argument("--text", type=Path, required=True, help="text that the ids are the start of")
+    given.add_argument(
+        "--text", type=Path, required=True, help="text that the ids are the start of"
+    )
     given.add_argument("--method", default="auto", help="gptq, two_sided or auto")
     given.add_argument("--plan", choices=("uniform", "mixed"), default="uniform")
     return given.parse_args()

@@ -91,8 +91,8 @@ class _Descent:
         """The offered steps to take, [batch, columns, out], and G times them.
 
         Each offer lowers f alone. Those that would not if all the others were taken are withdrawn, and
-        the change the rest makes together is evaluated exactly. Where that is no gain, only the best
-        single offer of the matrix is taken.
+        the change the rest makes together is evaluated exactly. Where that is no gain (none
+        may be left), only the best single offer of the matrix is taken.
         """
         outputs = self.problem.outputs
         alone = (curvature * offers / 2 - gradient) * offers
@@ -100,10 +100,10 @@ class _Descent:
         steps = torch.where(with_all < 0, offers, 0.0)
         pushed = steps @ outputs
         together = ((inputs @ pushed / 2 - gradient) * steps).sum((1, 2))
-        if bool((together > 0).any()):
+        if bool((together >= 0).any()):
             best = alone.flatten(1).argmin(1, keepdim=True)
             single = torch.zeros_like(alone).flatten(1).scatter_(1, best, offers.flatten(1).gather(1, best))
-            steps = torch.where(together[:, None, None] > 0, single.view_as(steps), steps)
+            steps = torch.where(together[:, None, None] >= 0, single.view_as(steps), steps)
             pushed = steps @ outputs
         return steps, pushed
 
