@@ -48,7 +48,7 @@ def solve(
     act_order: bool = True,
     clipped: bool = True,
     shrinks: Sequence[float] = SHRINKS,
-    shrinkage: float = 0.0,
+    shrinkage: float = 0.02,
     damping: float = 0.01,
     block: int = 32,
 ) -> Rounded:
