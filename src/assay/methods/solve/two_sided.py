@@ -69,7 +69,8 @@ def solve(
     shrinks: ranges tried by the grid search. shrink_inputs, shrink_outputs: how far H and G move
     towards their diagonals; damping: then added, as a fraction of the mean diagonal. second_grid: also
     try the grid fitted to compensated weights; None: at 2 bits only, where it gains 5%, above it gains nothing.
-    refits: how often scales are refitted, each time followed by `sweeps` of descent. tile: side of the square tiles of the wave (speed only).
+    refits: how often scales are refitted, each time
+    followed by `sweeps` of descent. tile: side of the square tiles of the wave (speed only).
     """
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks)
