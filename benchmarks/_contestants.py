@@ -65,9 +65,7 @@ def ours(method: str, uniform: bool) -> Contestant:
     """Assay with one method: one width everywhere, or a mixed plan of the same total bits."""
     plan = "uniform" if uniform else "mixed"
     text = ("--text", str(CALIBRATION_TEXT))
-    return Contestant(
-        f"assay {method}, {plan}", "ours.py", options=("--method", method, "--plan", plan, *text)
-    )
+    return Contestant(f"assay {method}, {plan}", "ours.py", options=("--method", method, "--plan", plan, *text))
 
 
 OURS = tuple(ours(method, uniform) for uniform in (True, False) for method in ("gptq", "two_sided"))

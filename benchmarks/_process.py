@@ -44,7 +44,6 @@ def environment(threads: int, extra: Mapping[str, str] | None = None) -> dict[st
     fixed = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
@@ -55,9 +54,7 @@ def environment(threads: int, extra: Mapping[str, str] | None = None) -> dict[st
 def start(command: Sequence[str], threads: int, log: Path) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own; what it prints goes to a file."""
     with log.open("wb") as file:
-        return subprocess.Popen(
-            command, env=environment(threads), stdout=file, stderr=file, start_new_session=True
-        )
+        return subprocess.Popen(command, env=environment(threads), stdout=file, stderr=file, start_new_session=True)
 
 
 def run(command: Sequence[str], threads: int, log: Path) -> Usage:

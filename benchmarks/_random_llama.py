@@ -95,17 +95,14 @@ def build(shape: Shape, folder: Path, text: Path) -> None:
 def _shard(shape: Shape, index: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Tensors of block `index`, or what lies outside the blocks after the last one."""
     if index == shape.layers:
-        matrices = dict.fromkeys(
-            ("model.embed_tokens", "lm_head"), (shape.vocabulary, shape.hidden)
-        )
+        matrices = dict.fromkeys(("model.embed_tokens", "lm_head"), (shape.vocabulary, shape.hidden))
         norms = ["model.norm"]
     else:
         block = f"model.layers.{index}"
         matrices = {f"{block}.{name}": size for name, size in shape.block_matrices().items()}
         norms = [f"{block}.input_layernorm", f"{block}.post_attention_layernorm"]
     weights = {
-        f"{name}.weight": (torch.randn(size, generator=generator) * DEVIATION).bfloat16()
-        for name, size in matrices.items()
+        f"{name}.weight": (torch.randn(size, generator=generator) * DEVIATION).bfloat16() for name, size in matrices.items()
     }
     ones = {f"{name}.weight": torch.ones(shape.hidden, dtype=torch.bfloat16) for name in norms}
     return weights | ones

@@ -43,9 +43,7 @@ def matrices(model: str, profile: Path, judge: Path | None) -> None:
     text = windows(streamed.checkpoint, judge, "evaluation", 7680, 256, streamed.vocabulary)
     level = Level(3, 64)
     names = [key_of(s) for s in streamed.anatomy.sites.values() if s.block is not None]
-    candidates = {
-        n: Candidate(streamed, nearest(lambda site, n=n: level if key_of(site) == n else None)) for n in names
-    }
+    candidates = {n: Candidate(streamed, nearest(lambda site, n=n: level if key_of(site) == n else None)) for n in names}
     scores = compare(streamed, candidates, text, Silent())
     measured = np.log([float(torch.cat(scores[n].kl).double().mean()) for n in names])
     predicted = np.log([prices[n][level.name]["nearest"] for n in names])

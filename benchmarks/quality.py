@@ -37,9 +37,7 @@ HEADER = (
 )
 
 
-def measure(
-    everyone: list[Contestant], task: Task, judge: Judge
-) -> dict[Contestant, dict[str, Any]]:
+def measure(everyone: list[Contestant], task: Task, judge: Judge) -> dict[Contestant, dict[str, Any]]:
     """Compress with every contestant and judge it; adds `judgement` and its summary."""
     rows: dict[Contestant, dict[str, Any]] = {}
     for contestant in everyone:

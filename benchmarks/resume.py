@@ -103,9 +103,7 @@ def main() -> None:
     sys.exit(any(row["differing"] for row in rows))
 
 
-def report(
-    given: Any, folder: Path, seconds: float, rows: list[dict[str, Any]], files: int
-) -> None:
+def report(given: Any, folder: Path, seconds: float, rows: list[dict[str, Any]], files: int) -> None:
     """Write the table, one line a trial."""
     lines = [
         [

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import assay
 from _common import Clock, Job, check, parser, peak_rss, read_job, write_result
+import assay.run  # noqa: F401  outside the clock, like the peers' imports
 from assay.budget.plan import Plan
 from assay.model.level import Level
 from transformers import AutoModelForCausalLM
@@ -46,18 +47,6 @@ def bits_of(levels: dict[str, Level], shapes: Shapes) -> float:
     return stored / weights
 
 
-def profile(job: Job, text: Path, folder: Path) -> Any:
-    """Measure on exactly the job's tokens, which are the beginning of the text."""
-    ids = job.ids()
-    measured = assay.profile(
-        job.model, folder, calibration=text, tokens=ids.numel(), window=ids.shape[1]
-    )
-    digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    if not digest.startswith(measured.index["calibration"]["digest"]):
-        raise RuntimeError("assay calibrated on other tokens than the peers")
-    return measured
-
-
 def options() -> argparse.Namespace:
     """The command line."""
     given = parser(__doc__)
@@ -70,17 +59,25 @@ def options() -> argparse.Namespace:
 
 
 def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) -> dict[str, Level]:
-    """Profile and compress into `work`/packed. Returns the level of every weight in the blocks."""
-    measured = profile(job, given.text, work / "profile")
+    """Profile and compress into `work`/packed, on exactly the job's tokens, which are the beginning of the text.
+
+    Returns the level of every weight in the blocks.
+    """
+    ids = job.ids()
     assay.compress(
         job.model,
         work / "packed",
-        profile=measured.folder,
+        calibration=given.text,
+        tokens=ids.numel(),
+        window=ids.shape[1],
         bits=budget(job, shapes),
         method=given.method,
         uniform=given.plan == "uniform",
         threads=job.threads,
     )
+    recipe = json.loads((work / "packed" / "assay" / "recipe.json").read_text())
+    if not hashlib.sha256(ids.numpy().tobytes()).hexdigest().startswith(recipe["calibration"]["digest"]):
+        raise RuntimeError("assay calibrated on other tokens than the peers")
     plan = Plan.load(work / "packed" / "assay" / "plan.yaml")
     return {name: Level.parse(plan.choices[name].level) for name in shapes}
 

@@ -24,6 +24,7 @@ from assay.model.level import Level
 from assay.model.packed import PackedInteger
 from assay.model.progress import Progress
 from assay.model.sites import Site
+from assay.model.threads import threads_for
 
 BATCH_WEIGHTS = 1 << 25
 
@@ -92,7 +93,8 @@ def _solve_block(
         weights = [read_weight(model, site) for site in sites]
         scale_dtype = _scale_dtype(model, sites[0])
         stats = [curvatures[key_of(site)] for site in sites]
-        packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
+        with threads_for(weights[0].numel()):
+            packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             name = plan.method if not reason else "nearest"

@@ -23,16 +23,19 @@ from assay.model.progress import Progress
 TOKENS = 16_384
 WINDOW = 256
 PROBE_TOKENS = 4_096
-PROBED = ("gptq", "two_sided")
+REHEARSED = ("gptq", "two_sided")
 MAX_AUTO_TOKENS = 131_072
 STABLE_SHARE = 0.05
 
 
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
-    progress: Progress,
+    progress: Progress, methods: tuple[str, ...] = REHEARSED,
 ) -> Profile:  # fmt: skip
-    """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError."""
+    """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
+
+    methods: those that are rehearsed; any other is planned by its price alone.
+    """
     text, held_out = _texts(model, calibration, tokens, window)
     settings = _settings(model, text, seed)
     if (folder / "profile.json").exists():
@@ -42,7 +45,7 @@ def make_profile(
         return existing
     _claim(folder, settings)
     measure(model, text, folder, seed, progress)
-    return _finish(model, folder, text, held_out, settings, progress)
+    return _finish(model, folder, text, held_out, settings, methods, progress)
 
 
 def stable_profile(
@@ -71,10 +74,11 @@ def stable_profile(
 
 
 def _finish(
-    model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any], progress: Progress
-) -> Profile:
+    model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any],
+    methods: tuple[str, ...], progress: Progress,
+) -> Profile:  # fmt: skip
     prices = probe.price_model(model, folder, text.tokens, progress)
-    ratios = probe.rehearse(model, folder, text.tokens, prices, PROBED, progress)
+    ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     points = probe.probe(model, held_out, prices, progress)
     index = {
         "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,

@@ -33,7 +33,7 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
-from assay.profiling import TOKENS, WINDOW, make_profile, stable_profile
+from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
 from assay.prove.divergence import Candidate, compare
 
 JUDGE_TOKENS = 30_720
@@ -78,13 +78,13 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
-    window: int | None = None, seed: int = 0, progress: Progress | None = None,
+    window: int | None = None, seed: int = 0, methods: tuple[str, ...] = REHEARSED, progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     if tokens == "auto":
         return stable_profile(streamed, Path(out), calibration, window, seed, listener)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener)
+    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods)
 
 
 def plan(
@@ -123,7 +123,7 @@ def compress(
     if given and given.model != checkpoint.fingerprint:
         raise InputError("the plan was made for another model; run assay plan on a profile of this one")
     streamed = StreamedModel(checkpoint)
-    measured = Profile.open(profile) if profile else _profile_in(work, model, calibration, tokens, window, progress)
+    measured = Profile.open(profile) if profile else _profile_in(work, model, calibration, tokens, window, method, progress)
     _check_profile(measured, streamed)
     if given is None:
         chosen = plans.make(measured, budget, contract, _method(method), keep, "lagrange", uniform)
@@ -226,12 +226,12 @@ def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress:
 
 def _profile_in(
     work: Path, model: str | Path, calibration: str | Path | None, tokens: int | str | None, window: int | None,
-    progress: Progress,
+    method: str, progress: Progress,
 ) -> Profile:  # fmt: skip
-    folder = work / f"profile-{_digest(f'{calibration}:{tokens}:{window}')}"
-    fresh = not work.exists()
+    folder = work / f"profile-{_digest(f'{calibration}:{tokens}:{window}:{method}')}"
+    fresh, used = not work.exists(), tuple(m for m in REHEARSED if m == _method(method))
     try:
-        return profile(model, folder, calibration=calibration, tokens=tokens, window=window, progress=progress)
+        return profile(model, folder, calibration=calibration, tokens=tokens, window=window, methods=used, progress=progress)
     except InputError:
         if fresh:
             shutil.rmtree(work, ignore_errors=True)

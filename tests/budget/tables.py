@@ -13,9 +13,7 @@ from assay.budget.menu import Decision, Option
 LEVELS = [f"int{bits}-g{group}-asym" for bits in (2, 3, 4, 5, 6, 8) for group in (128, 64, 32)]
 
 
-def decision(
-    index: int, sizes: Sequence[int], damages: Sequence[float], levels: Sequence[str], inside: bool
-) -> Decision:
+def decision(index: int, sizes: Sequence[int], damages: Sequence[float], levels: Sequence[str], inside: bool) -> Decision:
     """A decision whose last size is the stored one; damages fall as sizes rise."""
     names: list[str | None] = [*levels, None]
     damages = [*sorted(damages, reverse=True), 0.0]
@@ -30,18 +28,14 @@ def menus(draw: st.DrawFn, most: int = 5, options: int = 4, biggest: int = 10**6
     for index in range(draw(st.integers(1, most))):
         count = draw(st.integers(1, options))
         sizes = draw(st.lists(st.integers(1, biggest), min_size=count, max_size=count, unique=True))
-        powers = draw(
-            st.lists(st.floats(-9, 1), min_size=count - 1, max_size=count - 1, unique_by=lambda x: 10.0**x)
-        )
+        powers = draw(st.lists(st.floats(-9, 1), min_size=count - 1, max_size=count - 1, unique_by=lambda x: 10.0**x))
         levels = draw(st.lists(st.sampled_from(LEVELS), min_size=count - 1, max_size=count - 1, unique=True))
         found.append(decision(index, sizes, [10.0**p for p in powers], levels, draw(st.booleans())))
     return found
 
 
 @st.composite
-def cases(
-    draw: st.DrawFn, most: int = 5, options: int = 4, biggest: int = 10**6
-) -> tuple[list[Decision], int]:
+def cases(draw: st.DrawFn, most: int = 5, options: int = 4, biggest: int = 10**6) -> tuple[list[Decision], int]:
     """A menu and a budget that its smallest options fit."""
     found = draw(menus(most, options, biggest))
     low, high = extremes(found)

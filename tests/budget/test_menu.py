@@ -121,9 +121,7 @@ def test_keep_takes_patterns_and_keeps_fused_siblings_too(pattern: str) -> None:
 
 
 def test_a_pattern_without_a_match_names_the_nearest() -> None:
-    with pytest.raises(
-        InputError, match=r"--keep l\.0\.p_proj matches nothing; near it: l\.0\.q_proj\.weight"
-    ):
+    with pytest.raises(InputError, match=r"--keep l\.0\.p_proj matches nothing; near it: l\.0\.q_proj\.weight"):
         menu([row("l.0.q_proj.weight"), row("other.weight")], keep=["l.0.p_proj"])
     with pytest.raises(InputError, match="near it: q"):
         menu([row("q")], keep=["zzzzzzzz"])

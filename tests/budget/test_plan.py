@@ -128,9 +128,7 @@ def test_any_names_and_numbers_read_back(
     assert levels(back) == wanted
 
 
-@pytest.mark.parametrize(
-    "name", ["1.50", "null", "[0]", "a: b", "a #b", "0x1f", "é", "w[3,(0, 64)]", "*x", "<<", "=", "yes"]
-)
+@pytest.mark.parametrize("name", ["1.50", "null", "[0]", "a: b", "a #b", "0x1f", "é", "w[3,(0, 64)]", "*x", "<<", "=", "yes"])
 def test_names_that_yaml_would_read_as_something_else(name: str, tmp_path: Path) -> None:
     plan({name: Choice(None, 1, 0.0, "x")}).save(tmp_path / "plan.yaml")
     assert list(Plan.load(tmp_path / "plan.yaml").choices) == [name]
@@ -164,9 +162,7 @@ def test_mistakes_of_an_editor_are_told_in_one_line(tmp_path: Path, old: str, ne
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"- a\n", b"\xff\xfe\x00", b"a: &x [*x]\n", b"? [a]\n: b\n", b"{}\x00"]
-)
+@pytest.mark.parametrize("content", [b"", b"- a\n", b"\xff\xfe\x00", b"a: &x [*x]\n", b"? [a]\n: b\n", b"{}\x00"])
 def test_files_that_are_no_plans(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.yaml"
     path.write_bytes(content)

@@ -116,9 +116,7 @@ def test_the_lower_bound_falls_with_the_budget(case: Case, more: int) -> None:
 
 @quick
 @given(decisions=menus(), share=st.floats(0, 1))
-def test_planning_for_a_loss_keeps_it_within_one_step_of_the_fewest_bytes(
-    decisions: list[Decision], share: float
-) -> None:
+def test_planning_for_a_loss_keeps_it_within_one_step_of_the_fewest_bytes(decisions: list[Decision], share: float) -> None:
     bound = share * damage(decisions, [0] * len(decisions))
     choice = lagrange.plan_for_loss(decisions, bound)
     assert damage(decisions, choice) <= bound * NEAR

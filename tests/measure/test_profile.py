@@ -48,13 +48,13 @@ def test_inputs_equal_hooks_on_the_whole_model(llama) -> None:
 def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None:
     folder, model, text = llama
     chosen: list[torch.Tensor] = []
-    sample = torch.multinomial
+    sample = profile._sampled
 
     def remember(*args, **kwargs):
         chosen.append(sample(*args, **kwargs))
         return chosen[-1]
 
-    monkeypatch.setattr(profile.torch, "multinomial", remember)
+    monkeypatch.setattr(profile, "_sampled", remember)
     measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent())
     grads: dict[str, torch.Tensor] = {}
 
@@ -68,10 +68,18 @@ def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None
         if isinstance(module, torch.nn.Linear) and "layers" in name:
             module.register_forward_hook(hook(f"{name}.weight"))
     logits = model(text.ids).logits.flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, torch.cat(chosen)[:, 0], reduction="sum").backward()
+    torch.nn.functional.cross_entropy(logits, torch.cat(chosen), reduction="sum").backward()
     for block in range(2):
         for name, curvature in Curvatures(folder / "p", block, text.tokens).items():
             torch.testing.assert_close(curvature.g, grads[name].T @ grads[name] / text.tokens, rtol=1e-3, atol=1e-8)
+
+
+def test_labels_are_drawn_from_the_model() -> None:
+    p = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
+    drawn = profile._sampled(p.expand(20_000, -1), torch.Generator().manual_seed(0))
+    shares = drawn.bincount(minlength=5) / len(drawn)
+    assert shares[0] == shares[4] == 0
+    torch.testing.assert_close(shares, p, atol=0.015, rtol=0)  # four standard deviations
 
 
 def test_a_sweep_cut_off_at_any_block_ends_with_the_same_bytes(llama, monkeypatch) -> None:

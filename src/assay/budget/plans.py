@@ -52,9 +52,7 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
         found = _refusal(profile, contract) or allowed(contract, row)
         priced = profile.prices.get(row.name, {})
         levels[row.name] = [] if isinstance(found, str) else [x for x in found if x.name in priced]
-        prices[row.name] = {
-            x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in levels[row.name]
-        }
+        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in levels[row.name]}
     return menu.build(all_rows, prices, lambda row: levels[row.name], contract.fused, outside, keep)
 
 

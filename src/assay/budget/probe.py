@@ -18,6 +18,7 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site
+from assay.model.threads import threads_for
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -32,9 +33,7 @@ def read_weight(model: StreamedModel, site: Site) -> Tensor:
     return value.T.contiguous() if site.transposed else value
 
 
-def price_model(
-    model: StreamedModel, folder: Path, total: int, progress: Progress
-) -> dict[str, dict[str, dict[str, float]]]:
+def price_model(model: StreamedModel, folder: Path, total: int, progress: Progress) -> dict[str, dict[str, dict[str, float]]]:
     """Prices of every site at every level, block by block."""
     prices: dict[str, dict[str, dict[str, float]]] = {}
     blocks: list[int | None] = [*range(len(model.blocks)), None]
@@ -45,7 +44,8 @@ def price_model(
                 if (curvature := curvatures.get(key_of(site))) is not None:
                     weight = read_weight(model, site)
                     columns = site.shape[1]
-                    prices[key_of(site)] = price(weight, curvature, menu(columns))
+                    with threads_for(weight.numel()):
+                        prices[key_of(site)] = price(weight, curvature, menu(columns))
             advance()
     return prices
 
@@ -64,7 +64,8 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
                 priced = done = 0.0
                 for site in sites:
                     level, weight, curvature = _level(site, bits), read_weight(model, site), curvatures[key_of(site)]
-                    packed = method.encode(weight[None], level, torch.bfloat16, curvature.h[None], curvature.g[None])[0]
+                    with threads_for(weight.numel()):
+                        packed = method.encode(weight[None], level, torch.bfloat16, curvature.h[None], curvature.g[None])[0]
                     done += curvature.damage(packed.decode().float() - weight)
                     priced += prices[key_of(site)][level.name][method.prices]
                 ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0

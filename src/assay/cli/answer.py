@@ -72,10 +72,10 @@ def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
 def _prepare() -> None:
     """Settings that libraries read when they are imported, which the commands do late.
 
-    Threads that wait by spinning slow the solvers' many small steps down a hundredfold where other
-    programs use the same cores; so they sleep instead.
+    Threads that wait by spinning stand in each other's way where other programs use the same cores, and
+    threads that sleep at once take long to wake; so they spin for some microseconds.
     """
-    settings = {"OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    settings = {"GOMP_SPINCOUNT": "20000", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     if not sys.stderr.isatty():
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():

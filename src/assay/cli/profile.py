@@ -23,8 +23,6 @@ def run(
     from assay.cli.progress import Bars
     from assay.report import tables
 
-    measured = assay.profile(
-        model, output, calibration=calibration, tokens=count, window=window, seed=seed, progress=Bars()
-    )
+    measured = assay.profile(model, output, calibration=calibration, tokens=count, window=window, seed=seed, progress=Bars())
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     return Answer(facts, lambda: tables.profiled(facts))

@@ -32,9 +32,7 @@ class Capture(TorchFunctionMode):
                 weight = weight[site.expert]
             self.by_address.setdefault(weight.data_ptr(), []).append(site)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         operands = _OPERANDS.get(func)
         if operands is not None and len(args) > operands[1]:

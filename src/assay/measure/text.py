@@ -54,9 +54,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:32]
 
 
-def windows(
-    checkpoint: Checkpoint, text: str | Path | None, split: Split, tokens: int, length: int, vocabulary: int
-) -> Windows:
+def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, tokens: int, length: int, vocabulary: int) -> Windows:
     """`tokens` tokens of the text in windows of `length`, in the order of the text.
 
     `split` ("calibration" or "evaluation") picks the part of the built-in text when `text` is None or

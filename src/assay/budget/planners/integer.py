@@ -55,9 +55,7 @@ def solve(decisions: Sequence[Decision], budget: int, seconds: float) -> tuple[l
     return best.tolist(), min(bound, table.damage_of(best))
 
 
-def _solve(
-    table: Table, best: Ints, limit: int, price: float, gap: float, seconds: float
-) -> tuple[Ints | None, float]:
+def _solve(table: Table, best: Ints, limit: int, price: float, gap: float, seconds: float) -> tuple[Ints | None, float]:
     """(choice or None, lower bound on the damage) of the program without hopeless options."""
     owner, option = _hopeful(table, best, price, gap)
     base = table.nbytes.min(1)

@@ -7,12 +7,16 @@ dtype, so it is rounded to that dtype before any code is chosen: a code picked f
 scale is a code picked for a weight that no reader will ever see.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from assay.methods import compiled
 
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """Fractions of the min-max range tried by the clip search: 1.00, 0.95, ... 0.50."""
@@ -55,6 +59,11 @@ class IntegerGrid:
         return 2 ** (self.bits - 1)
 
     @property
+    def fine(self) -> bool:
+        """Whether rounding a decoded weight to `scale_dtype` can move it past a level's middle; see `snap`."""
+        return self.bits > 4 and self.scale_dtype != torch.float32
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: code, scale, and a `bits` wide zero point unless symmetric.
 
@@ -83,9 +92,7 @@ class IntegerGrid:
         low, high = self._range(self._grouped(weight))
         return self._affine(low, high)
 
-    def fit_clipped(
-        self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS
-    ) -> Affine:
+    def fit_clipped(self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS) -> Affine:
         """The grid with the smallest weighted rounding error among shrunken ranges.
 
         Tries the min-max range times each of `shrinks` (EasyQuant 2023, AWQ 2023), and around
@@ -95,6 +102,8 @@ class IntegerGrid:
         weight: [..., out, in]. importance: what a squared error costs, [..., in] for one number
         per input (diag H) or [..., out, in]; None: all equal.
         """
+        if compiled.runs_on(weight):
+            return self._fit_clipped_compiled(weight, importance, shrinks)
         grouped = self._grouped(weight)
         cost = None if importance is None else self._grouped_importance(importance, weight)
         low, high = self._range(grouped)
@@ -109,9 +118,27 @@ class IntegerGrid:
                 best, error = self._better(grouped, cost, best, error, moved)
         return best
 
-    def _better(
-        self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine
-    ) -> tuple[Affine, Tensor]:
+    def _fit_clipped_compiled(self, weight: Tensor, importance: Tensor | None, shrinks: Sequence[float]) -> Affine:
+        """`fit_clipped` by `compiled.clip_search`."""
+        *batch, rows, columns = weight.shape
+        groups, info, matrices = self.groups(columns), torch.finfo(self.scale_dtype), math.prod(batch)
+        flat = weight.detach().float().reshape(matrices, rows, columns).contiguous()
+        each = importance is not None and importance.dim() == weight.dim()
+        shared = torch.ones(matrices, columns)
+        if importance is not None and not each:
+            shared = importance.float().expand(*batch, columns).reshape(matrices, columns).contiguous()
+        costs = importance.float().reshape(flat.shape).contiguous() if importance is not None and each else flat[..., :0]
+        scales, zeros = torch.empty(matrices, rows, groups), torch.empty(matrices, rows, groups, dtype=torch.uint8)
+        facts = (
+            np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[self.scale_dtype],
+            np.float32(info.tiny), np.float32(info.max), np.array((1.0, *shrinks), dtype=np.float32),
+        )  # fmt: skip
+        for m in range(matrices):
+            given = (*facts, shared[m].numpy(), groups)
+            compiled.spread(compiled.clip_search, rows, given, (flat[m], costs[m], scales[m], zeros[m]))
+        return Affine(scales.to(self.scale_dtype).reshape(*batch, rows, groups), zeros.reshape(*batch, rows, groups))
+
+    def _better(self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine) -> tuple[Affine, Tensor]:
         """Group by group the better of two grids, and its error."""
         trial_error = self._error(grouped, trial, cost)
         wins = trial_error < error
@@ -120,9 +147,16 @@ class IntegerGrid:
 
     def _error(self, grouped: Tensor, affine: Affine, cost: Tensor | None) -> Tensor:
         """Weighted squared rounding error of each group, [..., out, groups]."""
-        scale, low, high = (p[..., None] for p in self.centred(affine))
-        difference = self.snap(grouped, scale, low, high).mul_(scale).sub_(grouped).square_()
+        difference = self._squared_errors(grouped, affine)
         return (difference if cost is None else difference.mul_(cost)).sum(-1)
+
+    def squared_errors(self, weight: Tensor, affine: Affine) -> Tensor:
+        """What rounding `weight` to nearest costs at each weight, [..., out, in], float32."""
+        return self._squared_errors(self._grouped(weight), affine).reshape(weight.shape)
+
+    def _squared_errors(self, grouped: Tensor, affine: Affine) -> Tensor:
+        scale, low, high = (p[..., None] for p in self.centred(affine))
+        return self.snap(grouped, scale, low, high).mul_(scale).sub_(grouped).square_()
 
     def _range(self, grouped: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight of each group, the range widened to hold 0."""
@@ -170,7 +204,7 @@ class IntegerGrid:
         value's side is compared as well; below, levels move by less than 3% of a step.
         """
         codes = torch.clamp((values / scale).round_(), low, high)
-        if self.bits <= 4 or self.scale_dtype == torch.float32:
+        if not self.fine:
             return codes
         error = values - self.level(codes, scale)
         neighbour = torch.clamp(codes + error.sign(), low, high)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from assay.methods import compiled
 from assay.methods.grid.integer import Affine, IntegerGrid
 from assay.methods.solve.curvature import damage, diagonal
 
@@ -34,9 +35,7 @@ def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
 # ---- codes -----------------------------------------------------------------------------------
 
 
-def descend(
-    problem: Problem, centred: Tensor, affine: Affine, sweeps: int = 1, width: int = 8, block: int = 64
-) -> Tensor:
+def descend(problem: Problem, centred: Tensor, affine: Affine, sweeps: int = 1, width: int = 8, block: int = 64) -> Tensor:
     """Coordinate descent on the codes (as QuantEase 2023 and CDQuant 2024 for G = I); returns centred codes.
 
     A sweep visits the columns in order, `width` of them at a time. Every weight there is offered its
@@ -67,12 +66,25 @@ class _Descent:
         for start in range(0, self.levels.shape[1], block):
             stop = min(start + block, self.levels.shape[1])
             gradient = inputs[:, start:stop] @ through  # (G D H)^T of the block
+            if compiled.runs_on(through):
+                self._block_compiled(start, stop, through, gradient)
+                continue
             for first in range(start, stop, width):
                 last = min(first + width, stop)
                 pushed = self._visit(slice(first, last), gradient[:, first - start : last - start])
                 through[:, first:last] -= pushed
                 if last < stop:
                     gradient[:, last - start :] -= inputs[:, last:stop, first:last] @ pushed
+
+    def _block_compiled(self, start: int, stop: int, through: Tensor, gradient: Tensor) -> None:
+        """A block of columns, one weight after another, by `compiled.descend_block`."""
+        grid = self.problem.grid
+        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], start, stop)
+        state = (
+            self.problem.inputs.contiguous(), self.problem.outputs.contiguous(), through, gradient,
+            self.scale, self.low, self.high, self.centred, self.levels,
+        )  # fmt: skip
+        compiled.spread(compiled.descend_block, len(through), facts, state)
 
     def _visit(self, columns: slice, gradient: Tensor) -> Tensor:
         """Move some columns where that helps; returns G times the steps taken, [batch, columns, out]."""
@@ -111,7 +123,7 @@ class _Descent:
 # ---- scales ----------------------------------------------------------------------------------
 
 
-def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 12) -> Affine:
+def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 6) -> Affine:
     """The grid with its scales moved to the least-squares optimum for these codes.
 
     Rounded to the stored dtype and kept only for the matrices whose objective falls. Scales that would

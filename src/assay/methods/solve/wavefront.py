@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from assay.methods import compiled
 from assay.methods.grid.integer import IntegerGrid
 
 
@@ -59,8 +60,13 @@ class _Tiles:
     """
 
     def __init__(
-        self, weight: Tensor, inputs_factor: Tensor, outputs_factor: Tensor, grid: IntegerGrid,
-        parameters: tuple[Tensor, Tensor, Tensor], tile: int,
+        self,
+        weight: Tensor,
+        inputs_factor: Tensor,
+        outputs_factor: Tensor,
+        grid: IntegerGrid,
+        parameters: tuple[Tensor, Tensor, Tensor],
+        tile: int,
     ) -> None:
         self.tile, self.grid = tile, grid
         self.down, self.across = -(-weight.shape[1] // tile), -(-weight.shape[2] // tile)
@@ -132,6 +138,8 @@ class _Wave:
 
     def round(self, grid: IntegerGrid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(errors, centred codes, targets), each of the shape of the values."""
+        if compiled.runs_on(self.values):
+            return self._round_compiled(grid, scale, low, high)
         tile, flat, step = self.tile, self.values.flatten(1), self.step.flatten(1)
         errors, centred, targets = (torch.empty_like(flat) for _ in range(3))
         for t in range(2 * tile - 1):
@@ -146,3 +154,13 @@ class _Wave:
             reach = self.columns[:, first + tile - 1 - t : last + tile - t]
             self.values.baddbmm_(push, reach, alpha=-1)
         return errors.view(self.shape), centred.view(self.shape), targets.view(self.shape)
+
+    def _round_compiled(self, grid: IntegerGrid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`round` by `compiled.round_tiles`."""
+        errors, centred = torch.empty_like(self.values), torch.empty_like(self.values)
+        cells = (self.values, self.rows, self.columns.flip(1), scale, low, high, errors, centred)
+        shaped = tuple(c.reshape(self.values.shape).contiguous() for c in cells)
+        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype])
+        compiled.spread(compiled.round_tiles, len(errors), facts, shaped)
+        targets, errors, centred = (shaped[i].view(self.shape) for i in (0, 6, 7))
+        return errors, centred, targets

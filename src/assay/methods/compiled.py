@@ -1,0 +1,181 @@
+"""The inner loops of the solvers, compiled for CPUs with numba. Each has its definition in torch beside its caller.
+
+A wave or a descent takes thousands of steps on a few hundred numbers each: in torch that is all overhead.
+Work is split over independent matrices or rows, so results don't depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether the compiled loops take `tensor`; elsewhere the torch definitions do the work."""
+    return tensor.device.type == "cpu"
+
+
+def spread(kernel: Callable[..., None], count: int, shared: tuple[Any, ...], split: tuple[Tensor, ...]) -> None:
+    """Run `kernel(*shared, *split)` with `split` cut along its first axis over torch's threads."""
+    arrays = [t.numpy() for t in split]
+    parts = min(torch.get_num_threads(), count)
+    edges = [count * i // parts for i in range(parts + 1)]
+    if parts <= 1:
+        kernel(*shared, *arrays)
+        return
+    pieces = [tuple(a[low:high] for a in arrays) for low, high in pairwise(edges)]
+    jobs = [_pool(parts).submit(kernel, *shared, *piece) for piece in pieces[1:]]
+    kernel(*shared, *pieces[0])
+    for job in jobs:
+        job.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "assay")
+
+
+@njit(inline="always")
+def _stored(x: Any, mode: int) -> Any:
+    """x as bf16 (mode 1) or fp16 (mode 2) holds it, ties to even."""
+    if mode == 0:
+        return x
+    bits = np.float32(x).view(np.uint32)
+    drop = np.uint32(16 if mode == 1 else 13)
+    if mode == 2 and abs(x) < np.float32(2.0**-14):
+        return np.float32(np.rint(x * np.float32(2.0**24)) * np.float32(2.0**-24))
+    half = np.uint32((1 << (drop - 1)) - 1)
+    bits = np.uint32(bits + half + ((bits >> drop) & np.uint32(1)))
+    return np.uint32((bits >> drop) << drop).view(np.float32)
+
+
+@njit(inline="always")
+def _snap(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int) -> Any:
+    """`IntegerGrid.snap` of one weight."""
+    code = min(max(np.float32(np.rint(value / scale)), low), high)
+    if not fine:
+        return code
+    error = value - _stored(code * scale, mode)
+    other = min(max(code + np.sign(error), low), high)
+    return other if abs(value - _stored(other * scale, mode)) < abs(error) else code
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def round_tiles(fine: bool, mode: int, values: Any, rows: Any, columns: Any, scale: Any, low: Any, high: Any,
+                errors: Any, centred: Any) -> None:  # fmt: skip
+    """Two-sided feedback inside tiles [tiles, t, t], weight by weight; `values` end as the targets.
+
+    rows: A^T, columns: U of each tile; see `wavefront`.
+    """
+    tiles, size, _ = values.shape
+    moved = np.empty(size, dtype=np.float32)
+    for n in range(tiles):
+        for a in range(size):
+            for b in range(size):
+                present = values[n, a, b]
+                code = _snap(present, scale[n, a, b], low[n, a, b], high[n, a, b], fine, mode)
+                error = (present - _stored(code * scale[n, a, b], mode)) / (rows[n, a, a] * columns[n, b, b])
+                errors[n, a, b], centred[n, a, b] = error, code
+                for k in range(b + 1, size):
+                    values[n, a, k] -= rows[n, a, a] * error * columns[n, b, k]
+            moved[:] = 0
+            for b in range(size):
+                for k in range(b, size):
+                    moved[k] += errors[n, a, b] * columns[n, b, k]
+            for below in range(a + 1, size):
+                for k in range(size):
+                    values[n, below, k] -= rows[n, below, a] * moved[k]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def descend_block(fine: bool, mode: int, start: int, stop: int, inputs: Any, outputs: Any, through: Any, gradient: Any,
+                  scale: Any, low: Any, high: Any, centred: Any, levels: Any) -> None:  # fmt: skip
+    """Coordinate descent through columns start..stop of each matrix, one weight after another.
+
+    All [matrices, in, out] but inputs [matrices, in, in] and outputs [matrices, out, out];
+    gradient [matrices, stop - start, out] is (G D H)^T of the block, through (G D)^T; both are kept exact.
+    """
+    for n in range(len(levels)):
+        pushed = np.zeros(levels.shape[2], dtype=np.float32)
+        for j in range(start, stop):
+            slope = gradient[n, j - start]
+            moves = 0
+            pushed[:] = 0
+            for i in range(levels.shape[2]):
+                curvature = outputs[n, i, i] * inputs[n, j, j]
+                spacing, present = scale[n, j, i], levels[n, j, i]
+                code = _snap(present + slope[i] / curvature, spacing, low[n, j, i], high[n, j, i], fine, mode)
+                if code == centred[n, j, i]:
+                    continue
+                level = _stored(code * spacing, mode)
+                step = level - present
+                if (curvature * step * np.float32(0.5) - slope[i]) * step >= 0:
+                    continue
+                centred[n, j, i], levels[n, j, i] = code, level
+                moves += 1
+                push = step * inputs[n, j, j]
+                for k in range(len(slope)):
+                    pushed[k] += step * outputs[n, i, k]
+                    slope[k] -= push * outputs[n, i, k]
+            if moves:
+                for k in range(len(pushed)):
+                    through[n, j, k] -= pushed[k]
+                for later in range(j + 1, stop):
+                    for k in range(len(pushed)):
+                        gradient[n, later - start, k] -= inputs[n, later, j] * pushed[k]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def clip_search(top: float, symmetric: bool, fine: bool, mode: int, tiny: float, huge: float, shrinks: Any, cost: Any,
+                groups: int, weight: Any, costs: Any, scales: Any, zeros: Any) -> None:  # fmt: skip
+    """`IntegerGrid.fit_clipped` of rows of weights [rows, in]; fills scales and zeros [rows, groups].
+
+    The cost of a squared error is costs [rows, in], or cost [in] for all rows if costs has no columns.
+    """
+    size = weight.shape[1] // groups
+    for r in range(len(weight)):
+        for g in range(groups):
+            part = weight[r, g * size : (g + 1) * size]
+            price = costs[r, g * size : (g + 1) * size] if costs.shape[1] else cost[g * size : (g + 1) * size]
+            low, high = min(part.min(), np.float32(0)), max(part.max(), np.float32(0))
+            best = np.float32(np.inf)
+            best_scale, best_zero = np.float32(1), np.float32(0)
+            for attempt in range(len(shrinks) + (0 if symmetric else 2)):
+                if attempt < len(shrinks):
+                    factor = shrinks[attempt]
+                    if symmetric:
+                        scale = _scale(factor * max(high, -low) / (top * np.float32(0.5)), tiny, huge, mode)
+                        zero = np.float32((top + 1) / 2)
+                    else:
+                        scale = _scale((factor * high - factor * low) / top, tiny, huge, mode)
+                        zero = min(max(np.float32(np.rint(-factor * low / scale)), np.float32(0)), top)
+                    centre = zero
+                else:
+                    if attempt == len(shrinks):
+                        centre = best_zero
+                    scale = best_scale
+                    zero = min(max(centre + np.float32(2 * (attempt - len(shrinks)) - 1), np.float32(0)), top)
+                error = np.float32(0)
+                for k in range(size):
+                    away = _snap(part[k], scale, -zero, top - zero, fine, mode) * scale - part[k]
+                    error += away * away * price[k]
+                if error < best:
+                    best, best_scale, best_zero = error, scale, zero
+            scales[r, g], zeros[r, g] = best_scale, np.uint8(best_zero)
+
+
+@njit(inline="always")
+def _scale(wanted: Any, tiny: Any, huge: Any, mode: int) -> Any:
+    if not wanted > 0:
+        wanted = np.float32(1)
+    return _stored(min(max(np.float32(wanted), tiny), huge), mode)
