@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.budget.prices import menu, price
+from assay.measure.precision import stored_precision
 from assay.measure.profile import Curvatures, key_of
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
@@ -77,7 +78,8 @@ def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[s
           progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
     """(damage, KL) of the whole model rounded to nearest at a few widths."""
     candidates = {str(bits): Candidate(model, nearest(partial(_level, bits=bits))) for bits in PROBED_BITS}
-    scores = compare(model, candidates, windows, progress)
+    with stored_precision(model.checkpoint):
+        scores = compare(model, candidates, windows, progress)
     points = []
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]

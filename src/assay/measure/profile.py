@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from assay.measure.capture import Capture
 from assay.measure.damage import Curvature
+from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro
 from assay.measure.text import Windows
 from assay.model.checkpoint import read_json
@@ -97,14 +98,19 @@ def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, pro
         shutil.rmtree(work.folder)
         return
     parts = batches(windows.ids)
+    with stored_precision(model.checkpoint):
+        _sweep(model, parts, folder, work, seed, progress)
+    (folder / "head.partial.safetensors").unlink()
+    shutil.rmtree(work.folder)
+
+
+def _sweep(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, progress: Progress) -> None:
     with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
         _forward(model, parts, folder, work, advance)
     with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
         _tail(model, parts, folder, work, seed)
         advance()
         _backward(model, parts, folder, work, advance)
-    (folder / "head.partial.safetensors").unlink()
-    shutil.rmtree(work.folder)
 
 
 def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:

@@ -66,7 +66,7 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     source = str(text or BUILTIN)
     ids: list[int] = []
     for document in _documents(source, split):
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += _tokenized(tokenizer, document, tokens - len(ids))
         if source == BUILTIN:
             ids += separator
         if len(ids) >= tokens:
@@ -77,6 +77,17 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     if max(ids) >= vocabulary:
         raise InputError(f"token {max(ids)} is beyond the model's {vocabulary}: tokenizer and model don't match")
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
+
+
+def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:
+    """At least `wanted` tokens of the document, or all it has; reads no further than it needs."""
+    size = 6 * wanted + 4096
+    while True:
+        ids: list[int] = tokenizer(document[:size], add_special_tokens=False, verbose=False)["input_ids"]
+        # the cut may have changed the last few tokens
+        if size >= len(document) or len(ids) >= wanted + 64:
+            return ids
+        size *= 2
 
 
 def _documents(source: str, split: Split) -> Iterator[str]:

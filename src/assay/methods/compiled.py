@@ -6,10 +6,6 @@ Work is split over independent matrices or rows, so results don't depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,26 +19,6 @@ ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def runs_on(tensor: Tensor) -> bool:
     """Whether the compiled loops take `tensor`; elsewhere the torch definitions do the work."""
     return tensor.device.type == "cpu"
-
-
-def spread(kernel: Callable[..., None], count: int, shared: tuple[Any, ...], split: tuple[Tensor, ...]) -> None:
-    """Run `kernel(*shared, *split)` with `split` cut along its first axis over torch's threads."""
-    arrays = [t.numpy() for t in split]
-    parts = min(torch.get_num_threads(), count)
-    edges = [count * i // parts for i in range(parts + 1)]
-    if parts <= 1:
-        kernel(*shared, *arrays)
-        return
-    pieces = [tuple(a[low:high] for a in arrays) for low, high in pairwise(edges)]
-    jobs = [_pool(parts).submit(kernel, *shared, *piece) for piece in pieces[1:]]
-    kernel(*shared, *pieces[0])
-    for job in jobs:
-        job.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "assay")
 
 
 @njit(inline="always")

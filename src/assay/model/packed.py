@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from assay.model.level import Level
+from assay.model.threads import spread
 
 
 class Packed(Protocol):
@@ -35,18 +37,45 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     with zeros to whole words: the dense form of compressed-tensors' `pack-quantized`.
     """
     rows, count = codes.shape
-    words = -(-count * bits // 32)
-    stream = np.unpackbits(codes.numpy()[..., None], axis=-1, count=bits, bitorder="little")
-    padded = np.zeros((rows, words * 32), dtype=np.uint8)
-    padded[:, : count * bits] = stream.reshape(rows, count * bits)
-    return torch.from_numpy(np.packbits(padded, axis=-1, bitorder="little").view(np.int32))
+    words = torch.zeros(rows, -(-count * bits // 32), dtype=torch.int32)
+    spread(_pack, rows, (bits,), (codes.contiguous(), words))
+    return words
+
+
+@njit(nogil=True, cache=True)
+def _pack(bits: int, codes: Any, words: Any) -> None:
+    for r in range(len(codes)):
+        held, fill, place = np.uint64(0), 0, 0
+        for i in range(codes.shape[1]):
+            held |= np.uint64(codes[r, i]) << np.uint64(fill)
+            fill += bits
+            if fill >= 32:
+                words[r, place] = np.int32(held & np.uint64(0xFFFFFFFF))
+                held >>= np.uint64(32)
+                fill, place = fill - 32, place + 1
+        if fill:
+            words[r, place] = np.int32(held)
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_rows`: int32 [rows, words] -> uint8 [rows, count]."""
-    raw = np.ascontiguousarray(words.numpy()).view(np.uint8)
-    stream = np.unpackbits(raw, axis=-1, count=count * bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(len(raw), count, bits), axis=-1, bitorder="little")[..., 0])
+    codes = torch.empty(len(words), count, dtype=torch.uint8)
+    spread(_unpack, len(words), (bits,), (words.contiguous(), codes))
+    return codes
+
+
+@njit(nogil=True, cache=True)
+def _unpack(bits: int, words: Any, codes: Any) -> None:
+    mask = np.uint64((1 << bits) - 1)
+    for r in range(len(codes)):
+        held, fill, place = np.uint64(0), 0, 0
+        for i in range(codes.shape[1]):
+            if fill < bits:
+                held |= np.uint64(np.uint32(words[r, place])) << np.uint64(fill)
+                fill, place = fill + 32, place + 1
+            codes[r, i] = np.uint8(held & mask)
+            held >>= np.uint64(bits)
+            fill -= bits
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
-"""How many threads a piece of work is worth."""
+"""How many threads a piece of work is worth, and compiled loops spread over them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import Tensor
 
 WORTH_SHARING = 1 << 20
 
@@ -19,3 +24,27 @@ def threads_for(weights: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def spread(kernel: Callable[..., None], count: int, shared: tuple[Any, ...], split: tuple[Tensor, ...]) -> None:
+    """Run `kernel(*shared, *split)` with `split` cut along its first axis over torch's threads.
+
+    The kernel is compiled without the GIL and treats every entry of that axis alone, so the number of threads
+    doesn't change the result.
+    """
+    arrays = [t.numpy() for t in split]
+    parts = min(torch.get_num_threads(), count)
+    edges = [count * i // parts for i in range(parts + 1)]
+    if parts <= 1:
+        kernel(*shared, *arrays)
+        return
+    pieces = [tuple(a[low:high] for a in arrays) for low, high in pairwise(edges)]
+    jobs = [_pool(parts).submit(kernel, *shared, *piece) for piece in pieces[1:]]
+    kernel(*shared, *pieces[0])
+    for job in jobs:
+        job.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "assay")

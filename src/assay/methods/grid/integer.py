@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import compiled
+from assay.model.threads import spread
 
 SHRINKS = tuple(1 - i / 20 for i in range(11))
 """Fractions of the min-max range tried by the clip search: 1.00, 0.95, ... 0.50."""
@@ -135,7 +136,7 @@ class IntegerGrid:
         )  # fmt: skip
         for m in range(matrices):
             given = (*facts, shared[m].numpy(), groups)
-            compiled.spread(compiled.clip_search, rows, given, (flat[m], costs[m], scales[m], zeros[m]))
+            spread(compiled.clip_search, rows, given, (flat[m], costs[m], scales[m], zeros[m]))
         return Affine(scales.to(self.scale_dtype).reshape(*batch, rows, groups), zeros.reshape(*batch, rows, groups))
 
     def _better(self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine) -> tuple[Affine, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.methods import compiled
 from assay.methods.grid.integer import Affine, IntegerGrid
 from assay.methods.solve.curvature import damage, diagonal
+from assay.model.threads import spread
 
 
 class Problem(NamedTuple):
@@ -84,7 +85,7 @@ class _Descent:
             self.problem.inputs.contiguous(), self.problem.outputs.contiguous(), through, gradient,
             self.scale, self.low, self.high, self.centred, self.levels,
         )  # fmt: skip
-        compiled.spread(compiled.descend_block, len(through), facts, state)
+        spread(compiled.descend_block, len(through), facts, state)
 
     def _visit(self, columns: slice, gradient: Tensor) -> Tensor:
         """Move some columns where that helps; returns G times the steps taken, [batch, columns, out]."""

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from assay.methods import compiled
 from assay.methods.grid.integer import IntegerGrid
+from assay.model.threads import spread
 
 
 class Wave(NamedTuple):
@@ -161,6 +162,6 @@ class _Wave:
         cells = (self.values, self.rows, self.columns.flip(1), scale, low, high, errors, centred)
         shaped = tuple(c.reshape(self.values.shape).contiguous() for c in cells)
         facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype])
-        compiled.spread(compiled.round_tiles, len(errors), facts, shaped)
+        spread(compiled.round_tiles, len(errors), facts, shaped)
         targets, errors, centred = (shaped[i].view(self.shape) for i in (0, 6, 7))
         return errors, centred, targets
