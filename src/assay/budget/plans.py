@@ -34,25 +34,28 @@ def rows(model: StreamedModel) -> list[SiteRow]:
     return found
 
 
-def allowed(contract: Contract, row: SiteRow | Site) -> list[Level] | str:
-    """Levels that an engine takes for a site, or why it must stay."""
+def refused(contract: Contract, row: SiteRow | Site) -> str | None:
+    """Why an engine keeps a site as it is."""
     if row.stacked:
         return "experts stored as one 3-D tensor"
-    return contract.levels(row.role, row.shape, row.transposed, row.expert, row.block)
+    return contract.refuses(row.role, row.transposed, row.expert)
 
 
-def decisions(profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str]) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method."""
-    forecast = Forecast.from_index(profile.index)
-    kind = base.get(method).prices
+def decisions(
+    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
+) -> list[Decision]:
+    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer."""
+    forecast, chosen = Forecast.from_index(profile.index), base.get(method)()
     levels: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
     all_rows = _rows(profile)
+    whole = _refusal(profile, contract)
     for row in all_rows:
-        found = _refusal(profile, contract) or allowed(contract, row)
         priced = profile.prices.get(row.name, {})
-        levels[row.name] = [] if isinstance(found, str) else [x for x in found if x.name in priced]
-        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in levels[row.name]}
+        offered = [] if whole or refused(contract, row) else [only] if only else chosen.levels(row.shape[1])
+        levels[row.name] = [x for x in offered if contract.takes(x, row.shape[1]) and x.base.name in priced]
+        kind = _price_kind(row, chosen.prices)
+        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.base.name][kind]) for x in levels[row.name]}
     return menu.build(all_rows, prices, lambda row: levels[row.name], contract.fused, outside, keep)
 
 
@@ -73,14 +76,16 @@ def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    options = decisions(profile, contract, method, budget.size is not None, keep)
+    only = Level.parse(budget.level) if budget.level else None
+    options = decisions(profile, contract, method, budget.size is not None, keep, only)
     if not any(len(d.options) > 1 for d in options):
-        reasons = sorted({r for row in _rows(profile) if isinstance(r := allowed(contract, row), str)})
-        reasons = [refusal] if (refusal := _refusal(profile, contract)) else reasons
-        raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
+        raise InputError(f"nothing can be made smaller: {_reasons(profile, contract, method, only)}")
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
+    elif only:
+        choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
         limit = budget.limit_for(options, _fixed_bytes(profile, options))
@@ -88,6 +93,19 @@ def make(
     plain = planners.get("uniform").plan(options, limit)
     bound = lagrange.lower_bound(options, limit)
     return _assemble(profile, budget, contract, method, options, choice, plain, bound)
+
+
+def _reasons(profile: Profile, contract: Contract, method: str, only: Level | None) -> str:
+    """Why no site has a level."""
+    if whole := _refusal(profile, contract):
+        return f"{whole}; --engine plain simulates it"
+    if reasons := sorted({r for row in _rows(profile) if (r := refused(contract, row))}):
+        return f"{'; '.join(reasons)}; --engine plain simulates it"
+    kinds = [only] if only else base.get(method)().levels(64)
+    if not any(contract.takes(x, only.group_size or 64 if only else 64) for x in kinds):
+        return f"{contract.name} can't hold what {method} makes ({kinds[0].name} and the like); --engine assay can"
+    wanted = f"--level {only.name}" if only else f"--method {method}"
+    return f"the profile has no prices for that; run assay profile again with {wanted}"
 
 
 def _fixed_bytes(profile: Profile, options: Sequence[Decision]) -> int:
@@ -169,7 +187,8 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     if plan.profile != profile.index["calibration"]["digest"] and plan.model != profile.index["model"]:
         raise InputError("the plan was made for another model; run assay plan on a profile of this one")
     outside = any(c.level for n, c in plan.choices.items() if _is_outside(profile, n))
-    options = decisions(profile, contract, plan.method, outside, ())
+    only = Level.parse(plan.budget["level"]) if "level" in plan.budget else None
+    options = decisions(profile, contract, plan.method, outside, (), only)
     validate(plan, options)
     picked = {site: c.level for site, c in plan.choices.items()}
     choice = [[o.level for o in d.options].index(picked[d.sites[0]]) for d in options]
@@ -185,7 +204,7 @@ def _is_outside(profile: Profile, name: str) -> bool:
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:
     """The best uniform plan of the same budget, or None where there is none or it is the same plan."""
     budget = Budget(**plan.budget)
-    if budget.max_loss is not None:
+    if budget.max_loss is not None or budget.level is not None:
         return None
     twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
     same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())
