@@ -28,8 +28,7 @@ def code_lengths(counts: Tensor, longest: int = LONGEST) -> Tensor:
 
     While a code is longer than `longest` the rarest 2, 3, ... symbols count as one each (DFloat11: "70% Size, 100%
     Accuracy: Lossless LLM Compression for Efficient GPU Inference via Dynamic-Length Float", 2025). A symbol that is
-    alone gets one bit.
-    Raises ValueError if `longest` bits can't tell the symbols apart.
+    alone gets one bit. Raises ValueError if `longest` bits can't tell the symbols apart.
     """
     occurring = sorted((count, symbol) for symbol, count in enumerate(counts.tolist()) if count)
     if len(occurring) > 1 << longest:
