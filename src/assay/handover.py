@@ -76,7 +76,7 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contra
             reason = model.anatomy.kept.get(name) or (plan.choices[name].why if name in plan.choices else "")
             planned = plan.choices[name].level if name in plan.choices else None
             reason = reason or _contract_reason(contract, sites.get(name))
-            ledger.add(Entry(name, planned, "copied", reason, before, before))
+            ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
     return ledger
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from assay.engines.contract import Contract
 from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -96,7 +97,24 @@ def output_tensors(
         weight = source.read(name)
         half = weight.to(torch.bfloat16)
         return {name: half if torch.equal(half.to(weight.dtype), weight) else weight}
-    return dict(source.iter_raw([name]))
+    stored = dict(source.iter_raw(source.parts(name)))
+    return _lossless(name, stored[name]) if contract.layout == "assay" and name in stored else stored
+
+
+def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as it stays in assay's own layout: bf16 without its redundant exponent bits, where that is smaller."""
+    if tensor.dtype == torch.bfloat16:
+        smaller = PackedBfloat16.encode(tensor)
+        if smaller.nbytes < tensor.nbytes:
+            return {f"{name}.{part}": t for part, t in smaller.tensors().items()}
+    return {name: tensor}
+
+
+def kept_nbytes(source: Checkpoint, name: str, contract: Contract) -> int:
+    """Bytes of a tensor that is not compressed, as it will be stored."""
+    if contract.layout != "assay":
+        return source.nbytes(name)
+    return sum(t.nbytes for t in output_tensors(source, name, {}, contract, frozenset()).values())
 
 
 def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:

@@ -138,6 +138,18 @@ def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 6
     return Affine(torch.where(better[:, None, None], scale, affine.scale), affine.zero_point)
 
 
+def row_scales(weight: Tensor, inputs: Tensor, outputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """Scales [batch, out] of rows with fixed unscaled values [batch, out, in] that minimise tr(G D H D^T).
+
+    The normal equations are small here: (G o (V H V^T)) s = diag(G W H V^T).
+    """
+    through = values @ inputs
+    normal = outputs * (through @ values.mT)
+    wanted = ((outputs @ weight) * through).sum(-1)
+    fitted = torch.linalg.solve(normal.double(), wanted.double()).float()
+    return torch.where(fitted > scale / 3, fitted, scale)
+
+
 def least_squares_scales(problem: Problem, centred: Tensor, scale: Tensor, iterations: int) -> Tensor:
     """Scales [batch, out, groups], float32, that minimise f for fixed codes, by conjugate gradients.
 
