@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip, gptq, nearest, two_sided
 from assay.methods.solve.curvature import damage, damp, inverse_factor, shrink
 from assay.methods.solve.feedback import column_feedback

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import SHRINKS, Affine, IntegerGrid
+from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
     conditional_importance,
@@ -20,9 +20,9 @@ from assay.methods.solve.rounded import Rounded, check, flatten_batch
 
 
 class FixedGrid:
-    """Column quantizer of an integer grid fitted beforehand ("static groups")."""
+    """Column quantizer of a grid fitted beforehand ("static groups")."""
 
-    def __init__(self, grid: IntegerGrid, affine: Affine, order: Tensor) -> None:
+    def __init__(self, grid: Grid, affine: Affine, order: Tensor) -> None:
         """affine: [batch, out, groups]; order: the inputs in order of visit, [batch, in]."""
         parameters = (take_columns(p, order) for p in grid.per_weight(affine, order.shape[-1]))
         self.grid = grid
@@ -34,14 +34,14 @@ class FixedGrid:
 
     def __call__(self, column: int, values: Tensor) -> Tensor:
         scale, low = self.scale[:, column], self.low[:, column]
-        centred = self.grid.snap(values, scale, low, self.high[:, column])
-        self.codes[:, column] = (centred - low).to(torch.uint8)
-        return self.grid.level(centred, scale)
+        steps = self.grid.snap(values, scale, low, self.high[:, column])
+        self.codes[:, column] = self.grid.codes(steps, low)
+        return self.grid.level(steps, scale)
 
 
 def solve(
     weight: Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     H: Tensor | None = None,
     G: Tensor | None = None,
     *,
