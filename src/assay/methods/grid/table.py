@@ -40,6 +40,9 @@ from assay.methods.grid.scales import (
 )
 from assay.model.threads import spread
 
+WIDENINGS = (1.1, 1.2, 1.3, 1.4, 1.5)
+"""Ranges tried by `fit_clipped` beyond the covering one: floats are coarse near their end, so leaving it empty may pay."""
+
 REFITS = 3
 """How often `fit_clipped` moves each scale to the least-squares optimum of the codes it gives."""
 
@@ -123,7 +126,7 @@ class TableGrid:
     def fit_clipped(self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS) -> Affine:
         """The scales with the smallest weighted rounding error among shrunken ranges, then refitted.
 
-        Tries `fit`, the covering scale times each of `shrinks`, both signs if the table is `mirrored`, and
+        Tries `fit`, the covering scale times each of `shrinks` and `WIDENINGS`, both signs if the table is `mirrored`, and
         from the best of them `REFITS` times the least-squares scale of the codes it gives.
 
         weight: [..., out, in]. importance: what a squared error costs, [..., in] for one number
@@ -138,10 +141,10 @@ class TableGrid:
             halvings = range(1 + math.ceil(-math.log2(min(1.0, *shrinks))))
             trials = [fixed.float(), *(ceil_e8m0(cover, self.scale_dtype).float() / 2**i for i in halvings)]
         else:
-            trials = [fixed.float(), *(rounded(cover * shrink).float() for shrink in shrinks)]
+            trials = [fixed.float(), *(rounded(cover * factor).float() for factor in (*shrinks, *WIDENINGS))]
         if self.mirrored:
             cover = self._cover(-weights)
-            trials += [-rounded(cover * shrink).float() for shrink in (1.0, *shrinks)]
+            trials += [-rounded(cover * factor).float() for factor in (1.0, *shrinks, *WIDENINGS)]
         best, free = search(torch.stack(trials))
         for _ in range(REFITS):
             refitted = torch.where(free / best > 1 / 3, free, best)

@@ -22,9 +22,14 @@ class Rounded:
 
 def check(weight: Tensor, grid: Grid, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
     """ValueError for a weight [..., out, in] that cannot be rounded, or curvature that does not fit it."""
+    check_shapes(weight, inputs, outputs)
+    grid.groups(weight.shape[-1])
+
+
+def check_shapes(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    """`check` without the grid."""
     if weight.dim() < 2:
         raise ValueError(f"a weight has an output and an input axis; this one has shape {tuple(weight.shape)}")
-    grid.groups(weight.shape[-1])
     *batch, rows, columns = weight.shape
     for name, tensor, shape in (
         ("weight", weight, (*batch, rows, columns)),
