@@ -59,12 +59,14 @@ def fit_power(
     group_size: int | None,
     scale_dtype: torch.dtype = torch.bfloat16,
     importance: Tensor | None = None,
+    clipped: bool = True,
     tolerance: float = 0.005,
 ) -> Fit:
     """The power law with the smallest error on `weight` [out, in], exponent in [0.2, 1] (NUPES, 2023).
 
     Nine exponents first, then a golden section around the best of them, on evenly spaced rows where the matrix is
     large. The result is never worse than exponent 1, the uniform grid. importance: as in `Grid.fit_clipped`.
+    clipped: search each scale as well, for every exponent; else the plain fit, as in the paper.
     """
     stride = max(1, weight.numel() // SAMPLE)
     rows = weight[::stride]
@@ -74,13 +76,14 @@ def fit_power(
         return TableGrid(power_law(bits, exponent), group_size, scale_dtype)
 
     def error(exponent: float) -> float:
-        return _fit(rows, shape(exponent), costs, exponent).error
+        return _fit(rows, shape(exponent), costs, exponent, clipped).error
 
     errors = {exponent: error(exponent) for exponent in EXPONENTS}
     place = EXPONENTS.index(min(errors, key=lambda exponent: errors[exponent]))
     low, high = EXPONENTS[max(place - 1, 0)], EXPONENTS[min(place + 1, len(EXPONENTS) - 1)]
     found = _golden_section(error, low, high, tolerance)
-    fits = [_fit(weight, shape(exponent), importance, exponent) for exponent in dict.fromkeys((1.0, EXPONENTS[place], found))]
+    shapes = dict.fromkeys((1.0, EXPONENTS[place], found))
+    fits = [_fit(weight, shape(exponent), importance, exponent, clipped) for exponent in shapes]
     return min(fits, key=lambda fit: fit.error)
 
 
@@ -100,8 +103,8 @@ def _golden_section(error: Callable[[float], float], low: float, high: float, to
     return (low + high) / 2
 
 
-def _fit(weight: Tensor, grid: TableGrid, importance: Tensor | None, parameter: float) -> Fit:
-    affine = grid.fit_clipped(weight, importance)
+def _fit(weight: Tensor, grid: TableGrid, importance: Tensor | None, parameter: float, clipped: bool = True) -> Fit:
+    affine = grid.fit_clipped(weight, importance) if clipped else grid.fit(weight)
     errors = grid.squared_errors(weight, affine)
     if importance is not None:
         errors = errors * importance
