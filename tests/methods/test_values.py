@@ -1,6 +1,7 @@
 """Value tables of number formats, and the formats of their scales, against their definitions."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_bias_of_a_float_is_a_scale() -> None:
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_one_exponent_bit_is_uniform(bits: int) -> None:
     values = float_values(1, bits - 2)
-    assert {b - a for a, b in zip(values, values[1:], strict=False)} == {values[-1] / (2 ** (bits - 1) - 1)}
+    assert {b - a for a, b in pairwise(values)} == {values[-1] / (2 ** (bits - 1) - 1)}
 
 
 def test_fp4_times_powers_of_two_casts_exactly_to_fp8() -> None:
@@ -105,7 +106,7 @@ def test_quantiles_share_probability_equally(bits: int) -> None:
     reach = -math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * tail - 1, dtype=torch.float64)))
     for side in (values[: zero + 1], values[zero:]):
         mass = [math.erf(x * reach / math.sqrt(2)) / 2 for x in side]
-        assert [b - a for a, b in zip(mass, mass[1:], strict=False)] == pytest.approx([(0.5 - tail) / (len(side) - 1)] * (len(side) - 1))
+        assert [b - a for a, b in pairwise(mass)] == pytest.approx([(0.5 - tail) / (len(side) - 1)] * (len(side) - 1))
 
 
 def test_shift_weights_have_no_zero() -> None:

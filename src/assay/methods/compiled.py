@@ -202,7 +202,8 @@ def _scale(wanted: Any, tiny: Any, huge: Any, mode: int) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def scale_search(table: Any, cost: Any, weight: Any, costs: Any, trials: Any, best: Any, free: Any) -> None:
+def scale_search(fine: bool, mode: int, table: Any, cost: Any, weight: Any, costs: Any, trials: Any, best: Any,
+                 free: Any) -> None:  # fmt: skip
     """The search of `TableGrid.fit_clipped` in rows of weights [rows, in]; fills best and free [rows, groups].
 
     trials: [rows, trials, groups], scales. best: that with the smallest weighted error, free: the least-squares
@@ -218,12 +219,16 @@ def scale_search(table: Any, cost: Any, weight: Any, costs: Any, trials: Any, be
             least = np.float32(np.inf)
             for t in range(trials.shape[1]):
                 scale = trials[r, t, g]
-                for k in range(size):
-                    target[k] = part[k] / scale
-                _steps(target, table, steps)
+                if fine:
+                    for k in range(size):
+                        steps[k] = look_up(part[k], scale, table, fine, mode)
+                else:
+                    for k in range(size):
+                        target[k] = part[k] / scale
+                    _steps(target, table, steps)
                 error, along, length = np.float32(0), np.float32(0), np.float32(0)
                 for k in range(size):
-                    away = steps[k] * scale - part[k]
+                    away = _stored(steps[k] * scale, mode) - part[k]
                     error += away * away * price[k]
                     along += steps[k] * part[k] * price[k]
                     length += steps[k] * steps[k] * price[k]

@@ -139,7 +139,7 @@ class TableGrid:
         cover = self._cover(weights)
         if self.scale_format == "e8m0":
             halvings = range(1 + math.ceil(-math.log2(min(1.0, *shrinks))))
-            trials = [fixed.float(), *(ceil_e8m0(cover, self.scale_dtype).float() / 2**i for i in halvings)]
+            trials = [fixed.float(), *(ceil_e8m0(cover / 2**i, self.scale_dtype).float() for i in halvings)]
         else:
             trials = [fixed.float(), *(rounded(cover * factor).float() for factor in (*shrinks, *WIDENINGS))]
         if self.mirrored:
@@ -189,14 +189,14 @@ class TableGrid:
         least-squares scale of the codes that it gives."""
         if compiled.runs_on(weight):
             return self._search_compiled(weight, importance)
-        weights, groups, table = self._grouped(weight), self.groups(weight.shape[-1]), self._lookup(weight.device)[0]
+        weights, groups = self._grouped(weight), self.groups(weight.shape[-1])
         cost = torch.ones(()) if importance is None else importance_in_groups(importance, weight, groups)
 
         def search(trials: Tensor) -> tuple[Tensor, Tensor]:
             best, free, error = trials[0], trials[0], torch.full_like(trials[0], torch.inf)
             for scale in trials:
-                steps = table[self._place(weights, scale[..., None])]
-                trial = ((steps * scale[..., None] - weights).square() * cost).sum(-1)
+                steps = self._snap(weights, scale[..., None])
+                trial = ((self.level(steps, scale[..., None]) - weights).square() * cost).sum(-1)
                 along, length = (cost * weights * steps).sum(-1), (cost * steps.square()).sum(-1)
                 wins = trial < error
                 best = torch.where(wins, scale, best)
@@ -209,13 +209,14 @@ class TableGrid:
     def _search_compiled(self, weight: Tensor, importance: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """`_search` by `compiled.scale_search`."""
         costs = flat_costs(weight, importance)
+        facts = (self.fine, compiled.ROUNDING[self.scale_dtype], self.table)
 
         def search(trials: Tensor) -> tuple[Tensor, Tensor]:
             by_row = trials.reshape(len(trials), *costs.weight.shape[:2], -1).permute(1, 2, 0, 3).contiguous()
             best, free = torch.empty_like(by_row[:, :, 0]), torch.empty_like(by_row[:, :, 0])
             for m, shared in enumerate(costs.shared):
                 rows = (costs.weight[m], costs.each[m], by_row[m], best[m], free[m])
-                spread(compiled.scale_search, len(rows[0]), (self.table, shared.numpy()), rows)
+                spread(compiled.scale_search, len(rows[0]), (*facts, shared.numpy()), rows)
             return best.view(trials.shape[1:]), free.view(trials.shape[1:])
 
         return search
@@ -240,7 +241,7 @@ class TableGrid:
     def squared_errors(self, weight: Tensor, affine: Affine) -> Tensor:
         """What rounding `weight` to nearest costs at each weight, [..., out, in], float32."""
         weights, scale = self._grouped(weight), affine.scale.float()[..., None]
-        return self._snap(weights, scale).mul_(scale).sub_(weights).square_().reshape(weight.shape)
+        return (self.level(self._snap(weights, scale), scale) - weights).square_().reshape(weight.shape)
 
     def centred(self, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, lowest value, highest value) as float32."""
@@ -274,7 +275,7 @@ class TableGrid:
 
     def _place(self, values: Tensor, scale: Tensor) -> Tensor:
         """Indices (int32) of the values nearest to `values` / `scale`."""
-        return torch.bucketize(values / scale, self._lookup(values.device)[1], out_int32=True)
+        return torch.bucketize((values / scale).contiguous(), self._lookup(values.device)[1], out_int32=True)
 
     def beside(self, steps: Tensor, side: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """The next value above (`side` > 0) or below; past the end the one on the other side."""
