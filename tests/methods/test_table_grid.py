@@ -177,6 +177,7 @@ def test_the_search_is_never_worse_than_the_plain_fit(name: str, scale_format: s
     plain, searched = (errors(grid, weight, a, importance) for a in (grid.fit(weight), grid.fit_clipped(weight, importance)))
     assert (searched <= plain * (1 + 1e-5)).all()
     assert name == "fp6" or searched.sum() < 0.995 * plain.sum()
+    assert (errors(grid, weight, grid.fit_clipped(weight, importance, ()), importance) <= plain * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def scale_search(fine: bool, mode: int, table: Any, cost: Any, weight: Any, cost
         for g in range(groups):
             part = weight[r, g * size : (g + 1) * size]
             price = costs[r, g * size : (g + 1) * size] if costs.shape[1] else cost[g * size : (g + 1) * size]
-            least = np.float32(np.inf)
+            least, best[r, g], free[r, g] = np.float32(np.inf), trials[r, 0, g], trials[r, 0, g]
             for t in range(trials.shape[1]):
                 scale = trials[r, t, g]
                 if fine:

@@ -124,10 +124,11 @@ class TableGrid:
         return self._affine(scale)
 
     def fit_clipped(self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS) -> Affine:
-        """The scales with the smallest weighted rounding error among shrunken ranges, then refitted.
+        """The scales with the smallest weighted rounding error among several ranges, then refitted.
 
-        Tries `fit`, the covering scale times each of `shrinks` and `WIDENINGS`, both signs if the table is `mirrored`, and
-        from the best of them `REFITS` times the least-squares scale of the codes it gives.
+        Tries `fit`, the covering scale times each of `shrinks` and `WIDENINGS` (powers of two: from the covering
+        one down to that of the smallest range), both signs if the table is `mirrored`, and from the best
+        of them `REFITS` times the least-squares scale of the codes it gives.
 
         weight: [..., out, in]. importance: what a squared error costs, [..., in] for one number
         per input (diag H) or [..., out, in]; None: all equal.
@@ -138,7 +139,7 @@ class TableGrid:
         rounded = self._rounding(fixed)
         cover = self._cover(weights)
         if self.scale_format == "e8m0":
-            halvings = range(1 + math.ceil(-math.log2(min(1.0, *shrinks))))
+            halvings = range(1 + math.ceil(-math.log2(min((1.0, *shrinks)))))
             trials = [fixed.float(), *(ceil_e8m0(cover / 2**i, self.scale_dtype).float() for i in halvings)]
         else:
             trials = [fixed.float(), *(rounded(cover * factor).float() for factor in (*shrinks, *WIDENINGS))]
