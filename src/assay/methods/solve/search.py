@@ -9,13 +9,13 @@ A small neighbourhood of the closest vector problem, searched exhaustively; rows
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine
+from assay.methods.grid.base import Affine
 from assay.methods.solve.curvature import diagonal
 from assay.methods.solve.refine import Problem
 
 
 def search(problem: Problem, centred: Tensor, affine: Affine, rounds: int = 16, size: int = 8) -> Tensor:
-    """Centred codes [batch, out, in] after `rounds` seeds per row, `size` weights each; f never rises."""
+    """Steps [batch, out, in] after `rounds` seeds per row, `size` weights each; f never rises."""
     state = _Search(problem, centred, affine, min(size, centred.shape[-1]))
     for _ in range(min(rounds, centred.shape[-1])):
         state.round()
@@ -49,8 +49,8 @@ class _Search:
     def _next_best(self) -> tuple[Tensor, Tensor]:
         """Each weight's best other code beside the present one, and the step in weight it means."""
         side = torch.where(self.gradient >= 0, 1.0, -1.0)
-        codes = self.centred + side
-        codes = torch.where((codes > self.high) | (codes < self.low), self.centred - side, codes)
+        side = side * self.scale.sign()
+        codes = self.problem.grid.beside(self.centred, side, self.low, self.high)
         return codes, self.problem.grid.level(codes, self.scale) - self.levels
 
     def _neighbourhood(self, steps: Tensor) -> Tensor:
