@@ -27,10 +27,38 @@ class Problem(NamedTuple):
     grid: Grid
 
 
+class Rounding(NamedTuple):
+    """A candidate: steps of the grid [batch, out, in], and the grid."""
+
+    centred: Tensor
+    affine: Affine
+
+
 def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
     """f of each problem, [batch]; centred: steps of the grid, the unscaled levels."""
     scale = problem.grid.per_weight(affine, centred.shape[-1])[0]
     return damage(problem.weight - problem.grid.level(centred, scale), problem.inputs, problem.outputs)
+
+
+def better(problem: Problem, one: Rounding, other: Rounding) -> Rounding:
+    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal."""
+    return choose(objective(problem, *other) < objective(problem, *one), other, one)
+
+
+def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
+    """`one` for the matrices where `wins` [batch], else `other`."""
+    wins = wins[:, None, None]
+    affine = Affine(*(torch.where(wins, a, b) for a, b in zip(one.affine, other.affine, strict=True)))
+    return Rounding(torch.where(wins, one.centred, other.centred), affine)
+
+
+def polish(problem: Problem, start: Rounding, refits: int = 2, sweeps: int = 3) -> Rounding:
+    """Scales and codes in turn: `refits` times `refit`, each followed by `sweeps` of `descend`."""
+    centred, affine = start
+    for _ in range(refits):
+        affine = refit(problem, centred, affine)
+        centred = descend(problem, centred, affine, sweeps)
+    return Rounding(centred, affine)
 
 
 # ---- codes -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from assay.methods.solve.curvature import (
     take_columns,
     take_rows,
 )
-from assay.methods.solve.refine import Problem, descend, objective, refit
+from assay.methods.solve.refine import Problem, Rounding, better, polish
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 from assay.methods.solve.wavefront import wavefront
 
@@ -40,13 +40,6 @@ class _Order(NamedTuple):
     """[batch, n], the inverse permutation"""
     factor: Tensor
     """[batch, n, n], upper"""
-
-
-class _Rounding(NamedTuple):
-    """A candidate: steps of the grid [batch, out, in], and its parameters."""
-
-    centred: Tensor
-    affine: Affine
 
 
 def solve(
@@ -85,7 +78,7 @@ def solve(
     tile = tile or (64 if flat.device.type == "cpu" else 16)
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
-    best = _refined(problem, best, refits, sweeps)
+    best = polish(problem, best, refits, sweeps)
     codes = grid.codes(best.centred, grid.per_weight(best.affine, flat.shape[-1])[1])
     shape = weight.shape[:-1]
     affine = Affine(*(p.reshape(*shape, -1) for p in best.affine))
@@ -107,7 +100,7 @@ def _order(moment: Tensor, damping: float) -> tuple[_Order, float]:
 
 def _feedback(
     problem: Problem, rows: _Order, columns: _Order, shrinks: Sequence[float], second_grid: bool, tile: int
-) -> _Rounding:
+) -> Rounding:
     """The better of one or two passes of two-sided error feedback."""
     importance = conditional_importance(columns.factor, columns.visit)
     affine = problem.grid.fit_clipped(problem.weight, importance, shrinks)
@@ -115,10 +108,10 @@ def _feedback(
     if not second_grid:
         return first
     affine = problem.grid.fit_clipped(targets, importance, shrinks)
-    return _better(problem, first, _pass(problem, rows, columns, affine, tile)[0])
+    return better(problem, first, _pass(problem, rows, columns, affine, tile)[0])
 
 
-def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile: int) -> tuple[_Rounding, Tensor]:
+def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile: int) -> tuple[Rounding, Tensor]:
     """One wave over the matrix; also what each weight had become when it was rounded."""
 
     def ordered(matrix: Tensor) -> Tensor:
@@ -130,20 +123,4 @@ def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile:
     scale, low, high = problem.grid.per_weight(affine, problem.weight.shape[-1])
     parameters = (ordered(scale), ordered(low), ordered(high))
     wave = wavefront(ordered(problem.weight), columns.factor, rows.factor, problem.grid, parameters, tile)
-    return _Rounding(restored(wave.centred), affine), restored(wave.targets)
-
-
-def _better(problem: Problem, one: _Rounding, other: _Rounding) -> _Rounding:
-    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal."""
-    wins = (objective(problem, *other) < objective(problem, *one))[:, None, None]
-    scale, zero = (torch.where(wins, b, a) for a, b in zip(one.affine, other.affine, strict=True))
-    return _Rounding(torch.where(wins, other.centred, one.centred), Affine(scale, zero))
-
-
-def _refined(problem: Problem, start: _Rounding, refits: int, sweeps: int) -> _Rounding:
-    """Scales and codes in turn."""
-    centred, affine = start
-    for _ in range(refits):
-        affine = refit(problem, centred, affine)
-        centred = descend(problem, centred, affine, sweeps)
-    return _Rounding(centred, affine)
+    return Rounding(restored(wave.centred), affine), restored(wave.targets)

@@ -1,0 +1,34 @@
+"""A free copy of the weights and a rounded one, tied ever tighter (ADMM), then descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from assay.methods import menus
+from assay.methods.quantize._scalar import pack
+from assay.methods.solve import admm
+from assay.model.level import Level
+from assay.model.packed import Packed
+
+
+@dataclass(frozen=True)
+class Admm:
+    """A free copy of the weights and a rounded one, tied ever tighter (ADMM), then descent."""
+
+    verb: ClassVar[str] = "encode"
+    needs: ClassVar[tuple[str, ...]] = ("H", "G")
+    prices: ClassVar[str] = "two_sided"
+    paper: ClassVar[str] = "Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM (2017)"
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    levels = staticmethod(menus.integers)
+
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+        """See `Encoder.encode`."""
+        return pack(admm.solve, weight, level, scale_dtype, h, g)
+
+
+METHOD = Admm

@@ -1,0 +1,81 @@
+"""AdaRound (Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, 2020) on the whole price.
+
+Every weight learns a number h in 0 .. 1 between the two levels around it, a sigmoid stretched beyond both ends. A
+penalty 1 - |2h - 1|^beta, added after a warm-up, drives h to the ends; beta falls from 20, where only an h near an
+end feels it, to 2. Steps are Adam's.
+"""
+
+import torch
+from torch import Tensor
+
+from assay.methods.grid.base import Affine, Grid
+from assay.methods.solve import clip
+from assay.methods.solve.curvature import diagonal
+from assay.methods.solve.learned import Start, around, begin, finish, pose, pull
+from assay.methods.solve.refine import Problem, Rounding
+from assay.methods.solve.rounded import Rounded
+
+LOW, HIGH = -0.1, 1.1
+"""Ends of the stretched sigmoid."""
+BETAS = 20.0, 2.0
+MOMENTS = 0.9, 0.999
+
+
+def solve(
+    weight: Tensor,
+    grid: Grid,
+    H: Tensor | None = None,
+    G: Tensor | None = None,
+    *,
+    start: Start = "clip",
+    steps: int = 500,
+    rate: float = 0.1,
+    penalty: float = 1.0,
+    warm_up: float = 0.2,
+    polished: bool = True,
+) -> Rounded:
+    """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
+
+    start: whose grid. rate: Adam's learning rate; penalty: in units of what a step of one weight costs
+    on average; warm_up: share of the steps before it counts. polished: finish with `refine.polish`; without it
+    every code is one of the two around its weight, or the start's. Never worse than the start.
+    """
+    if H is None:
+        return clip.solve(weight, grid)
+    problem = pose(weight, grid, H, G)
+    first = begin(problem, start)
+    learned = learn(problem, first.affine, steps, rate, penalty, warm_up)
+    return finish(problem, first, learned, polished, weight.shape)
+
+
+def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: float, warm_up: float) -> Rounding:
+    """The nearer end of every h after `steps`."""
+    scale, lower, upper = around(problem, affine)
+    bottom, width = lower * scale, (upper - lower) * scale
+    place = ((problem.weight - bottom) / width).clamp_(0.01, 0.99)
+    free = torch.logit((place - LOW) / (HIGH - LOW))
+    mean, square = torch.zeros_like(free), torch.zeros_like(free)
+    unit = _cost(problem, width)
+    for step in range(steps):
+        soft = free.sigmoid()
+        stretched = soft * (HIGH - LOW) + LOW
+        h = stretched.clamp(0, 1)
+        slope = -pull(problem, bottom + h * width)[0] * width / unit
+        progress = (step / steps - warm_up) / (1 - warm_up)
+        if progress >= 0:
+            beta = BETAS[0] + (BETAS[1] - BETAS[0]) * progress
+            side = 2 * h - 1
+            slope -= 2 * penalty * beta * side.sign() * side.abs().pow_(beta - 1)
+        slope *= soft * (1 - soft) * (h == stretched)
+        mean.lerp_(slope, 1 - MOMENTS[0])
+        square.lerp_(slope.square_(), 1 - MOMENTS[1])
+        length = (square / (1 - MOMENTS[1] ** (step + 1))).sqrt_().add_(1e-8)
+        free -= rate / (1 - MOMENTS[0] ** (step + 1)) * mean / length
+    return Rounding(torch.where(free >= 0, upper, lower), affine)
+
+
+def _cost(problem: Problem, width: Tensor) -> Tensor:
+    """What a step of one weight costs, mean over the matrix of G_ii H_jj width_ij^2, [batch, 1, 1]."""
+    rows, columns = diagonal(problem.outputs)[..., None], diagonal(problem.inputs)[..., None, :]
+    cost = (rows * columns * width.square()).mean((1, 2), keepdim=True)
+    return cost.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,81 @@
+"""What the solvers share that learn a rounding by steps on the whole price f = 1/2 tr(G D H D^T), D = weight - decoded.
+
+Papers on learned rounding take the error of a layer's output on sampled activations. f is that error's
+expectation, weighted by what the loss feels of it, so no activation is needed: -df/d(decoded) = G D H.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from assay.methods.grid.base import Affine, Grid
+from assay.methods.solve import clip, gptq, nearest, two_sided
+from assay.methods.solve.curvature import damp, shrink
+from assay.methods.solve.refine import Problem, Rounding, better, polish
+from assay.methods.solve.rounded import Rounded, check, flatten_batch
+
+Start = Literal["nearest", "clip", "gptq", "two_sided"]
+
+
+def pose(
+    weight: Tensor,
+    grid: Grid,
+    H: Tensor,
+    G: Tensor | None,
+    *,
+    shrink_inputs: float = 0.05,
+    shrink_outputs: float = 0.1,
+    damping: float = 0.01,
+) -> Problem:
+    """The problem that `two_sided.solve` poses for `weight` [..., out, in]; ValueError for shapes that don't fit."""
+    check(weight, grid, H, G)
+    flat = flatten_batch(weight)
+    inputs = damp(shrink(flatten_batch(H), shrink_inputs), damping)
+    if G is None:
+        eye = torch.eye(flat.shape[1], dtype=torch.float32, device=flat.device)
+        return Problem(flat, inputs, eye.expand(len(flat), -1, -1), grid)
+    return Problem(flat, inputs, damp(shrink(flatten_batch(G), shrink_outputs), damping), grid)
+
+
+def begin(problem: Problem, start: Start) -> Rounding:
+    """Where learning starts: rounding to nearest on the min-max or the clipped grid, or a solver's codes and grid."""
+    weight, grid, inputs, outputs = problem.weight, problem.grid, problem.inputs, problem.outputs
+    if start == "nearest":
+        found = nearest.solve(weight, grid)
+    elif start == "clip":
+        found = clip.solve(weight, grid, inputs)
+    elif start == "gptq":
+        found = gptq.solve(weight, grid, inputs, shrinkage=0.0, damping=0.0)
+    else:
+        found = two_sided.solve(weight, grid, inputs, outputs, shrink_inputs=0.0, shrink_outputs=0.0, damping=0.0)
+    scale, low, high = grid.per_weight(found.affine, weight.shape[-1])
+    return Rounding(grid.snap(grid.decode(found.codes, found.affine).float(), scale, low, high), found.affine)
+
+
+def finish(problem: Problem, start: Rounding, learned: Rounding, polished: bool, shape: torch.Size) -> Rounded:
+    """The learned rounding, or `start` where that is better, in the weight's shape [..., out, in]."""
+    best = better(problem, start, learned)
+    best = polish(problem, best) if polished else best
+    codes = problem.grid.codes(best.centred, problem.grid.per_weight(best.affine, shape[-1])[1])
+    return Rounded(codes.reshape(shape), Affine(*(p.reshape(*shape[:-1], -1) for p in best.affine)))
+
+
+def pull(problem: Problem, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """(G D H, f) at decoded weights [batch, out, in]: minus the derivative of f, and f [batch]."""
+    difference = problem.weight - levels
+    gradient = problem.outputs @ difference @ problem.inputs
+    return gradient, (gradient * difference).sum((1, 2)) / 2
+
+
+def around(problem: Problem, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, lower, upper), each [batch, out, in]: the two steps whose levels enclose each weight.
+
+    Beyond the end of the grid, its last two. On a negative scale `lower` is the greater step.
+    """
+    weight, grid = problem.weight, problem.grid
+    scale, low, high = grid.per_weight(affine, weight.shape[-1])
+    near = grid.snap(weight, scale, low, high)
+    far = grid.beside(near, torch.where((weight - grid.level(near, scale)) * scale >= 0, 1.0, -1.0), low, high)
+    below = near * scale < far * scale
+    return scale, torch.where(below, near, far), torch.where(below, far, near)
