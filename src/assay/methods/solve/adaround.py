@@ -32,12 +32,12 @@ def solve(
     rate: float = 0.1,
     penalty: float = 1.0,
     warm_up: float = 0.2,
-    polished: bool = True,
+    polish: bool = True,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: whose grid. rate: Adam's learning rate; penalty: in units of what a step of one weight costs
-    on average; warm_up: share of the steps before it counts. polished: finish with `refine.polish`; without it
+    start: the grid. rate: Adam's learning rate; penalty: in units of what a step of the weight
+    alone costs; warm_up: share of the steps before it counts. polish: finish with `refine.polish`; without it
     every code is one of the two around its weight, or the start's. Never worse than the start.
     """
     if H is None:
@@ -45,7 +45,7 @@ def solve(
     problem = pose(weight, grid, H, G)
     first = begin(problem, start)
     learned = learn(problem, first.affine, steps, rate, penalty, warm_up)
-    return finish(problem, first, learned, polished, weight.shape)
+    return finish(problem, first, learned, polish, weight.shape)
 
 
 def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: float, warm_up: float) -> Rounding:
@@ -75,7 +75,6 @@ def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: fl
 
 
 def _cost(problem: Problem, width: Tensor) -> Tensor:
-    """What a step of one weight costs, mean over the matrix of G_ii H_jj width_ij^2, [batch, 1, 1]."""
+    """What a step of each weight alone costs, G_ii H_jj width_ij^2."""
     rows, columns = diagonal(problem.outputs)[..., None], diagonal(problem.inputs)[..., None, :]
-    cost = (rows * columns * width.square()).mean((1, 2), keepdim=True)
-    return cost.clamp(min=torch.finfo(torch.float32).tiny)
+    return (rows * columns * width.square()).clamp(min=torch.finfo(torch.float32).tiny)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from assay.methods.grid.base import Grid
 from assay.methods.solve import clip
+from assay.methods.solve.curvature import diagonal
 from assay.methods.solve.learned import Start, begin, finish, pose
 from assay.methods.solve.refine import Problem, Rounding
 from assay.methods.solve.rounded import Rounded
@@ -24,48 +25,60 @@ def solve(
     G: Tensor | None = None,
     *,
     start: Start = "clip",
-    steps: int = 60,
-    loose: float = 0.1,
-    tight: float = 10.0,
-    polished: bool = True,
+    steps: int = 40,
+    loose: float = 0.06,
+    tight: float = 1.0,
+    polish: bool = True,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: whose grid and codes. loose, tight: rho at the start and the end, in units of the mean curvature.
-    polished: finish with `refine.polish`. Never worse than the start. Each step is four matrix products.
+    start: the grid, and the codes at first. loose, tight: rho at the start and the end, in units of the curvature
+    along single weights. polish: finish with `refine.polish`. Never worse than the start. Each step is four matrix
+    products; 20 steps gain two thirds of what 200 do over `two_sided`.
     """
     if H is None:
         return clip.solve(weight, grid)
     problem = pose(weight, grid, H, G)
     first = begin(problem, start)
-    return finish(problem, first, learn(problem, first, steps, loose, tight), polished, weight.shape)
+    return finish(problem, first, learn(problem, first, steps, loose, tight, G is not None), polish, weight.shape)
 
 
-def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: float) -> Rounding:
-    """The best rounded copy of `steps`, on the grid of `start`."""
-    grid = problem.grid
+def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: float, coupled: bool = True) -> Rounding:
+    """The best rounded copy of `steps`, on the grid of `start`.
+
+    Weights are scaled by sqrt(G_ii H_jj), so that G and H have ones on their diagonals and rho ties every weight
+    as tightly as its own cost asks. Scaling changes neither f nor what is nearest, only the way there.
+    coupled: False if G is diagonal, and there is nothing to turn.
+    """
+    grid, outputs, inputs = problem.grid, problem.outputs, problem.inputs
     scale, low, high = grid.per_weight(start.affine, problem.weight.shape[-1])
-    (rows, left), (columns, right) = torch.linalg.eigh(problem.outputs), torch.linalg.eigh(problem.inputs)
-    curvature = rows.clamp(min=0)[..., None] * columns.clamp(min=0)[..., None, :]
-    unit = curvature.mean((1, 2), keepdim=True)
+    down, across = diagonal(outputs).sqrt(), diagonal(inputs).sqrt()
+    loud = down[..., None] * across[..., None, :]
+    columns, right = torch.linalg.eigh(inputs / (across[..., None] * across[..., None, :]))
+    curvature, left = columns.clamp(min=0)[..., None, :], None
+    if coupled:
+        rows, left = torch.linalg.eigh(outputs / (down[..., None] * down[..., None, :]))
+        curvature = rows.clamp(min=0)[..., None] * curvature
 
     def turned(matrix: Tensor) -> Tensor:
-        return left.mT @ matrix @ right
+        return matrix @ right if left is None else left.mT @ matrix @ right
 
-    goal, best = turned(problem.weight), start.centred
-    levels = grid.level(best, scale)
-    rounded, push = turned(levels), torch.zeros_like(levels)
-    turned_push, lowest = torch.zeros_like(levels), torch.full_like(unit, torch.inf)
+    def restored(matrix: Tensor) -> Tensor:
+        return matrix @ right.mT if left is None else left @ matrix @ right.mT
+
+    goal, best = turned(problem.weight * loud), start.centred
+    rounded, lowest = turned(grid.level(best, scale) * loud), torch.full_like(goal[:, :1, :1], torch.inf)
+    push, turned_push = torch.zeros_like(goal), torch.zeros_like(goal)
     growth = (tight / loose) ** (1 / max(1, steps - 1))
     for step in range(steps):
-        rho = unit * loose * growth**step
+        rho = loose * growth**step
         free = (curvature * goal + rho * (rounded - turned_push)) / (curvature + rho)
-        back = left @ free @ right.mT
-        centred = grid.snap(back + push, scale, low, high)
-        levels = grid.level(centred, scale)
+        wanted = restored(free) + push
+        centred = grid.snap(wanted / loud, scale, low, high)
+        levels = grid.level(centred, scale) * loud
         rounded = turned(levels)
-        # The sums are of forces divided by rho, so they shrink as rho grows.
-        push, turned_push = (push + back - levels) / growth, (turned_push + free - rounded) / growth
+        # Both sums hold forces divided by rho, so they shrink as rho grows.
+        push, turned_push = (wanted - levels) / growth, (turned_push + free - rounded) / growth
         value = (curvature * (goal - rounded).square()).sum((1, 2), keepdim=True)
         best, lowest = torch.where(value < lowest, centred, best), value.minimum(lowest)
     return Rounding(best, start.affine)

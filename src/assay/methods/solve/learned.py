@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
-from assay.methods.solve import clip, gptq, nearest, two_sided
-from assay.methods.solve.curvature import damp, shrink
+from assay.methods.solve.curvature import damp, diagonal, shrink
 from assay.methods.solve.refine import Problem, Rounding, better, polish
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 
-Start = Literal["nearest", "clip", "gptq", "two_sided"]
+Start = Literal["nearest", "clip"]
 
 
 def pose(
@@ -39,18 +38,10 @@ def pose(
 
 
 def begin(problem: Problem, start: Start) -> Rounding:
-    """Where learning starts: rounding to nearest on the min-max or the clipped grid, or a solver's codes and grid."""
-    weight, grid, inputs, outputs = problem.weight, problem.grid, problem.inputs, problem.outputs
-    if start == "nearest":
-        found = nearest.solve(weight, grid)
-    elif start == "clip":
-        found = clip.solve(weight, grid, inputs)
-    elif start == "gptq":
-        found = gptq.solve(weight, grid, inputs, shrinkage=0.0, damping=0.0)
-    else:
-        found = two_sided.solve(weight, grid, inputs, outputs, shrink_inputs=0.0, shrink_outputs=0.0, damping=0.0)
-    scale, low, high = grid.per_weight(found.affine, weight.shape[-1])
-    return Rounding(grid.snap(grid.decode(found.codes, found.affine).float(), scale, low, high), found.affine)
+    """Where learning starts: rounding to nearest, on the min-max grid or on the one that `clip` searches."""
+    weight, grid = problem.weight, problem.grid
+    affine = grid.fit(weight) if start == "nearest" else grid.fit_clipped(weight, diagonal(problem.inputs))
+    return Rounding(grid.snap(weight, *grid.per_weight(affine, weight.shape[-1])), affine)
 
 
 def finish(problem: Problem, start: Rounding, learned: Rounding, polished: bool, shape: torch.Size) -> Rounded:

@@ -25,7 +25,7 @@ class Learned(NamedTuple):
     """What is learned; zeros and ones at the start. Ranges: [batch, out, groups]."""
 
     offset: Tensor
-    """[batch, out, in], in steps of the grid, -1/2 .. 1/2"""
+    """[batch, out, in], in steps of the grid, -1/2 to 1/2"""
     top: Tensor
     """Factor of the range above 0; of the scale, on grids without zero points"""
     bottom: Tensor
@@ -41,54 +41,45 @@ def solve(
     start: Start = "nearest",
     steps: int = 200,
     ranges: bool = True,
-    polished: bool = True,
+    polish: bool = True,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: the grid, and from "gptq" and "two_sided" also the codes that offsets are measured from.
-    ranges: whether ranges are learned. polished: finish with `refine.polish`. Never worse than the start.
+    start: the grid whose ranges shrink; ranges: whether they do. polish: finish with `refine.polish`. Never worse
+    than the start. Codes of a solver are no option: from there no step was ever found to help.
     """
     if H is None:
         return clip.solve(weight, grid)
     problem = pose(weight, grid, H, G)
     first = begin(problem, start)
-    target = problem.weight
-    if start in ("gptq", "two_sided"):
-        target = grid.level(first.centred, grid.per_weight(first.affine, weight.shape[-1])[0])
-    return finish(problem, first, learn(problem, target, first.affine, steps, ranges), polished, weight.shape)
+    return finish(problem, first, learn(problem, first, steps, ranges), polish, weight.shape)
 
 
-def learn(problem: Problem, target: Tensor, base: Affine, steps: int, ranges: bool) -> Rounding:
-    """The best of `steps` + 1 roundings of `target` [batch, out, in]; the first is to nearest on `base`."""
-    grid, columns = problem.grid, target.shape[-1]
+def learn(problem: Problem, start: Rounding, steps: int, ranges: bool) -> Rounding:
+    """The best of `steps` + 1 roundings, `start` the first of them, on shrunken ranges of its grid."""
+    weight, grid, base = problem.weight, problem.grid, start.affine
     _, lower, upper = around(problem, base)
     width = (upper - lower).abs()
     ones = torch.ones_like(base.scale, dtype=torch.float32)
-    now = Learned(torch.zeros_like(target), ones, ones)
-    present = best = rounding(grid, target, width, base, now)
-    lowest = torch.full_like(ones[:, 0, 0], torch.inf)
+    now = Learned(torch.zeros_like(weight), ones, ones)
+    best, lowest = start, torch.full_like(ones[:, 0, 0], torch.inf)
     for step in range(steps + 1):
-        scale = grid.per_weight(present.affine, columns)[0]
+        affine = shrunken(grid, base, now.top, now.bottom)
+        scale, low, high = grid.per_weight(affine, weight.shape[-1])
+        wanted = weight + now.offset * width * scale.abs()
+        present = Rounding(grid.snap(wanted, scale, low, high), affine)
         gradient, value = pull(problem, grid.level(present.centred, scale))
         best, lowest = choose(value < lowest, present, best), value.minimum(lowest)
         if step == steps:
             break
         rate = (1 - step / steps) / steps
-        up = slopes(grid, target, present, gradient) if ranges else Learned(gradient, ones * 0, ones * 0)
+        top, bottom = slopes(grid, weight, wanted, present, gradient) if ranges else (ones * 0, ones * 0)
         now = Learned(
-            (now.offset + rate * up.offset.sign()).clamp_(-0.5, 0.5),
-            (now.top + rate * up.top.sign()).clamp_(SMALLEST, 1),
-            (now.bottom + rate * up.bottom.sign()).clamp_(SMALLEST, 1),
+            (now.offset + rate * gradient.sign()).clamp_(-0.5, 0.5),
+            (now.top + rate * top.sign()).clamp_(SMALLEST, 1),
+            (now.bottom + rate * bottom.sign()).clamp_(SMALLEST, 1),
         )
-        present = rounding(grid, target, width, base, now)
     return best
-
-
-def rounding(grid: Grid, target: Tensor, width: Tensor, base: Affine, learned: Learned) -> Rounding:
-    """`target` with its offsets rounded on the shrunken grid; width: of the step at each weight, [batch, out, in]."""
-    affine = shrunken(grid, base, learned.top, learned.bottom)
-    scale, low, high = grid.per_weight(affine, target.shape[-1])
-    return Rounding(grid.snap(target + learned.offset * width * scale.abs(), scale, low, high), affine)
 
 
 def shrunken(grid: Grid, base: Affine, top: Tensor, bottom: Tensor) -> Affine:
@@ -103,26 +94,26 @@ def shrunken(grid: Grid, base: Affine, top: Tensor, bottom: Tensor) -> Affine:
     return Affine(narrowed, zero.to(torch.uint8))
 
 
-def slopes(grid: Grid, target: Tensor, present: Rounding, gradient: Tensor) -> Learned:
-    """Minus the derivatives of f, up to positive factors, with every rounding counted as the identity.
+def slopes(grid: Grid, weight: Tensor, wanted: Tensor, present: Rounding, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """-df/d(top), -df/d(bottom), up to positive factors, [batch, out, groups], with rounding counted as the identity.
 
-    gradient: -df/d(decoded), [batch, out, in]. Within the range a decoded weight is target + (offset + what rounding
-    added) * scale, so a larger scale moves it by its step minus target / scale; beyond, it is the end of the range.
+    wanted: weight and offset; gradient: -df/d(decoded), which is up to a positive factor also that of the offset.
+    Within the range a weight w decodes to w + (offset + what rounding added) * scale, so a larger scale moves it
+    by its step minus w / scale; beyond the range it is the range's end.
     """
-    scale, low, high = grid.per_weight(present.affine, target.shape[-1])
-    wanted = target / scale
-    above, below = (present.centred == high) & (wanted > high), (present.centred == low) & (wanted < low)
+    scale, low, high = grid.per_weight(present.affine, weight.shape[-1])
+    above, below = wanted / scale > high, wanted / scale < low
     outside = above | below
-    along = gradient * (present.centred - wanted).masked_fill(outside, 0)
+    along = gradient * (present.centred - weight / scale).masked_fill(outside, 0)
 
     def total(each: Tensor) -> Tensor:
         return each.unflatten(-1, (present.affine.scale.shape[-1], -1)).sum(-1)
 
     if not _two_ends(grid):
         top = total(along + gradient * present.centred * outside) * present.affine.scale.float().sign()
-        return Learned(gradient, top, torch.zeros_like(top))
+        return top, torch.zeros_like(top)
     inner = along / (high - low)
-    return Learned(gradient, total(inner + gradient * above), total(inner - gradient * below))
+    return total(inner + gradient * above), total(inner - gradient * below)
 
 
 def _two_ends(grid: Grid) -> bool:
