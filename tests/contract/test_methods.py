@@ -10,9 +10,16 @@ from torch import Tensor
 
 from assay.methods import base
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed, PackedInteger
+from assay.model.terms import restore
 
-LEVELS = ("int2-g32-asym", "int3-g64-sym", "int4-g128-asym", "int5-channel-sym", "int8-channel-asym")
+LEVELS = {
+    "int": ("int2-g32-asym", "int3-g64-sym", "int4-g128-asym", "int5-channel-sym", "int8-channel-asym"),
+    "nf": ("nf2-g32", "nf4-g64"), "fp": ("fp4-channel", "fp6-g32", "fp8-channel"), "pow": ("pow3-g64",),
+    "mxfp": ("mxfp4-g32", "mxfp8-g32"), "nvfp": ("nvfp4-g16",), "power": ("power4-g64",), "lut": ("lut3-channel",),
+    "trellis": ("trellis1.5-channel", "trellis2.25-channel", "trellis4-channel"),
+}  # fmt: skip
+PAIRS = [(name, level) for name in base.names() for kind in base.get(name).formats for level in LEVELS[kind]]
 BATCH, ROWS, COLUMNS = 2, 24, 128
 
 
@@ -27,7 +34,12 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
     return weight, moment(BATCH, COLUMNS, 4), moment(BATCH, ROWS, 5)
 
 
-def encode(name: str, level: Level, weight: Tensor, h: Tensor, g: Tensor) -> list[PackedInteger]:
+def own_level(name: str, bits: float) -> Level:
+    """What a method offers at about so many bits."""
+    return min(base.get(name)().levels(COLUMNS), key=lambda x: (abs(x.bits - bits), abs((x.group_size or 999) - 64), x.symmetric))
+
+
+def encode(name: str, level: Level, weight: Tensor, h: Tensor, g: Tensor) -> list[Packed]:
     method = base.get(name)
     return method().encode(weight, level, torch.bfloat16, h if "H" in method.needs else None, g if "G" in method.needs else None)
 
@@ -45,8 +57,7 @@ def test_a_method_states_its_facts(name: str) -> None:
     assert method() == method()
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", base.names())
+@pytest.mark.parametrize(("name", "level"), PAIRS)
 def test_a_method_encodes_at_the_level_asked_for(name: str, level: str) -> None:
     wanted = Level.parse(level)
     weight, h, g = problem()
@@ -55,29 +66,31 @@ def test_a_method_encodes_at_the_level_asked_for(name: str, level: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip((weight, h, g), before, strict=True)), "the inputs were changed"
     assert [p.level for p in packed] == [wanted] * BATCH
     for result, source in zip(packed, weight, strict=True):
-        assert result.scale.dtype is torch.bfloat16
-        assert int(result.codes.max()) < 1 << wanted.bits
+        if isinstance(result, PackedInteger):
+            assert result.scale.dtype is torch.bfloat16
+            assert int(result.codes.max()) < 1 << int(wanted.bits)
         assert result.nbytes == wanted.nbytes(ROWS, COLUMNS) == sum(t.nbytes for t in result.tensors().values())
-        again = PackedInteger.from_tensors(result.tensors(), wanted)
+        assert result.decode().dtype is torch.bfloat16
+        again = restore(result.tensors(), wanted, torch.bfloat16)
         assert torch.equal(again.decode(), result.decode())
         error = (result.decode().float() - source).square().mean() / source.square().mean()
-        assert error < (1.0 if wanted.bits == 2 else 0.3 if wanted.bits == 3 else 0.05)
+        assert error < (1.0 if wanted.bits <= 2 else 0.3 if wanted.bits <= 3 else 0.05)
 
 
 @pytest.mark.parametrize("name", base.names())
 def test_a_second_call_and_a_batch_of_one_give_the_same_bits(name: str) -> None:
-    level = Level(3, 64, False)
+    level = own_level(name, 3)
     weight, h, g = problem()
     batch, again = encode(name, level, weight, h, g), encode(name, level, weight, h, g)
     alone = [encode(name, level, weight[i : i + 1], h[i : i + 1], g[i : i + 1])[0] for i in range(BATCH)]
     for a, b, c in zip(batch, again, alone, strict=True):
         assert torch.equal(a.decode(), b.decode())
-        torch.testing.assert_close(a.decode().float(), c.decode().float(), rtol=0, atol=float(a.scale.float().max()) * 1.5)
+        torch.testing.assert_close(a.decode().float(), c.decode().float(), rtol=0, atol=float(weight.abs().max()) * 0.5)
 
 
 @pytest.mark.parametrize("name", base.names())
 def test_a_method_survives_matrices_of_zeros_and_statistics_of_low_rank(name: str) -> None:
-    level = Level(4, 64, False)
+    level = own_level(name, 4)
     weight = torch.zeros(1, ROWS, COLUMNS)
     low_rank = torch.ones(1, COLUMNS, COLUMNS)
     packed = encode(name, level, weight, low_rank, torch.ones(1, ROWS, ROWS))
