@@ -1,4 +1,4 @@
-"""Orthogonal matrices: Hadamard matrices, random rotations, and rotations that keep the mean. Float32, one thread."""
+"""Orthogonal matrices: Hadamard matrices, random rotations, and rotations that keep the mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from assay.model.threads import threads_for
+
+AT_ONCE = 1 << 22
+
+
+def times(part: Tensor, matrix: Tensor) -> Tensor:
+    """`part` [..., n] times `matrix` [n, n] in float64, rounded once to the dtype of `part`."""
+    rows, wide = part.reshape(-1, part.shape[-1]), matrix.double()
+    pieces = rows.split(max(1, AT_ONCE // rows.shape[1]))
+    return torch.cat([(piece.double() @ wide).to(part.dtype) for piece in pieces]).view(part.shape)
 
 
 def hadamard(size: int) -> Tensor | None:
@@ -28,21 +37,21 @@ def hadamard(size: int) -> Tensor | None:
 
 
 def rotation(size: int, generator: torch.Generator) -> Tensor:
-    """Random signs, then a Hadamard matrix of unit norm; a random orthogonal matrix for sizes that have none here."""
+    """Random signs, then a Hadamard matrix, [size, size], float64; a random one for sizes without a Hadamard matrix."""
     found = hadamard(size)
     if found is None:
-        return orthogonal(size, generator).float()
-    return signs(size, generator)[:, None] * found / size**0.5
+        return orthogonal(size, generator)
+    return signs(size, generator)[:, None] * found.double() / size**0.5
 
 
 def keeping_mean(size: int, generator: torch.Generator) -> Tensor:
-    """A random rotation that maps the vector of ones to itself, so that it commutes with subtracting the mean."""
+    """A random rotation that maps the vector of ones to itself, so that it commutes with subtracting the mean; float64."""
     axis = torch.full((size,), -(size**-0.5), dtype=torch.float64)
     axis[0] += 1
     reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(axis, axis) / axis.square().sum().clamp_min(1e-300)
     inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), orthogonal(size - 1, generator))
     with threads_for(0):
-        return (reflection @ inner @ reflection).float()
+        return reflection @ inner @ reflection
 
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:

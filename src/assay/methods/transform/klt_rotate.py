@@ -46,7 +46,7 @@ class KltRotate:
 def klt(moment: Tensor, generator: torch.Generator) -> Tensor:
     """R = K S H / √n with K the eigenvectors of `moment` [n, n], S random signs, H Hadamard: diag(Rᵀ moment R) is constant.
 
-    Float32 [n, n]; n must be a size that `hadamard` builds.
+    Float64 [n, n]; n must be a size that `hadamard` builds.
     """
     size = len(moment)
     found = hadamard(size)
@@ -54,7 +54,7 @@ def klt(moment: Tensor, generator: torch.Generator) -> Tensor:
         raise ValueError(f"no Hadamard matrix of size {size}")
     with threads_for(0):
         vectors = torch.linalg.eigh(moment.double())[1]
-        return ((vectors * signs(size, generator)) @ found.double() / size**0.5).float()
+        return (vectors * signs(size, generator)) @ found.double() / size**0.5
 
 
 def second_moment(subject: Subject, residual: Residual) -> Tensor:

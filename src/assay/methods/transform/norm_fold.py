@@ -73,8 +73,11 @@ def _fold(norm: Norm, weights: Weights, edits: Edits) -> None:
 
 
 def _shift(reader: Linear, shift: Tensor, weights: Weights, edits: Edits) -> None:
-    if reader.bias is not None:
-        edits.add([reader.bias], lambda bias: bias + reader.matrix(weights.read(reader.inputs.tensor)) @ shift)
+    def add(bias: Tensor) -> Tensor:
+        matrix = reader.matrix(weights.read(reader.inputs.tensor))
+        return (bias + matrix.double() @ shift.double()).to(bias.dtype)
+
+    edits.add([reader.bias] if reader.bias else [], add)
 
 
 METHOD = NormFold

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.methods.transform._orthogonal import keeping_mean, rotation
+from assay.methods.transform._orthogonal import keeping_mean, rotation, times
 from assay.methods.transform._subject import Subject
 from assay.methods.transform.norm_fold import fold
 from assay.model.errors import InputError
@@ -51,7 +51,7 @@ def turn(subject: Subject, residual: Residual, matrix: Tensor) -> Subject:
     residual = folded.streams.need_residual("rotate")
     biases = [Face(norm.bias, 0) for norm in residual.norms if norm.bias]
     edits = Edits()
-    edits.add([*residual.writers, *residual.readers(), *biases], lambda part: part @ matrix.to(part.dtype))
+    edits.add([*residual.writers, *residual.readers(), *biases], lambda part: times(part, matrix))
     return replace(folded, weights=folded.weights.edited(edits.by_tensor()))
 
 

@@ -48,7 +48,7 @@ def by_head(part: Tensor, turns: Tensor) -> Tensor:
     """[..., heads * size] times one matrix per head, turns [heads, size, size]."""
     heads, size, _ = turns.shape
     split = part.unflatten(-1, (heads, size))
-    return torch.einsum("...hi,hij->...hj", split, turns.to(part.dtype)).flatten(-2)
+    return torch.einsum("...hi,hij->...hj", split.double(), turns.double()).to(part.dtype).flatten(-2)
 
 
 METHOD = RotateHeads
