@@ -76,11 +76,14 @@ class Group:
         self, weights: Weights, statistics: Mapping[str, Curvature], rounding: Rounding
     ) -> list[tuple[Tensor, Curvature]]:
         """Weights and curvatures of those readers that are sites and that a token met."""
-        found = []
+        found, name, tensor = [], "", torch.empty(0)
         for reader in self.readers:
-            if reader.site is not None and (curvature := statistics.get(key_of(reader.site))) is not None and curvature.tokens:
-                matrix = reader.matrix(weights.read(reader.inputs.tensor)).float().contiguous()
-                found.append(rounding.sampled(matrix, curvature))
+            curvature = statistics.get(key_of(reader.site)) if reader.site is not None else None
+            if curvature is None or not curvature.tokens:
+                continue
+            if reader.inputs.tensor != name:
+                name, tensor = reader.inputs.tensor, weights.read(reader.inputs.tensor)
+            found.append(rounding.sampled(reader.matrix(tensor).float().contiguous(), curvature))
         return found
 
     def shared(self, values: Tensor, largest: bool = False) -> Tensor:
@@ -136,6 +139,3 @@ def _into_norm(norm: Norm, weights: Weights, scale: Tensor, edits: Edits) -> Ten
     if norm.bias:
         edits.whole(norm.bias, lambda bias: bias / scale)
     return scale
-
-
-__all__ = ["FLOOR", "Group", "Rounding", "centred", "groups", "mean_square"]

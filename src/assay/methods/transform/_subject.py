@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from assay.measure.damage import Curvature
+from assay.measure.profile import key_of
 from assay.methods.base import Method
 from assay.model.progress import Progress
-from assay.model.streams import Residual, Streams
+from assay.model.streams import Linear, Residual, Streams
 from assay.model.weights import Weights
 
 Statistics = Callable[[int | None], Mapping[str, Curvature]]
@@ -50,6 +51,14 @@ class Subject:
         grown = self.weights.source.nbytes(self.weights.origin(head.inputs.tensor))
         note = f"{residual.head} is now a tensor of its own beside the embedding: {grown} bytes more"
         return replace(self, weights=weights, streams=replace(self.streams, residual=residual.untied())).noting(note)
+
+
+def curvatures(readers: Iterable[Linear], statistics: Mapping[str, Curvature]) -> Iterator[Curvature]:
+    """One curvature for each distinct input of some matrices; those that nothing was measured of are left out."""
+    sites = {reader.site.reads: reader.site for reader in readers if reader.site is not None}
+    for site in sites.values():
+        if (found := statistics.get(key_of(site))) is not None:
+            yield found
 
 
 class Transform(Method, Protocol):

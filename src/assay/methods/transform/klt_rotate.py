@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.measure.profile import key_of
 from assay.methods.transform._orthogonal import hadamard, signs
-from assay.methods.transform._subject import Subject
+from assay.methods.transform._subject import Subject, curvatures
 from assay.methods.transform.norm_fold import gain_of
 from assay.methods.transform.rotate import turn, turnable
 from assay.model.errors import InputError
@@ -61,15 +60,13 @@ def second_moment(subject: Subject, residual: Residual) -> Tensor:
     """Mean over the norms of the second moment of what they normalise, before their gains: [n, n], trace n."""
     total = torch.zeros(residual.width, residual.width, dtype=torch.float64)
     for norm in residual.norms:
-        statistics = subject.measured()(norm.block)
         gain = gain_of(norm, subject.weights).double()
-        sites = {r.site.reads: key_of(r.site) for r in norm.readers if r.site and key_of(r.site) in statistics}
         moment = torch.zeros_like(total)
-        for key in sites.values():
-            curvature = statistics[key]
+        for curvature in curvatures(norm.readers, subject.measured()(norm.block)):
             h = curvature.h.double()
             moment += curvature.share * (h if h.ndim == 2 else torch.diag(h))
-        moment /= torch.where(gain == 0, torch.inf, gain).outer(torch.where(gain == 0, torch.inf, gain))
+        divisor = torch.where(gain == 0, torch.inf, gain)
+        moment /= divisor.outer(divisor)
         if (trace := moment.trace()) > 0:
             total += moment * (residual.width / trace)
     if not total.any():

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal
-from assay.measure.profile import key_of
-from assay.methods.transform._subject import Subject
+from assay.methods.transform._subject import Subject, curvatures
 from assay.model.errors import InputError
 from assay.model.progress import Progress
 from assay.model.streams import Face, Linear
@@ -62,9 +61,8 @@ def mean_squares(readers: Iterable[Linear], statistics: Mapping[str, Curvature])
     Matrices that read the very same values count once; a channel that no token met has 0.
     """
     total = torch.zeros(1)
-    sites = {r.site.reads: key_of(r.site) for r in readers if r.site is not None and key_of(r.site) in statistics}
-    for key in sites.values():
-        found = diagonal(statistics[key].h)
+    for curvature in curvatures(readers, statistics):
+        found = diagonal(curvature.h)
         total = total + found / found.mean().clamp_min(1e-30)
     return total
 
