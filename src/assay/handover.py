@@ -22,6 +22,7 @@ from assay.model.errors import ShortfallError
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
 from assay.model.sites import Site
+from assay.transforming import origin
 
 
 def hand_over(
@@ -31,7 +32,8 @@ def hand_over(
     loaders = results.loaders()
     ledger = _ledger(model, plan, results, contract)
     recipe = {
-        "model": model.checkpoint.fingerprint, "calibration": dict(profile.index["calibration"]),
+        "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
+        "calibration": dict(profile.index["calibration"]),
         "predicted": {"kl": plan.predicted, "low": plan.predicted_low, "high": plan.predicted_high,
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,

@@ -35,6 +35,8 @@ from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
 from assay.prove.divergence import Candidate, compare
+from assay.transforming import steps_of
+from assay.transforming import transform as apply_transforms
 
 JUDGE_TOKENS = 30_720
 FALL_BACK_SHARE = 0.05
@@ -150,7 +152,7 @@ def verify(
     progress = progress or Silent()
     result, original = open_model(out), StreamedModel(open_model(against))
     recipe = _recipe(result.folder)
-    if recipe and recipe["model"] != original.checkpoint.fingerprint:
+    if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
@@ -171,6 +173,22 @@ def verify(
     return verdict
 
 
+def transform(
+    model: str | Path, out: str | Path, names: str | Sequence[str], *, profile: str | Path | None = None, seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a model with exact transforms applied: other weights, the same function, so that it compresses better.
+
+    names: in the order in which they are applied; those that read statistics need a profile of `model`.
+    """
+    _check_destination(Path(out))
+    wanted, measured = [names] if isinstance(names, str) else list(names), Profile.open(profile) if profile else None
+    source = open_model(model)
+    made = apply_transforms(source, wanted, Path(out), measured, seed, progress or Silent())
+    done = steps_of(made)[-len(wanted) :]
+    return {"out": str(out), "source_bytes": source.weight_bytes, "bytes": made.weight_bytes, "steps": done}
+
+
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
     """Write a result in another layout: plain (decoded) or compressed-tensors."""
     _check_destination(Path(destination))
@@ -185,11 +203,15 @@ def load(out: str | Path) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    found = [(name, base.get(name)()) for name in base.names()]
+    encoders = [(name, base.get(name)()) for name in base.names()]
+    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
     return [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "formats": list(m.formats),
-         "levels": [x.name for x in m.levels(256)], "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in found
+        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
+         "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
+        for n, m in encoders
+    ] + [
+        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
+        for n, m in transforms
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from assay.cli import answer
 from assay.cli.main import app, main
 from assay.model.errors import InputError, ShortfallError
 
-COMMANDS = ("inspect", "profile", "plan", "compress", "verify", "export", "methods")
+COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods")
 SOURCE = Path(assay.__file__).parents[1]
 
 
@@ -76,6 +76,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
         (("inspect",), "Missing argument"),
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("compress", "m"), "Missing option"),
+        (("transform", "m", "-o", "x"), "Missing option"),
         (("compress", "m", "-o", "x", "--bits", "many"), "--bits"),
         (("compress", "m", "-o", "x", "--bits"), "requires an argument"),
         (("compress", "m", "-o", "x"), "give --plan or one budget"),
@@ -115,6 +116,10 @@ def test_wrong_usage_is_one_line_with_a_way_out(
         (("compress", "builtin", "--bits", "3", "--calibration", "absent.txt", "-o", "out"), "absent.txt"),
         (("compress", "builtin", "--plan", "absent.yaml", "-o", "out"), "absent.yaml"),
         (("verify", "absent/folder/here", "--against", "builtin"), "absent/folder/here"),
+        (("transform", "builtin", "--with", "rotat", "-o", "out"), "did you mean rotate?"),
+        (("transform", "builtin", "--with", "awq", "-o", "out"), "give a profile of this model"),
+        (("transform", "builtin", "--with", "rotate", "-o", "{here}"), "exists"),
+        (("transform", "{here}", "--with", "rotate", "-o", "out"), "not a model folder"),
         (("export", "absent/folder/here", "--to", "plain", "-o", "out"), "absent/folder/here"),
     ],
 )
@@ -128,6 +133,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert (code, out) == (2, "")
     assert words in one_line(err)
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
+def test_transform_says_what_it_did(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "turned"
+    code, shown, _ = call(capfd, "transform", "builtin", "--with", "rotate", "--with", "rotate_heads", "-o", out, "--seed", "3")
+    assert code == 0
+    assert "rotate_heads: done" in shown
+    code, printed, _ = call(capfd, "transform", out, "--with", "norm_fold", "-o", tmp_path / "folded", "--json")
+    assert (code, [s["name"] for s in json.loads(printed)["steps"]]) == (0, ["norm_fold"])
 
 
 def test_methods_as_json(capfd: pytest.CaptureFixture[str]) -> None:

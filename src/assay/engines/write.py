@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,31 @@ def write(
     packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
     InputError when the disk is too small; leaves nothing behind when anything fails.
     """
+    tensors = (output_tensors(source, name, packed, contract, transposed) for name in source.names)
+    need = sum(_bytes_after(source, name, levels, contract) for name in source.names)
+    with new_folder(destination, need) as folder:
+        write_shards(folder, tensors, shard_bytes)
+        copy_side_files(folder, source)
+        _write_config(folder, source, contract, levels, transposed)
+        for name, text in extra_files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(destination: Path, nbytes: int) -> Iterator[Path]:
+    """A hidden folder that becomes `destination` at the end, complete and durable, or goes if anything fails.
+
+    nbytes: what will be written, roughly. Raises InputError when the disk is too small.
+    """
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _check_space(partial.parent, source, levels, contract)
+    need, free = nbytes + HEADROOM, shutil.disk_usage(partial.parent).free
+    if free < need:
+        raise InputError(f"{partial.parent}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
     partial.mkdir()
     try:
-        _write_tensors(partial, source, packed, contract, transposed, shard_bytes)
-        _write_side_files(partial, source, contract, levels, transposed, extra_files)
+        yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)
@@ -122,12 +141,11 @@ def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:
     return source.dtype(name)
 
 
-def _write_tensors(
-    folder: Path, source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
-) -> None:
+def write_shards(folder: Path, tensors: Iterable[Mapping[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as they come, in as many safetensors files as needed, with an index where there are several."""
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(source, packed, contract, transposed, limit):
+    for shard in _shards(tensors, shard_bytes):
         save_file(shard, folder / f"part-{len(shards):05d}", {"format": "pt"})
         shards.append(sorted(shard))
         total += sum(t.nbytes for t in shard.values())
@@ -143,13 +161,10 @@ def _write_tensors(
     (folder / INDEX).write_text(json.dumps(index_text, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
-) -> Iterator[dict[str, Tensor]]:
+def _shards(parts: Iterable[Mapping[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
-    for name in source.names:
-        tensors = output_tensors(source, name, packed, contract, transposed)
+    for tensors in parts:
         extra = sum(t.nbytes for t in tensors.values())
         if shard and size + extra > limit:
             yield shard
@@ -159,16 +174,19 @@ def _shards(
     yield shard
 
 
-def _write_side_files(
-    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str],
-    extra_files: Mapping[str, str],
-) -> None:  # fmt: skip
+def copy_side_files(folder: Path, source: Checkpoint) -> None:
+    """Copy all that belongs to a model beside weights and config; not what assay said about an earlier step."""
     for path in source.side_files():
         target = folder / path.relative_to(source.folder)
         if target.parts[len(folder.parts)] == "assay":
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _write_config(
+    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str]
+) -> None:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if contract.layout == "assay":
         config["quantization_config"] = own_config(source, levels, transposed)
@@ -177,20 +195,13 @@ def _write_side_files(
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
         config["quantization_config"] = quantization_config(levels, kept)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name, text in extra_files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
 
 
-def _check_space(folder: Path, source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> None:
-    need = HEADROOM
-    for name in source.names:
-        rows_columns = source.shape(name)
-        small = name in levels and contract.layout != "plain"
-        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.nbytes(name)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise InputError(f"{folder}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
+def _bytes_after(source: Checkpoint, name: str, levels: Mapping[str, Level], contract: Contract) -> int:
+    if name in levels and contract.layout != "plain":
+        rows, columns = source.shape(name)
+        return levels[name].nbytes(rows, columns, 4)
+    return source.nbytes(name)
 
 
 def _sync(path: Path) -> None:

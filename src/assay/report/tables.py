@@ -96,6 +96,12 @@ def methods(rows: Sequence[Facts]) -> Table:
     return table
 
 
+def transformed(found: Facts) -> Group:
+    """The end of `transform`."""
+    lines = [f"{step['name']}: {note}" for step in found["steps"] for note in step["notes"] or ("done",)]
+    return Group(f"{found['out']}: {size(found['source_bytes'])} -> {size(found['bytes'])}", *lines)
+
+
 def facts(found: Facts) -> Group:
     """Plain pairs."""
     return Group(*(f"{name}: {size(value) if name == 'bytes' else value}" for name, value in found.items()))
