@@ -80,14 +80,16 @@ def _finish(
     prices = probe.price_model(model, folder, text.tokens, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     points = probe.probe(model, held_out, prices, progress)
+    kept_nbytes = model.checkpoint.kept_nbytes
+    names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
         "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,
         "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest},
-        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model)], "kept": model.anatomy.kept,
-        "names": {n: model.checkpoint.nbytes(n) for n in model.checkpoint.names},
+        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
+        "names": names,
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.weight_bytes, "prices": prices, "ratios": ratios, "probes": points,
+        "file_bytes": model.checkpoint.header_bytes + sum(names.values()), "prices": prices, "ratios": ratios, "probes": points,
     }  # fmt: skip
     return save_index(folder, index)
 

@@ -65,7 +65,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     anatomy = streamed.anatomy
     rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
-        for r in plans.rows(streamed)
+        for r in plans.rows(streamed, checkpoint.nbytes)
     ]
     inside = [r for r in rows if r["block"] is not None]
     return {

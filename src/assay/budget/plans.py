@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from assay.budget import menu, planners
@@ -21,16 +21,20 @@ from assay.model.level import Level
 from assay.model.sites import Site
 
 
-def rows(model: StreamedModel) -> list[SiteRow]:
-    """What the planner needs to know of every site."""
-    found = []
+def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
+    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
+    held: dict[str, list[Site]] = {}
     for site in model.anatomy.sites.values():
-        itemsize = min(model.checkpoint.dtype(site.name).itemsize, 4)
-        share = site.count * itemsize if site.stacked else model.checkpoint.nbytes(site.name)
-        found.append(SiteRow(
-            key_of(site), site.role, site.block, site.shape, share, itemsize,
-            site.transposed, site.expert, site.stacked,
-        ))  # fmt: skip
+        held.setdefault(site.name, []).append(site)
+    found = []
+    for name, sites in held.items():
+        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
+        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
+        for site, start, end in zip(sites, ends, ends[1:], strict=False):
+            found.append(SiteRow(
+                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
+                site.transposed, site.expert, site.stacked,
+            ))  # fmt: skip
     return found
 
 
@@ -108,15 +112,15 @@ def _assemble(
     damage, nbytes = _totals(options, choice)
     low, expected, high = forecast.kl(method, damage)
     plain_damage, plain_bytes = _totals(options, plain)
-    decided = {site for d in options for site in d.sites}
-    fixed = sum(b for name, b in profile.index["names"].items() if name not in decided)
+    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
+    own = {row.name: row for row in _rows(profile)}
     choices = {}
     for d, c in zip(options, choice, strict=True):
         option = d.options[c]
         why = _why(d, c)
         for site in d.sites:
-            choices[site] = Choice(option.level, option.nbytes // len(d.sites), option.damage / len(d.sites), why)
+            choices[site] = Choice(option.level, _nbytes(own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
         "predicted": forecast.kl(method, plain_damage)[1],
@@ -128,6 +132,10 @@ def _assemble(
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
     )  # fmt: skip
+
+
+def _nbytes(row: SiteRow, level: str | None) -> int:
+    return row.stored_bytes if level is None else Level.parse(level).nbytes(*row.shape, row.scale_itemsize)
 
 
 def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:

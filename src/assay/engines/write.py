@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -77,18 +77,16 @@ def output_tensors(
         result = packed[name]()
         if contract.layout != "plain":
             return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
-        weight = result.decode().to(plain_dtype(source, name))
+        weight = result.decode().to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
-        weight = source.read(name)
-        half = weight.to(torch.bfloat16)
-        return {name: half if torch.equal(half.to(weight.dtype), weight) else weight}
+        return {name: source.read(name).to(source.kept_dtype(name))}
     return dict(source.iter_raw([name]))
 
 
-def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:
-    """Dtype of a decoded weight."""
-    return source.dtype(name)
+def plain_nbytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a decoded weight."""
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
 def _write_tensors(
@@ -153,7 +151,7 @@ def _check_space(folder: Path, source: Checkpoint, levels: Mapping[str, Level], 
     for name in source.names:
         rows_columns = source.shape(name)
         small = name in levels and contract.layout != "plain"
-        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.nbytes(name)
+        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.kept_nbytes(name)
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(f"{folder}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
