@@ -73,6 +73,11 @@ def stable_profile(
     return Profile.open(folder)
 
 
+def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: int, window: int | None) -> str:
+    """The digest that a profile of these settings will have. Raises InputError."""
+    return _texts(model, calibration, tokens, window)[0].digest
+
+
 def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any],
     methods: tuple[str, ...], progress: Progress,

@@ -22,6 +22,7 @@ from assay import engines
 from assay.budget import plans
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
+from assay.engines.write import check_space
 from assay.execute import Results, execute
 from assay.handover import hand_over
 from assay.measure.profile import Profile, key_of
@@ -33,7 +34,7 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
+from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 
 JUDGE_TOKENS = 30_720
@@ -93,8 +94,8 @@ def plan(
     uniform: bool = False,
 ) -> Plan:  # fmt: skip
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
-    measured = Profile.open(source)
     budget = Budget(size=size, bits=bits, max_loss=max_loss)
+    measured = Profile.open(source)
     return plans.make(measured, budget, engines.get(engine), _method(method), keep, planner, uniform)
 
 
@@ -119,14 +120,17 @@ def compress(
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     budget = Budget(**given.budget) if given else Budget(size=size, bits=bits, max_loss=max_loss)
     contract = engines.get(given.engine if given else engine)
-    _method(method)
-    if given and given.model != checkpoint.fingerprint:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
+    method = _method(given.method if given else method)
     streamed = StreamedModel(checkpoint)
+    if given:
+        known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
+        plans.check_origin(given, checkpoint.fingerprint, known)
+    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, keep)
+    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
     measured = Profile.open(profile) if profile else _profile_in(work, model, calibration, tokens, window, method, progress)
     _check_profile(measured, streamed)
     if given is None:
-        chosen = plans.make(measured, budget, contract, _method(method), keep, "lagrange", uniform)
+        chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
@@ -229,7 +233,7 @@ def _profile_in(
     method: str, progress: Progress,
 ) -> Profile:  # fmt: skip
     folder = work / f"profile-{_digest(f'{calibration}:{tokens}:{window}:{method}')}"
-    fresh, used = not work.exists(), tuple(m for m in REHEARSED if m == _method(method))
+    fresh, used = not work.exists(), tuple(m for m in REHEARSED if m == method)
     try:
         return profile(model, folder, calibration=calibration, tokens=tokens, window=window, methods=used, progress=progress)
     except InputError:

@@ -11,6 +11,7 @@ from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
+from assay.budget.prices import menu as priced_levels
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile, key_of
@@ -49,23 +50,62 @@ def decisions(profile: Profile, contract: Contract, method: str, outside: bool, 
     """The menu of one profile under one engine's rules, priced for one method."""
     forecast = Forecast.from_index(profile.index)
     kind = base.get(method).prices
-    levels: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
     all_rows = _rows(profile)
+    takes = _takes(contract, str(profile.index["family"]), all_rows)
     for row in all_rows:
-        found = _refusal(profile, contract) or allowed(contract, row)
         priced = profile.prices.get(row.name, {})
-        levels[row.name] = [] if isinstance(found, str) else [x for x in found if x.name in priced]
-        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in levels[row.name]}
-    return menu.build(all_rows, prices, lambda row: levels[row.name], contract.fused, outside, keep)
+        known = [level for level in _levels(takes, row) if level.name in priced]
+        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in known}
+    return _menu(all_rows, takes, prices, contract, outside, keep)
+
+
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, keep: Sequence[str]) -> int:
+    """Bytes that the weight files may take within a budget, told before anything is measured.
+
+    For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
+    """
+    found = rows(model, model.checkpoint.kept_nbytes)
+    takes = _takes(contract, model.anatomy.family, found)
+    prices = {row.name: {level.name: 0.0 for level in priced_levels(row.shape[1])} for row in found}
+    options = _menu(found, takes, prices, contract, budget.size is not None, keep)
+    tensors = sum(model.checkpoint.kept_nbytes(n) for n in model.checkpoint.names)
+    fixed = _fixed_bytes(model.checkpoint.header_bytes + tensors, options)
+    if budget.max_loss is not None:
+        return fixed + sum(d.options[0].nbytes for d in options)
+    return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
+
+
+def _takes(contract: Contract, family: str, found: Sequence[SiteRow]) -> dict[str, list[Level] | str]:
+    """By site the levels that an engine takes, or why none."""
+    refusal = contract.refusal(family, any(row.expert is not None for row in found))
+    return {row.name: refusal or allowed(contract, row) for row in found}
+
+
+def _levels(takes: Mapping[str, list[Level] | str], row: SiteRow) -> list[Level]:
+    taken = takes[row.name]
+    return [] if isinstance(taken, str) else taken
+
+
+def _menu(
+    found: Sequence[SiteRow], takes: Mapping[str, list[Level] | str], prices: Mapping[str, Mapping[str, float]],
+    contract: Contract, outside: bool, keep: Sequence[str],
+) -> list[Decision]:  # fmt: skip
+    def priced(row: SiteRow) -> list[Level]:
+        return [level for level in _levels(takes, row) if level.name in prices[row.name]]
+
+    options = menu.build(found, prices, priced, contract.fused, outside, keep)
+    if not any(len(d.options) > 1 for d in options):
+        asked = [takes[row.name] for row in found if outside or row.block is not None]
+        if keep and any(isinstance(taken, list) for taken in asked):
+            raise InputError("nothing can be made smaller: --keep matches all that could be; loosen it")
+        reasons = sorted({taken for taken in asked if isinstance(taken, str)})
+        raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
+    return options
 
 
 def _rows(profile: Profile) -> list[SiteRow]:
     return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
-
-
-def _refusal(profile: Profile, contract: Contract) -> str | None:
-    return contract.refusal(profile.index["family"], any(r["expert"] is not None for r in profile.index["rows"]))
 
 
 def _price_kind(row: SiteRow, kind: str) -> str:
@@ -78,27 +118,21 @@ def make(
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
     options = decisions(profile, contract, method, budget.size is not None, keep)
-    if not any(len(d.options) > 1 for d in options):
-        reasons = sorted({r for row in _rows(profile) if isinstance(r := allowed(contract, row), str)})
-        reasons = [refusal] if (refusal := _refusal(profile, contract)) else reasons
-        raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
-        limit = budget.limit_for(options, _fixed_bytes(profile, options))
+        limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    plain = planners.get("uniform").plan(options, limit)
-    bound = lagrange.lower_bound(options, limit)
-    return _assemble(profile, budget, contract, method, options, choice, plain, bound)
+    return _assemble(profile, budget, contract, method, options, choice, limit)
 
 
-def _fixed_bytes(profile: Profile, options: Sequence[Decision]) -> int:
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
     names = sum(len(site) for d in options for site in d.sites)
-    return int(profile.index["file_bytes"]) - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
+    return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
@@ -106,8 +140,9 @@ HEADER_PER_SITE = 420
 
 def _assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], plain: list[int], bound: float,
+    choice: list[int], limit: int,
 ) -> Plan:  # fmt: skip
+    plain, bound = planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
     forecast = Forecast.from_index(profile.index)
     damage, nbytes = _totals(options, choice)
     low, expected, high = forecast.kl(method, damage)
@@ -167,27 +202,45 @@ def _why(decision: Decision, index: int) -> str:
 def _sentence(expected: float, low: float, high: float, uniform: Mapping[str, Any]) -> str:
     text = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})"
     other = uniform["predicted"]
-    if expected > 0.9 * other:
+    if 0.9 * other < expected < other / 0.9:
         return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
     return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"
 
 
 def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
-    """A plan from a file, its sites and levels checked and its figures computed anew. Raises InputError."""
-    if plan.profile != profile.index["calibration"]["digest"] and plan.model != profile.index["model"]:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
-    outside = any(c.level for n, c in plan.choices.items() if _is_outside(profile, n))
+    """A plan from a file, its origin, sites and levels checked and its figures computed anew. Raises InputError.
+
+    What is uniform in its sentence is the best single level in its budget, or in its bytes where an edit needs more.
+    """
+    check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
+    known = {row.name: row for row in _rows(profile)}
+    for name, chosen in plan.choices.items():
+        if name in known and chosen.level:
+            _check_group_size(known[name], chosen.level)
+    budget = Budget(**plan.budget)
+    outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
     options = decisions(profile, contract, plan.method, outside, ())
     validate(plan, options)
-    picked = {site: c.level for site, c in plan.choices.items()}
-    choice = [[o.level for o in d.options].index(picked[d.sites[0]]) for d in options]
-    budget = Budget(**plan.budget)
-    damage, _ = _totals(options, choice)
-    return _assemble(profile, budget, contract, plan.method, options, choice, choice, damage)
+    choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
+    limit = _totals(options, choice)[1]
+    if budget.max_loss is None:
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+    return _assemble(profile, budget, contract, plan.method, options, choice, limit)
 
 
-def _is_outside(profile: Profile, name: str) -> bool:
-    return any(r["name"] == name and r["block"] is None for r in profile.index["rows"])
+def check_origin(plan: Plan, model: str, text: str | None) -> None:
+    """Refuse a plan of another model or profile. model: fingerprint; text: digest, None where not known yet."""
+    if plan.model != model:
+        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
+    if text is not None and plan.profile != text:
+        raise InputError("the plan was made from another profile; give that one with --profile, or run assay plan on this one")
+
+
+def _check_group_size(row: SiteRow, level: str) -> None:
+    try:
+        Level.parse(level).groups(row.shape[1])
+    except InputError as error:
+        raise InputError(f"{row.name}: {error}") from None
 
 
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:

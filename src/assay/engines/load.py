@@ -24,7 +24,9 @@ def export(folder: Path, to: str, destination: Path) -> None:
     if to == "compressed-tensors":
         if not source.levels:
             raise InputError(f"{folder} holds plain weights; compress it for transformers or vllm instead")
-        shutil.copytree(source.folder, destination)
+        write.check_space(destination.absolute().parent, source.weight_bytes)
+        with write.new_folder(destination) as folder:
+            shutil.copytree(source.folder, folder, dirs_exist_ok=True)
         return
     if to != "plain":
         raise InputError(f"unknown layout {to!r}; there are plain and compressed-tensors")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ def write(
     packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
     InputError when the disk is too small; leaves nothing behind when anything fails.
     """
+    check_space(destination.absolute().parent, _expected_bytes(source, levels, contract))
+    with new_folder(destination) as folder:
+        _write_tensors(folder, source, packed, contract, transposed, shard_bytes)
+        _write_side_files(folder, source, contract, levels, extra_files)
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` when all went well and is removed otherwise."""
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _check_space(partial.parent, source, levels, contract)
     partial.mkdir()
     try:
-        _write_tensors(partial, source, packed, contract, transposed, shard_bytes)
-        _write_side_files(partial, source, contract, levels, extra_files)
+        yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)
@@ -146,15 +154,25 @@ def _write_side_files(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _check_space(folder: Path, source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> None:
-    need = HEADROOM
+def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> int:
+    need = 0
     for name in source.names:
-        rows_columns = source.shape(name)
-        small = name in levels and contract.layout != "plain"
-        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.kept_nbytes(name)
-    free = shutil.disk_usage(folder).free
+        if name not in levels:
+            need += source.kept_nbytes(name)
+        elif contract.layout == "plain":
+            need += plain_nbytes(source, name)
+        else:
+            rows, columns = source.shape(name)
+            need += levels[name].nbytes(rows, columns, 4)
+    return need
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Refuse a disk that can't take `nbytes` of weights and some side files. Raises InputError."""
+    need, free = nbytes + HEADROOM, shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(f"{folder}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
+        wanted = f"{free / 1e6:,.0f} MB free where the result needs {need / 1e6:,.0f} MB"
+        raise InputError(f"{folder}: {wanted}; free some or choose a folder on another disk")
 
 
 def _sync(path: Path) -> None:
