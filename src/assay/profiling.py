@@ -17,7 +17,7 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import save_text
+from assay.model.files import save_text, unless_refused
 from assay.model.progress import Progress
 
 TOKENS = 16_384
@@ -43,9 +43,10 @@ def make_profile(
         if existing.index["settings"] != settings:
             raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
         return existing
-    _claim(folder, settings)
-    measure(model, text, folder, seed, progress)
-    return _finish(model, folder, text, held_out, settings, methods, progress)
+    with unless_refused(folder):
+        _claim(folder, settings)
+        measure(model, text, folder, seed, progress)
+        return _finish(model, folder, text, held_out, settings, methods, progress)
 
 
 def stable_profile(
@@ -116,9 +117,11 @@ def _settings(model: StreamedModel, text: Windows, seed: int) -> dict[str, Any]:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Mark an unfinished profile with its settings, so that only the same ones continue it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Mark an unfinished profile with its settings, so that only the same ones continue it. Raises InputError."""
     note = folder / "unfinished.json"
+    if folder.exists() and not note.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise InputError(f"{folder} exists and is no profile; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     if note.exists() and read_json(note, "damaged") != settings:
         raise InputError(f"{folder} holds an unfinished profile of other settings; remove it or choose another folder")
     save_text(note, json.dumps(settings, sort_keys=True))

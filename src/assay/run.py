@@ -31,7 +31,7 @@ from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, window
 from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import save_json
+from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
@@ -233,13 +233,9 @@ def _profile_in(
     method: str, progress: Progress,
 ) -> Profile:  # fmt: skip
     folder = work / f"profile-{_digest(f'{calibration}:{tokens}:{window}:{method}')}"
-    fresh, used = not work.exists(), tuple(m for m in REHEARSED if m == method)
-    try:
+    used = tuple(m for m in REHEARSED if m == method)
+    with unless_refused(work):
         return profile(model, folder, calibration=calibration, tokens=tokens, window=window, methods=used, progress=progress)
-    except InputError:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
