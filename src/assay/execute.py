@@ -21,9 +21,10 @@ from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.files import save_tensors
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 from assay.model.progress import Progress
 from assay.model.sites import Site
+from assay.model.terms import restore
 from assay.model.threads import threads_for
 
 BATCH_WEIGHTS = 1 << 25
@@ -37,6 +38,7 @@ class Solved:
     level: str
     method: str
     damage: float
+    dtype: str
     fell_back: str = ""
 
 
@@ -53,16 +55,17 @@ class Results:
                     self.solved[row["site"]] = Solved(**row)
                     self._home[row["site"]] = path
 
-    def loaders(self) -> dict[str, Callable[[], PackedInteger]]:
+    def loaders(self) -> dict[str, Callable[[], Packed]]:
         """For each compressed tensor, a function that reads it."""
         return {site: partial(self.packed, site) for site in self.solved}
 
-    def packed(self, site: str) -> PackedInteger:
+    def packed(self, site: str) -> Packed:
         """One compressed weight."""
         with safe_open(self._home[site], framework="pt") as file:
             names = [n for n in file.keys() if n.startswith(site + "|")]  # noqa: SIM118
             stored = {n.rpartition("|")[2]: file.get_tensor(n).clone() for n in names}
-        return PackedInteger.from_tensors(stored, Level.parse(self.solved[site].level))
+        solved = self.solved[site]
+        return restore(stored, Level.parse(solved.level), getattr(torch, solved.dtype))
 
 
 def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, progress: Progress) -> Results:
@@ -98,14 +101,15 @@ def _solve_block(
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             name = plan.method if not reason else "nearest"
-            solved.append(Solved(key_of(site), level.name, name, damage, reason))
+            dtype = str(scale_dtype).removeprefix("torch.")
+            solved.append(Solved(key_of(site), result.level.name, name, damage, dtype, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
     return tensors, solved
 
 
 def _encode(
     method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
-) -> tuple[list[PackedInteger], str]:
+) -> tuple[list[Packed], str]:
     """The planned method's result, or round-to-nearest's with the reason why."""
     square_h, square_g = (all(getattr(s, part).ndim == 2 for s in stats) for part in ("h", "g"))
     h = torch.stack([s.h for s in stats]) if "H" in method.needs and square_h else None

@@ -84,5 +84,4 @@ def _contract_reason(contract: Contract, site: Site | None) -> str:
     """Why an engine keeps a site as it is."""
     if site is None:
         return "part of a tensor that stays whole"
-    found = plans.allowed(contract, site)
-    return found if isinstance(found, str) else "kept by the plan"
+    return plans.refused(contract, site) or "kept by the plan"

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from assay.budget.size import Budget
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
+from assay.methods import base
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
 from assay.model.files import save_text, unless_refused
+from assay.model.level import Level
 from assay.model.progress import Progress
 
 TOKENS = 16_384
@@ -30,11 +33,12 @@ STABLE_SHARE = 0.05
 
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
-    progress: Progress, methods: tuple[str, ...] = REHEARSED,
+    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (),
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
-    methods: those that are rehearsed; any other is planned by its price alone.
+    methods: those whose levels are priced and that are rehearsed, beside the default's levels;
+    levels: further ones to price.
     """
     text, held_out = _texts(model, calibration, tokens, window)
     settings = _settings(model, text, seed)
@@ -46,7 +50,7 @@ def make_profile(
     with unless_refused(folder):
         _claim(folder, settings)
         measure(model, text, folder, seed, progress)
-        return _finish(model, folder, text, held_out, settings, methods, progress)
+        return _finish(model, folder, text, held_out, settings, methods, levels, progress)
 
 
 def stable_profile(
@@ -81,9 +85,11 @@ def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: in
 
 def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any],
-    methods: tuple[str, ...], progress: Progress,
+    methods: Sequence[str], levels: Sequence[Level], progress: Progress,
 ) -> Profile:  # fmt: skip
-    prices = probe.price_model(model, folder, text.tokens, progress)
+    menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in {*REHEARSED, *methods}]
+    menus.append(lambda columns: [x for x in levels if columns % (x.group_size or 1) == 0])
+    prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     points = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
@@ -95,7 +101,7 @@ def _finish(
         "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
         "names": names,
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.header_bytes + sum(names.values()), "prices": prices, "ratios": ratios, "probes": points,
+        "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
     }  # fmt: skip
     return save_index(folder, index)
 

@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 import assay.engines.load
 from assay import engines
-from assay.budget import plans
+from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
 from assay.engines.write import check_space
@@ -79,30 +79,32 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
-    window: int | None = None, seed: int = 0, methods: tuple[str, ...] = REHEARSED, progress: Progress | None = None,
+    window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
+    wanted = [presets.level(name) for name in levels]
     if tokens == "auto":
         return stable_profile(streamed, Path(out), calibration, window, seed, listener)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods)
+    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods, wanted)
 
 
 def plan(
     source: str | Path, *, size: str | int | None = None, bits: float | None = None, max_loss: float | None = None,
-    engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (), planner: str = "lagrange",
-    uniform: bool = False,
+    level: str | None = None, engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (),
+    planner: str = "lagrange", uniform: bool = False,
 ) -> Plan:  # fmt: skip
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
-    budget = Budget(size=size, bits=bits, max_loss=max_loss)
-    measured = Profile.open(source)
-    return plans.make(measured, budget, engines.get(engine), _method(method), keep, planner, uniform)
+    chosen = _method(method, engine)
+    budget = _budget(size, bits, max_loss, level, chosen)
+    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
 
 
 def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
-    size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, method: str = "auto",
-    calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
+    size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
+    method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -118,16 +120,17 @@ def compress(
     checkpoint = open_model(model)
     work = destination.absolute().parent / f".{destination.name}.assay"
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
-    budget = Budget(**given.budget) if given else Budget(size=size, bits=bits, max_loss=max_loss)
     contract = engines.get(given.engine if given else engine)
-    method = _method(given.method if given else method)
+    method = _method(given.method, given.engine) if given else _method(method, engine)
+    budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
     streamed = StreamedModel(checkpoint)
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, keep)
+    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, method, keep)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
-    measured = Profile.open(profile) if profile else _profile_in(work, model, calibration, tokens, window, method, progress)
+    given_text = {"calibration": calibration, "tokens": tokens, "window": window}
+    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
     _check_profile(measured, streamed)
     if given is None:
         chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
@@ -186,10 +189,10 @@ def load(out: str | Path) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    found = [(name, base.get(name)) for name in base.names()]
+    found = [(name, base.get(name)()) for name in base.names()]
     return [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "levels": "int2..int8, groups 32/64/128/channel",
-         "summary": (m.__doc__ or "").splitlines()[0]}
+        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "formats": list(m.formats),
+         "levels": [x.name for x in m.levels(256)], "summary": (m.__doc__ or "").splitlines()[0]}
         for n, m in found
     ]  # fmt: skip
 
@@ -229,13 +232,12 @@ def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress:
 
 
 def _profile_in(
-    work: Path, model: str | Path, calibration: str | Path | None, tokens: int | str | None, window: int | None,
-    method: str, progress: Progress,
-) -> Profile:  # fmt: skip
-    folder = work / f"profile-{_digest(f'{calibration}:{tokens}:{window}:{method}')}"
-    used = tuple(m for m in REHEARSED if m == method)
+    work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
+) -> Profile:
+    folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
+    levels = [budget.level] if budget.level else []
     with unless_refused(work):
-        return profile(model, folder, calibration=calibration, tokens=tokens, window=window, methods=used, progress=progress)
+        return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
 
 
 def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
@@ -264,11 +266,20 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
     return read_json(path, "damaged result") if path.exists() else None
 
 
-def _method(name: str) -> str:
-    if name == "auto":
-        return "two_sided"
+def _method(name: str, engine: str) -> str:
+    """What a name stands for: auto is the quick default, best what measured best in the engine's formats."""
+    if name in ("auto", "best"):
+        return "trellis" if name == "best" and "trellis" in engines.get(engine).formats else "two_sided"
     base.get(name)
     return name
+
+
+def _budget(size: str | int | None, bits: float | None, max_loss: float | None, level: str | None, method: str) -> Budget:
+    """Raises InputError for none, for two, and for a level that the method can't make."""
+    wanted = presets.level(level) if level else None
+    if wanted:
+        presets.fit(method, wanted)
+    return Budget(size=size, bits=bits, max_loss=max_loss, level=wanted.name if wanted else None)
 
 
 def _digest(text: str) -> str:

@@ -60,7 +60,7 @@ def test_bits_are_taken_as_written() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "none of --size, --bits and --max-loss"),
+        ({}, "got none"),
         ({"size": "1GB", "bits": 4}, "--size and --bits"),
         ({"bits": 4, "max_loss": 0.1}, "--bits and --max-loss"),
         ({"bits": 0}, "--bits 0 must"),

@@ -160,6 +160,11 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         (("--bits", "four"), "--bits"),
         (("--bits", "3", "--size", "1GB"), "one budget"),
         (("--bits", "3", "--max-loss", "1"), "one budget"),
+        (("--bits", "3", "--level", "W4A16"), "one budget"),
+        (("--level", "W4A15"), "did you mean W4A16"),
+        (("--level", "int9-g64-asym"), "unknown level"),
+        (("--level", "nf4-g64"), "transformers can't hold"),
+        (("--level", "trellis3-channel", "--method", "gptq"), "gptq does not make trellis3-channel"),
         ((), "one budget"),
     ],
 )
@@ -283,4 +288,4 @@ def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixtu
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
     refused(capfd, room, ("verify", "small", "--against", "m", "--text", "text.txt"), "judge it on other text")
     refused(capfd, room, ("export", "small", "--to", "gguf", "-o", "out"), "there are plain and compressed-tensors")
-    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "holds plain weights")
+    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "is not in that layout")

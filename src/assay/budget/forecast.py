@@ -39,8 +39,8 @@ class Forecast:
 
     def damage(self, method: str, level: Level, price: float) -> float:
         """Damage that `method` is expected to leave at `level`, nats per token."""
-        ratio = self.ratios.get(method, {}).get(min(level.bits, MEASURED_BITS), 1.0)
-        return price * ratio
+        rehearsed = self.ratios.get(method) or {MEASURED_BITS: 1.0}
+        return price * rehearsed[min(rehearsed, key=lambda bits: abs(bits - level.bits))]
 
     def kl(self, method: str, damage: float) -> tuple[float, float, float]:
         """(low, expected, high) KL in nats per token for a total damage; the interval covers 95%."""

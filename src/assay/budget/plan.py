@@ -128,7 +128,7 @@ def _check_header(path: str | Path, header: Mapping[str, Any]) -> None:
     try:
         Budget(**header["budget"])
     except TypeError:
-        raise InputError(f"{path}: budget must be one of size, bits and max_loss") from None
+        raise InputError(f"{path}: budget must be one of size, bits, max_loss and level") from None
     except InputError as error:
         raise InputError(f"{path}: budget: {error}") from None
 

@@ -11,7 +11,6 @@ from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
-from assay.budget.prices import menu as priced_levels
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile, key_of
@@ -39,69 +38,76 @@ def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
     return found
 
 
-def allowed(contract: Contract, row: SiteRow | Site) -> list[Level] | str:
-    """Levels that an engine takes for a site, or why it must stay."""
+def refused(contract: Contract, row: SiteRow | Site) -> str | None:
+    """Why an engine keeps a site as it is."""
     if row.stacked:
         return "experts stored as one 3-D tensor"
-    return contract.levels(row.role, row.shape, row.transposed, row.expert, row.block)
+    return contract.refuses(row.role, row.transposed, row.expert)
 
 
-def decisions(profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str]) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method."""
-    forecast = Forecast.from_index(profile.index)
-    kind = base.get(method).prices
-    prices: dict[str, dict[str, float]] = {}
-    all_rows = _rows(profile)
-    takes = _takes(contract, str(profile.index["family"]), all_rows)
-    for row in all_rows:
-        priced = profile.prices.get(row.name, {})
-        known = [level for level in _levels(takes, row) if level.name in priced]
-        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.name][_price_kind(row, kind)]) for x in known}
-    return _menu(all_rows, takes, prices, contract, outside, keep)
+def decisions(
+    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
+) -> list[Decision]:
+    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
+
+    Raises InputError when it has no choice.
+    """
+    forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
+
+    def price(row: SiteRow, level: Level) -> float | None:
+        priced = profile.prices.get(row.name, {}).get(level.base.name)
+        return forecast.damage(method, level, priced[_price_kind(row, kind)]) if priced else None
+
+    return _menu(_rows(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 
 
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, keep: Sequence[str]) -> int:
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> int:
     """Bytes that the weight files may take within a budget, told before anything is measured.
 
     For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
     """
-    found = rows(model, model.checkpoint.kept_nbytes)
-    takes = _takes(contract, model.anatomy.family, found)
-    prices = {row.name: {level.name: 0.0 for level in priced_levels(row.shape[1])} for row in found}
-    options = _menu(found, takes, prices, contract, budget.size is not None, keep)
-    tensors = sum(model.checkpoint.kept_nbytes(n) for n in model.checkpoint.names)
-    fixed = _fixed_bytes(model.checkpoint.header_bytes + tensors, options)
-    if budget.max_loss is not None:
+    found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
+    outside = budget.size is not None
+    options = _menu(found, model.anatomy.family, contract, method, outside, keep, only, lambda row, level: 0.0)
+    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
+    if budget.max_loss is not None or only:
         return fixed + sum(d.options[0].nbytes for d in options)
     return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
 
 
-def _takes(contract: Contract, family: str, found: Sequence[SiteRow]) -> dict[str, list[Level] | str]:
-    """By site the levels that an engine takes, or why none."""
-    refusal = contract.refusal(family, any(row.expert is not None for row in found))
-    return {row.name: refusal or allowed(contract, row) for row in found}
-
-
-def _levels(takes: Mapping[str, list[Level] | str], row: SiteRow) -> list[Level]:
-    taken = takes[row.name]
-    return [] if isinstance(taken, str) else taken
+def _only(budget: Budget) -> Level | None:
+    return Level.parse(budget.level) if budget.level else None
 
 
 def _menu(
-    found: Sequence[SiteRow], takes: Mapping[str, list[Level] | str], prices: Mapping[str, Mapping[str, float]],
-    contract: Contract, outside: bool, keep: Sequence[str],
+    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
+    only: Level | None, price: Callable[[SiteRow, Level], float | None],
 ) -> list[Decision]:  # fmt: skip
-    def priced(row: SiteRow) -> list[Level]:
-        return [level for level in _levels(takes, row) if level.name in prices[row.name]]
-
-    options = menu.build(found, prices, priced, contract.fused, outside, keep)
-    if not any(len(d.options) > 1 for d in options):
-        asked = [takes[row.name] for row in found if outside or row.block is not None]
-        if keep and any(isinstance(taken, list) for taken in asked):
-            raise InputError("nothing can be made smaller: --keep matches all that could be; loosen it")
-        reasons = sorted({taken for taken in asked if isinstance(taken, str)})
-        raise InputError(f"nothing can be made smaller: {'; '.join(reasons)}; --engine plain simulates it")
-    return options
+    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
+    reasons = {row.name: whole or refused(contract, row) for row in found}
+    offered: dict[str, list[Level]] = {}
+    prices: dict[str, dict[str, float]] = {}
+    for row in found:
+        columns = row.shape[1]
+        levels = [] if reasons[row.name] else [only] if only else kinds(columns)
+        offered[row.name] = [x for x in levels if contract.takes(x, columns)]
+        prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
+    options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
+                         contract.fused, outside, keep)  # fmt: skip
+    if any(len(d.options) > 1 for d in options):
+        return options
+    asked = [row.name for row in found if outside or row.block is not None]
+    if any(prices[name] for name in asked):
+        why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
+    elif any(offered[name] for name in asked):
+        wanted = f"--level {only.name}" if only else f"--method {method}"
+        why = f"the profile has no prices for that; run assay profile again with {wanted}"
+    elif all(reasons[name] for name in asked):
+        why = f"{'; '.join(sorted({str(reasons[name]) for name in asked}))}; --engine plain simulates it"
+    else:
+        example = (only or kinds(64)[0]).name
+        why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
+    raise InputError(f"nothing can be made smaller: {why}")
 
 
 def _rows(profile: Profile) -> list[SiteRow]:
@@ -117,10 +123,14 @@ def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    options = decisions(profile, contract, method, budget.size is not None, keep)
+    only = _only(budget)
+    options = decisions(profile, contract, method, budget.size is not None, keep, only)
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
+    elif only:
+        choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
         limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
@@ -219,11 +229,11 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
             _check_group_size(known[name], chosen.level)
     budget = Budget(**plan.budget)
     outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, ())
+    options = decisions(profile, contract, plan.method, outside, (), _only(budget))
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     limit = _totals(options, choice)[1]
-    if budget.max_loss is None:
+    if budget.size is not None or budget.bits is not None:
         limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
     return _assemble(profile, budget, contract, plan.method, options, choice, limit)
 
@@ -246,7 +256,7 @@ def _check_group_size(row: SiteRow, level: str) -> None:
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:
     """The best uniform plan of the same budget, or None where there is none or it is the same plan."""
     budget = Budget(**plan.budget)
-    if budget.max_loss is not None:
+    if budget.max_loss is not None or budget.level is not None:
         return None
     twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
     same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())

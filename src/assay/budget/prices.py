@@ -7,18 +7,18 @@ factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal, pivots
-from assay.methods.grid.integer import IntegerGrid
+from assay.methods.grid.formats import grid_of
+from assay.methods.grid.gaussian import gaussian_distortion
 from assay.model.level import Level
+from assay.model.rotation import rotate_both
 
-BITS = (2, 3, 4, 5, 6, 8)
-SYMMETRIC_BITS = (4, 8)
-GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
@@ -26,23 +26,22 @@ SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it."""
 
 
-def menu(columns: int) -> list[Level]:
-    """Every level priced for rows of `columns` weights."""
-    sizes = [g for g in GROUPS if g is None or (columns % g == 0 and g < columns)]
-    return [Level(b, g, s) for b in BITS for g in sizes for s in (False, True) if not s or b in SYMMETRIC_BITS]
-
-
-def price(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
+def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
     """Damage in nats per token by level name and price ("nearest", "gptq", "two_sided").
 
     weight: float32 [out, in].
     """
+    scalar, rotated = [x for x in levels if x.format != "trellis"], [x for x in levels if x.format == "trellis"]
+    return _scalar_prices(weight, curvature, scalar) | _rotated_prices(weight, curvature, rotated)
+
+
+def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
     columns, pivot_columns = diagonal(curvature.h), pivots(curvature.h)
     weight, (rows, pivot_rows) = _sample(weight, columns, diagonal(curvature.g), pivots(curvature.g))
     errors: dict[Level, dict[str, float]] = {}
     found = {}
     for level in levels:
-        base = Level(min(level.bits, MEASURED_BITS), level.group_size, level.symmetric)
+        base = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
         if base not in errors:
             plain, clipped = _squared_errors(weight, base, columns)
             errors[base] = {
@@ -53,6 +52,21 @@ def price(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict
         finer = ((2**base.bits - 1) / (2**level.bits - 1)) ** 2
         found[level.name] = {k: v * finer for k, v in errors[base].items()}
     return found
+
+
+def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+    """Of grids for Gaussian weights: their distortion is known, and the rotation leaves every row's energy as it is."""
+    if not levels or curvature.h.ndim == 1:
+        return {}
+    energy = weight.square().mean(1)
+    turned = rotate_both(curvature.h)
+    rows, columns = diagonal(curvature.g), diagonal(turned)
+    both = {"nearest": rows @ energy * columns.sum(), "gptq": rows @ energy * pivots(turned).sum()}
+    both["two_sided"] = both["gptq"]
+    return {
+        level.name: {k: 0.5 * curvature.share * float(v) * gaussian_distortion(level.bits) for k, v in both.items()}
+        for level in levels
+    }
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -70,7 +84,7 @@ def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, l
 
 def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best."""
-    grid = IntegerGrid(level.bits, level.group_size, level.symmetric, torch.float32)
+    grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)
     return plain, clipped

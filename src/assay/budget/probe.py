@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from assay.budget.prices import menu, price
+from assay.budget.prices import price
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Curvatures, key_of
 from assay.measure.stream import Override, StreamedModel
@@ -34,8 +34,9 @@ def read_weight(model: StreamedModel, site: Site) -> Tensor:
     return value.T.contiguous() if site.transposed else value
 
 
-def price_model(model: StreamedModel, folder: Path, total: int, progress: Progress) -> dict[str, dict[str, dict[str, float]]]:
-    """Prices of every site at every level, block by block."""
+def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[Callable[[int], list[Level]]],
+                progress: Progress) -> dict[str, dict[str, dict[str, float]]]:  # fmt: skip
+    """Prices of every site at every level of the menus, block by block."""
     prices: dict[str, dict[str, dict[str, float]]] = {}
     blocks: list[int | None] = [*range(len(model.blocks)), None]
     with progress.task("pricing levels", len(blocks)) as advance:
@@ -45,14 +46,15 @@ def price_model(model: StreamedModel, folder: Path, total: int, progress: Progre
                 if (curvature := curvatures.get(key_of(site))) is not None:
                     weight = read_weight(model, site)
                     columns = site.shape[1]
+                    levels = {x.base for menu in menus for x in menu(columns)}
                     with threads_for(weight.numel()):
-                        prices[key_of(site)] = price(weight, curvature, menu(columns))
+                        prices[key_of(site)] = price(weight, curvature, sorted(levels))
             advance()
     return prices
 
 
 def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-             methods: tuple[str, ...], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
+             methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
     curvatures = Curvatures(folder, block, total)
@@ -64,14 +66,23 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
             for bits in PROBED_BITS:
                 priced = done = 0.0
                 for site in sites:
-                    level, weight, curvature = _level(site, bits), read_weight(model, site), curvatures[key_of(site)]
+                    levels = [x for x in method.levels(site.shape[1]) if x.base.name in prices[key_of(site)]]
+                    if not levels:
+                        continue
+                    level, weight, curvature = _nearest_level(levels, bits), read_weight(model, site), curvatures[key_of(site)]
+                    h, g = curvature.h[None], curvature.g[None]
                     with threads_for(weight.numel()):
-                        packed = method.encode(weight[None], level, torch.bfloat16, curvature.h[None], curvature.g[None])[0]
+                        packed = method.encode(weight[None], level, torch.bfloat16, h, g)[0]
                     done += curvature.damage(packed.decode().float() - weight)
-                    priced += prices[key_of(site)][level.name][method.prices]
+                    priced += prices[key_of(site)][level.base.name][method.prices]
                 ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
                 advance()
     return ratios
+
+
+def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
+    """The level closest to a width; groups of 64 and zero points where there is a choice."""
+    return min(levels, key=lambda x: (abs(x.bits - bits), abs((x.group_size or 1 << 20) - GROUP), x.symmetric))
 
 
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
@@ -95,7 +106,7 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
         level = level_of(site)
         if level is None:
             return weight
-        grid = IntegerGrid(level.bits, level.group_size, level.symmetric)
+        grid = IntegerGrid(int(level.bits), level.group_size, level.symmetric)
         affine = grid.fit(weight)
         return grid.decode(grid.encode(weight, affine), affine).float()
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from assay.budget.menu import Decision
 from assay.model.errors import InputError
+from assay.model.level import Level
 
 UNITS = {
     "": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12,
@@ -38,7 +39,8 @@ def bits_to_bytes(bits: float, count: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of size (bytes of all weight files), bits (average inside the blocks), max_loss (KL, nats).
+    """Exactly one of size (bytes of all weight files), bits (average inside the blocks), max_loss (KL, nats), level
+    (one for everything inside the blocks, by its name).
 
     Raises InputError naming what contradicts.
     """
@@ -46,12 +48,15 @@ class Budget:
     size: str | int | None = None
     bits: float | None = None
     max_loss: float | None = None
+    level: str | None = None
 
     def __post_init__(self) -> None:
         given = {"--" + k.replace("_", "-"): v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
-            names = " and ".join(given) if given else "none of --size, --bits and --max-loss"
-            raise InputError(f"give one budget: --size, --bits or --max-loss (got {names})")
+            names = " and ".join(given) if given else "none"
+            raise InputError(f"give one budget: --size, --bits, --max-loss or --level (got {names})")
+        if self.level is not None:
+            Level.parse(self.level)
         if self.size is not None:
             parse_size(self.size)
         for name, value in (("--bits", self.bits), ("--max-loss", self.max_loss)):
@@ -67,7 +72,7 @@ class Budget:
             limit = parse_size(self.size) - fixed_bytes
             self._check(limit, decisions, fixed_bytes)
             return limit
-        assert self.bits is not None, "a loss bound has no byte limit"
+        assert self.bits is not None, "neither a loss bound nor a level has a byte limit"
         count = sum(d.count for d in decisions if d.inside)
         limit = bits_to_bytes(self.bits, count)
         inside = [d for d in decisions if d.inside]

@@ -14,6 +14,7 @@ from assay.cli.options import (
     Engine,
     Json,
     Keep,
+    Level,
     MaxLoss,
     Method,
     Model,
@@ -34,12 +35,12 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Thr
 @command(resumes=True)
 def run(
     model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, max_loss: MaxLoss = None,
-    method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
+    level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
     threads: Threads = None, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
-    given = {"--size": size, "--bits": bits, "--max-loss": max_loss}
+    given = {"--size": size, "--bits": bits, "--max-loss": max_loss, "--level": level}
     _one_of(plan, [name for name, value in given.items() if value is not None])
     count = token_count(tokens)
     import assay
@@ -47,9 +48,9 @@ def run(
     from assay.report import tables
 
     report = assay.compress(
-        model, output, plan=plan, profile=profile, size=size, bits=bits, max_loss=max_loss, method=method,
-        calibration=calibration, tokens=count, window=window, engine=engine, keep=tuple(keep or ()), uniform=uniform,
-        threads=threads, progress=Bars(),
+        model, output, plan=plan, profile=profile, size=size, bits=bits, max_loss=max_loss, level=level,
+        method=method, calibration=calibration, tokens=count, window=window, engine=engine, keep=tuple(keep or ()),
+        uniform=uniform, threads=threads, progress=Bars(),
     )  # fmt: skip
     return Answer(report, lambda: tables.closing(report, model=model))
 
@@ -59,4 +60,4 @@ def _one_of(plan: Path | None, budgets: list[str]) -> None:
         raise InputError(f"--plan and {budgets[0]} exclude each other; the plan holds its budget")
     if plan is None and len(budgets) != 1:
         got = " and ".join(budgets) or "none"
-        raise InputError(f"give --plan or one budget: --size, --bits or --max-loss (got {got})")
+        raise InputError(f"give --plan or one budget: --size, --bits, --max-loss or --level (got {got})")

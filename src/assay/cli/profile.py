@@ -11,18 +11,25 @@ from assay.cli.options import Calibration, Json, Model, Output, Tokens, Window, 
 
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.")]
 
+Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.")]
+Levels = Annotated[list[str] | None, typer.Option("--level", metavar="LEVEL", help="Price this one too; may be repeated.")]
+
 
 @command(resumes=True)
 def run(
     model: Model, output: Output, calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
-    seed: Seed = 0, as_json: Json = False,
+    seed: Seed = 0, method: Methods = None, level: Levels = None, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure a model on a text. A call that was cut off continues where it stopped."""
     count = token_count(tokens)
     import assay
     from assay.cli.progress import Bars
+    from assay.profiling import REHEARSED
     from assay.report import tables
 
-    measured = assay.profile(model, output, calibration=calibration, tokens=count, window=window, seed=seed, progress=Bars())
+    measured = assay.profile(
+        model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=method or REHEARSED,
+        levels=level or (), progress=Bars(),
+    )  # fmt: skip
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     return Answer(facts, lambda: tables.profiled(facts))

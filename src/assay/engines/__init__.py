@@ -8,7 +8,7 @@ import importlib
 from assay.engines.contract import Contract
 from assay.model.errors import InputError
 
-NAMES = ("plain", "transformers", "vllm")
+NAMES = ("assay", "plain", "transformers", "vllm")
 
 
 def get(name: str) -> Contract:

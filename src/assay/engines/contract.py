@@ -11,17 +11,20 @@ from assay.model.level import Level
 class Contract:
     """Rules of one engine.
 
-    layout: how weights are stored; since: the first version known to read it; fused: roles that share
-    one level; group_sizes: None is one group per row; head, embedding, experts, transposed: whether
-    these may be compressed.
+    layout: how weights are stored; since: the first version known to read it; formats: see `FORMATS`; bits,
+    group_sizes (None is one group per row) and symmetric narrow them, () for all; sums: whether exact weights and
+    low-rank terms may go with the codes; fused: roles that share one level; head, embedding, experts, transposed:
+    whether these may be compressed.
     """
 
     name: str
     layout: str
     since: str
-    bits: tuple[int, ...]
-    group_sizes: tuple[int | None, ...]
-    symmetric: tuple[bool, ...]
+    formats: tuple[str, ...] = ("int",)
+    bits: tuple[float, ...] = ()
+    group_sizes: tuple[int | None, ...] = ()
+    symmetric: tuple[bool, ...] = ()
+    sums: bool = False
     fused: tuple[frozenset[str], ...] = ()
     head: bool = False
     embedding: bool = False
@@ -38,10 +41,8 @@ class Contract:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"
         return None
 
-    def levels(
-        self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None, block: int | None
-    ) -> list[Level] | str:
-        """Levels allowed for a weight of `shape` (out, in), or why it must stay as it is."""
+    def refuses(self, role: str, transposed: bool, expert: int | None) -> str | None:
+        """Why a weight must stay as it is; None when it may be compressed."""
         if transposed and not self.transposed:
             return f"{self.name} can't hold a transposed (Conv1D) layer in {self.layout}"
         if expert is not None and not self.experts:
@@ -50,5 +51,15 @@ class Contract:
             return f"{self.name} keeps the head"
         if role == "embedding" and not self.embedding:
             return f"{self.name} keeps the embedding"
-        sizes = [g for g in self.group_sizes if g is None or (shape[1] % g == 0 and g < shape[1])]
-        return [Level(b, g, s) for b in self.bits for g in sizes for s in self.symmetric]
+        return None
+
+    def takes(self, level: Level, columns: int) -> bool:
+        """Whether a weight of so many inputs may be stored at a level."""
+        return (
+            level.format in self.formats
+            and (not self.bits or level.bits in self.bits)
+            and (not self.group_sizes or level.group_size in self.group_sizes)
+            and (not self.symmetric or level.format != "int" or level.symmetric in self.symmetric)
+            and (level.group_size is None or columns % level.group_size == 0)
+            and (self.sums or level == level.base)
+        )

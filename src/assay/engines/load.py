@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,26 @@ from assay.model.errors import InputError
 
 
 def load(folder: Path) -> Any:
-    """The model of a folder through stock transformers, which decodes packed weights at the first forward pass."""
+    """The model of a folder through stock transformers, which decodes packed weights at the first forward pass.
+
+    Assay's own layout is decoded first, into a temporary folder.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(Checkpoint.open(folder).folder, dtype="auto")
+    source = Checkpoint.open(folder)
+    if (source.config.get("quantization_config") or {}).get("quant_method") != "assay":
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
+    with tempfile.TemporaryDirectory(prefix="assay-") as work:
+        export(folder, "plain", Path(work) / "plain")
+        return AutoModelForCausalLM.from_pretrained(Path(work) / "plain", dtype="auto")
 
 
 def export(folder: Path, to: str, destination: Path) -> None:
     """Write a packed result as `plain` decoded weights, or copy it as `compressed-tensors`. Raises InputError."""
     source = Checkpoint.open(folder)
     if to == "compressed-tensors":
-        if not source.levels:
-            raise InputError(f"{folder} holds plain weights; compress it for transformers or vllm instead")
+        if (source.config.get("quantization_config") or {}).get("quant_method") != "compressed-tensors":
+            raise InputError(f"{folder} is not in that layout; compress it for transformers or vllm instead")
         write.check_space(destination.absolute().parent, source.weight_bytes)
         with write.new_folder(destination) as folder:
             shutil.copytree(source.folder, folder, dirs_exist_ok=True)
@@ -31,4 +40,5 @@ def export(folder: Path, to: str, destination: Path) -> None:
     if to != "plain":
         raise InputError(f"unknown layout {to!r}; there are plain and compressed-tensors")
     packed = {name: (lambda n=name: source.read_packed(n)) for name in source.levels}
-    write.write(destination, source, packed, get("plain"), {}, source.levels)
+    turned = frozenset(name for name in source.levels if source.turned(name))
+    write.write(destination, source, packed, get("plain"), {}, source.levels, turned)

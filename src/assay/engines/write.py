@@ -18,11 +18,11 @@ from assay.engines.contract import Contract
 from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 
 SHARD_BYTES = 500_000_000
 HEADROOM = 16_000_000
-Loaders = Mapping[str, Callable[[], PackedInteger]]
+Loaders = Mapping[str, Callable[[], Packed]]
 
 
 def write(
@@ -34,10 +34,10 @@ def write(
     packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
     InputError when the disk is too small; leaves nothing behind when anything fails.
     """
-    check_space(destination.absolute().parent, _expected_bytes(source, levels, contract))
+    check_space(destination.absolute().parent, _expected_bytes(source, levels, contract, transposed))
     with new_folder(destination) as folder:
         _write_tensors(folder, source, packed, contract, transposed, shard_bytes)
-        _write_side_files(folder, source, contract, levels, extra_files)
+        _write_side_files(folder, source, contract, levels, transposed, extra_files)
 
 
 @contextmanager
@@ -75,6 +75,19 @@ def quantization_config(levels: Mapping[str, Level], kept: list[str]) -> dict[st
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         "config_groups": groups, "ignore": kept, "kv_cache_scheme": None, "global_compression_ratio": None,
     }  # fmt: skip
+
+
+def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: frozenset[str]) -> dict[str, Any]:
+    """What assay needs to read its own layout back."""
+    facts = {
+        name: {
+            "level": level.name,
+            "dtype": str(source.dtype(name)).removeprefix("torch."),
+            "transposed": name in transposed,
+        }
+        for name, level in sorted(levels.items())
+    }
+    return {"quant_method": "assay", "weights": facts}
 
 
 def output_tensors(
@@ -135,8 +148,9 @@ def _shards(
 
 
 def _write_side_files(
-    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], extra_files: Mapping[str, str]
-) -> None:
+    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str],
+    extra_files: Mapping[str, str],
+) -> None:  # fmt: skip
     for path in source.side_files():
         target = folder / path.relative_to(source.folder)
         if target.parts[len(folder.parts)] == "assay":
@@ -144,7 +158,9 @@ def _write_side_files(
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    if contract.layout != "plain" and levels:
+    if contract.layout == "assay":
+        config["quantization_config"] = own_config(source, levels, transposed)
+    elif contract.layout != "plain" and levels:
         linear = [n.removesuffix(".weight") for n in source.names if n.endswith(".weight") and n not in levels]
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
         config["quantization_config"] = quantization_config(levels, kept)
@@ -154,7 +170,7 @@ def _write_side_files(
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> int:
+def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: Contract, transposed: frozenset[str]) -> int:
     need = 0
     for name in source.names:
         if name not in levels:
@@ -162,7 +178,7 @@ def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: C
         elif contract.layout == "plain":
             need += plain_nbytes(source, name)
         else:
-            rows, columns = source.shape(name)
+            rows, columns = source.shape(name)[:: -1 if name in transposed else 1]
             need += levels[name].nbytes(rows, columns, 4)
     return need
 

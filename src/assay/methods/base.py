@@ -14,7 +14,7 @@ from torch import Tensor
 from assay import methods
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 
 
 @runtime_checkable
@@ -22,21 +22,25 @@ class Method(Protocol):
     """Facts that every method states about itself.
 
     verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G");
-    prices: which price of the profile predicts it; paper: title and year of its source.
+    prices: which price of the profile predicts it; paper: title and year of its source; formats: of the levels
+    that it can be asked for; levels: those that it offers a plan, for rows of so many weights.
     """
 
     verb: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     prices: ClassVar[str]
     paper: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+
+    def levels(self, columns: int) -> list[Level]:
+        """See above; menus.py holds what most methods share."""
+        ...
 
 
 class Encoder(Method, Protocol):
     """A method that turns weights into their compressed form."""
 
-    def encode(
-        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-    ) -> list[PackedInteger]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
         """Compress a batch of equal-shaped matrices.
 
         weight: float32 [batch, out, in]; h: float32 [batch, in, in] second moment of the inputs;

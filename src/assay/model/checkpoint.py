@@ -19,7 +19,8 @@ from torch import Tensor
 
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
+from assay.model.terms import SUFFIXES, restore
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,6 +55,7 @@ class Checkpoint:
         self.config = config
         self.stored = stored
         self._levels = _packed_levels(config)
+        self._own: dict[str, dict[str, Any]] = _own_weights(config)
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -78,7 +80,7 @@ class Checkpoint:
         for name in self.stored:
             if name.endswith(".weight_packed"):
                 module = name.removesuffix(".weight_packed")
-                logical -= {f"{module}.{s}" for s in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")}
+                logical -= {f"{module}.{suffix}" for suffix in SUFFIXES}
                 logical.add(f"{module}.weight")
             elif self._fp8_scale(name):
                 logical.discard(self._fp8_scale(name))
@@ -87,19 +89,28 @@ class Checkpoint:
     @cached_property
     def levels(self) -> dict[str, Level]:
         """Level of every packed weight, by logical tensor name."""
-        return {f"{m}.weight": level for m, level in self._levels.items() if f"{m}.weight_packed" in self.stored}
+        named = {f"{m}.weight": level for m, level in self._levels.items()}
+        named |= {name: Level.parse(str(facts["level"])) for name, facts in self._own.items()}
+        return {name: level for name, level in named.items() if f"{name}_packed" in self.stored}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a logical tensor, from headers alone (packed weights: out from scales, in from level)."""
         if name in self.stored:
             return self.stored[name].shape
-        return tuple(int(n) for n in self._raw(f"{name}_shape"))
+        shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
+        return shape[::-1] if self.turned(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that `read` returns."""
         if name in self.stored:
             return torch.float32 if self._fp8_scale(name) else self.stored[name].dtype
+        if name in self._own:
+            return _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
+
+    def turned(self, name: str) -> bool:
+        """Whether a packed weight [out, in] is a tensor [in, out] of the model (Conv1D)."""
+        return bool(self._own.get(name, {}).get("transposed"))
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a logical tensor, its scales included."""
@@ -124,8 +135,8 @@ class Checkpoint:
         if name in self.stored:
             scale = self._fp8_scale(name)
             return [name, scale] if scale else [name]
-        suffixes = ("_packed", "_scale", "_zero_point", "_shape")
-        return [name + s for s in suffixes if name + s in self.stored]
+        module = name.removesuffix("weight")
+        return [module + s for s in SUFFIXES if module + s in self.stored]
 
     def read(self, name: str) -> Tensor:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
@@ -133,15 +144,16 @@ class Checkpoint:
             return self._decode_fp8(name) if self._fp8_scale(name) else self._raw(name)
         if f"{name}_packed" not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
-        return self.read_packed(name).decode()
+        weight = self.read_packed(name).decode()
+        return weight.T.contiguous() if self.turned(name) else weight
 
-    def read_packed(self, name: str) -> PackedInteger:
-        """A packed weight as codes and scales."""
+    def read_packed(self, name: str) -> Packed:
+        """A packed weight in its stored form."""
         level = self.levels.get(name)
         if level is None:
             raise InputError(f"{self.folder}: config.json gives no quantization scheme for {name}")
         stored = {part.removeprefix(name.removesuffix("weight")): self._raw(part) for part in self.parts(name)}
-        return PackedInteger.from_tensors(stored, level)
+        return restore(stored, level, self.dtype(name))
 
     def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one at a time, byte for byte."""
@@ -153,10 +165,11 @@ class Checkpoint:
         """Bytes of all weight files, headers included."""
         return sum(p.stat().st_size for p in {i.shard for i in self.stored.values()})
 
-    @property
-    def header_bytes(self) -> int:
-        """Bytes of all weight files that are no tensor data."""
-        return self.weight_bytes - sum(info.nbytes for info in self.stored.values())
+    @cached_property
+    def kept_file_bytes(self) -> int:
+        """Bytes of all weight files if every tensor stays."""
+        headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
+        return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
         """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
@@ -319,3 +332,16 @@ def _packed_levels(config: dict[str, Any]) -> dict[str, Level]:
         level = Level(int(weights["num_bits"]), size, bool(weights["symmetric"]))
         levels.update(dict.fromkeys(group.get("targets", []), level))
     return levels
+
+
+def _own_weights(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Facts of every weight in assay's own layout: level, dtype, transposed."""
+    quantization = config.get("quantization_config") or {}
+    return dict(quantization["weights"]) if quantization.get("quant_method") == "assay" else {}
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"config.json names the dtype {name!r}, which torch doesn't have")
+    return dtype

@@ -1,47 +1,110 @@
-"""A level: how finely one weight matrix is stored."""
+"""A level: how finely one weight matrix is stored, and the exact bytes that takes."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from assay.model.errors import InputError
 
-_NAME = re.compile(r"int([2-8])-(?:g(\d+)|channel)-(sym|asym)")
+_NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
+SHAPE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of grid as it is stored.
+
+    bits: code widths that exist; group_sizes: None is one group per output row; scale_bytes: of one
+    group's scale, None for the model's dtype; symmetric: whether levels with and without zero points exist;
+    table: whose values are listed beside the codes, in float32 once a matrix or in the model's dtype once a row;
+    matrix_bytes: further bytes of a matrix;
+    by_column: whether the codes of a column, not of a row, are one stream of bits.
+    """
+
+    bits: tuple[float, ...]
+    group_sizes: tuple[int | None, ...]
+    scale_bytes: int | None = None
+    symmetric: tuple[bool, ...] = (True,)
+    table: Literal["none", "matrix", "row"] = "none"
+    matrix_bytes: int = 0
+    by_column: bool = False
+
+
+ANY_GROUP = (32, 64, 128, None)
+FORMATS = {
+    "int": Format((2, 3, 4, 5, 6, 7, 8), ANY_GROUP, symmetric=(False, True)),
+    "nf": Format((2, 3, 4), ANY_GROUP, table="matrix"),
+    "fp": Format((4, 6, 8), ANY_GROUP, table="matrix"),
+    "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),
+    "nvfp": Format((4,), (16,), scale_bytes=1, table="matrix", matrix_bytes=4),
+    "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
+    "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
+    "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
+    "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=8, by_column=True),
+}
 
 
 @dataclass(frozen=True)
 class Level:
-    """An integer grid of `bits` per weight with one scale per group of inputs.
+    """Codes of `bits` per weight on the grid of a format, one scale per group of inputs.
 
-    `group_size` None means one group per output row ("channel"). Asymmetric levels store an
-    integer zero point of `bits` bits per group as well.
+    `group_size` None means one group per output row ("channel"). Asymmetric integer levels store a zero point
+    of `bits` bits per group as well. sparse: the share of weights kept exactly beside the codes; rank: of a
+    low-rank product added to them.
     """
 
-    bits: int
+    bits: float
     group_size: int | None = 64
     symmetric: bool = False
+    format: str = "int"
+    sparse: float = 0.0
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        kind = FORMATS.get(self.format)
+        if kind is None:
+            raise InputError(f"unknown format {self.format!r}; there are {', '.join(FORMATS)}")
+        if self.bits not in kind.bits:
+            raise InputError(f"unknown level: {self.format} has {', '.join(f'{b:g}' for b in kind.bits)} bits, not {self.bits:g}")
+        if self.symmetric not in kind.symmetric:
+            raise InputError(f"{self.format} levels are symmetric")
+        if self.group_size is not None and self.group_size < 1:
+            raise InputError(f"a group holds at least one weight, not {self.group_size}")
+        if not 0 <= self.sparse < 0.5 or self.rank < 0:
+            raise InputError("a level keeps a share of 0 to 0.5 of its weights exact, and a rank of 0 or more")
 
     def __lt__(self, other: Level) -> bool:
         return self._order < other._order
 
     @property
-    def _order(self) -> tuple[int, int, bool]:
-        return self.bits, -(self.group_size or 1 << 30), self.symmetric
+    def _order(self) -> tuple[object, ...]:
+        return self.bits, -(self.group_size or 1 << 30), self.symmetric, self.format, self.sparse, self.rank
 
     @property
     def name(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
-        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}"
+        sign = ("-sym" if self.symmetric else "-asym") if len(FORMATS[self.format].symmetric) > 1 else ""
+        extra = (f"+sparse{self.sparse:g}" if self.sparse else "") + (f"+rank{self.rank}" if self.rank else "")
+        return f"{self.format}{self.bits:g}-{group}{sign}{extra}"
 
     @classmethod
     def parse(cls, name: str) -> Level:
         """Inverse of `name`. Raises InputError for anything else."""
         match = _NAME.fullmatch(name)
-        if match is None:
-            raise InputError(f"unknown level {name!r}; a level looks like int4-g64-asym or int8-channel-sym")
-        bits, group, kind = match.groups()
-        return cls(int(bits), int(group) if group else None, kind == "sym")
+        if match is None or match[1] not in FORMATS or (match[4] is None) != (FORMATS[match[1]].symmetric == (True,)):
+            raise InputError(f"unknown level {name!r}; a level looks like int4-g64-asym, int8-channel-sym or nf4-g64")
+        kind, bits, group, sign, extra = match.groups()
+        level = cls(float(bits) if "." in bits else int(bits), int(group) if group else None, sign != "asym", kind)
+        for word in extra.split("+")[1:]:
+            level = replace(level, rank=int(word[4:])) if word.startswith("rank") else replace(level, sparse=float(word[6:]))
+        return level
+
+    @property
+    def base(self) -> Level:
+        """The level of the codes alone."""
+        return replace(self, sparse=0.0, rank=0)
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights. Raises InputError if they don't divide."""
@@ -52,16 +115,28 @@ class Level:
             raise InputError(f"group size {size} does not divide {columns} inputs; {hint}")
         return columns // size
 
+    def kept(self, rows: int, columns: int) -> int:
+        """How many weights are stored exactly."""
+        return round(self.sparse * rows * columns)
+
     def nbytes(self, rows: int, columns: int, scale_itemsize: int = 2) -> int:
-        """Exact bytes of a [rows, columns] weight at this level: codes, scales, zero points, padding, shape."""
-        groups = self.groups(columns)
-        codes = rows * _words(columns, self.bits) * 4
-        zeros = 0 if self.symmetric else _words(rows, self.bits) * groups * 4
-        return codes + rows * groups * scale_itemsize + zeros + SHAPE_BYTES
+        """Exact bytes of a [rows, columns] weight: codes, parameters, padding, shape, exact weights, low-rank factors."""
+        kind, groups = FORMATS[self.format], self.groups(columns)
+        lines, length = (columns, rows) if kind.by_column else (rows, columns)
+        codes = lines * words(length, self.bits) * 4
+        scales = rows * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
+        zeros = 0 if self.symmetric else words(rows, self.bits) * groups * 4
+        tables = {"none": 0, "matrix": 4, "row": rows * scale_itemsize}[kind.table] * 2 ** int(self.bits)
+        factors = self.rank * (rows + columns) * scale_itemsize
+        exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
+        return codes + scales + zeros + tables + kind.matrix_bytes + SHAPE_BYTES + factors + exact
 
 
-SHAPE_BYTES = 16
+def words(count: int, bits: float) -> int:
+    """32-bit words that hold `count` codes."""
+    return -(-int(-(-count * bits // 1)) // 32)
 
 
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // 32)
+def sparse_nbytes(kept: int, rows: int, columns: int, itemsize: int) -> int:
+    """Bytes of `kept` exact weights in compressed rows: a column index and a value each, and where rows start."""
+    return kept * ((2 if columns <= 1 << 16 else 4) + itemsize) + (rows + 1) * 4 if kept else 0

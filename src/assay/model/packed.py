@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from assay.model.bits import pack_rows, unpack_rows
 from assay.model.level import Level
-from assay.model.threads import spread
 
 
 class Packed(Protocol):
-    """What every `encode` method returns for one weight matrix."""
+    """What every `encode` method returns for one weight matrix [out, in]."""
 
     @property
-    def nbytes(self) -> int: ...
+    def level(self) -> Level: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of the stored tensors."""
+        ...
 
     def decode(self) -> Tensor:
         """The weight [out, in] that a reader of the stored tensors computes with."""
@@ -28,54 +31,6 @@ class Packed(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Stored tensors by the suffix that follows the module's name."""
         ...
-
-
-def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [rows, n] below 2**bits -> int32 [rows, ceil(n * bits / 32)].
-
-    Each row is one little-endian bit stream, code i at bits [i * bits, (i + 1) * bits), padded
-    with zeros to whole words: the dense form of compressed-tensors' `pack-quantized`.
-    """
-    rows, count = codes.shape
-    words = torch.zeros(rows, -(-count * bits // 32), dtype=torch.int32)
-    spread(_pack, rows, (bits,), (codes.contiguous(), words))
-    return words
-
-
-@njit(nogil=True, cache=True)
-def _pack(bits: int, codes: Any, words: Any) -> None:
-    for r in range(len(codes)):
-        held, fill, place = np.uint64(0), 0, 0
-        for i in range(codes.shape[1]):
-            held |= np.uint64(codes[r, i]) << np.uint64(fill)
-            fill += bits
-            if fill >= 32:
-                words[r, place] = np.int32(held & np.uint64(0xFFFFFFFF))
-                held >>= np.uint64(32)
-                fill, place = fill - 32, place + 1
-        if fill:
-            words[r, place] = np.int32(held)
-
-
-def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_rows`: int32 [rows, words] -> uint8 [rows, count]."""
-    codes = torch.empty(len(words), count, dtype=torch.uint8)
-    spread(_unpack, len(words), (bits,), (words.contiguous(), codes))
-    return codes
-
-
-@njit(nogil=True, cache=True)
-def _unpack(bits: int, words: Any, codes: Any) -> None:
-    mask = np.uint64((1 << bits) - 1)
-    for r in range(len(codes)):
-        held, fill, place = np.uint64(0), 0, 0
-        for i in range(codes.shape[1]):
-            if fill < bits:
-                held |= np.uint64(np.uint32(words[r, place])) << np.uint64(fill)
-                fill, place = fill + 32, place + 1
-            codes[r, i] = np.uint8(held & mask)
-            held >>= np.uint64(bits)
-            fill -= bits
 
 
 @dataclass(frozen=True)
@@ -105,12 +60,12 @@ class PackedInteger:
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {
-            "weight_packed": pack_rows(self.codes, self.level.bits),
+            "weight_packed": pack_rows(self.codes, int(self.level.bits)),
             "weight_scale": self.scale.contiguous(),
             "weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64),
         }
         if not self.level.symmetric:
-            zeros = pack_rows(self.zero_point.T.contiguous(), self.level.bits)
+            zeros = pack_rows(self.zero_point.T.contiguous(), int(self.level.bits))
             stored["weight_zero_point"] = zeros.T.contiguous()
         return stored
 
@@ -120,7 +75,61 @@ class PackedInteger:
         rows, columns = (int(n) for n in stored["weight_shape"])
         scale = stored["weight_scale"]
         if level.symmetric:
-            zero_point = torch.full(scale.shape, 1 << (level.bits - 1), dtype=torch.uint8)
+            zero_point = torch.full(scale.shape, 1 << (int(level.bits) - 1), dtype=torch.uint8)
         else:
-            zero_point = unpack_rows(stored["weight_zero_point"].T, level.bits, rows).T.contiguous()
-        return cls(level, unpack_rows(stored["weight_packed"], level.bits, columns), scale, zero_point)
+            zero_point = unpack_rows(stored["weight_zero_point"].T, int(level.bits), rows).T.contiguous()
+        return cls(level, unpack_rows(stored["weight_packed"], int(level.bits), columns), scale, zero_point)
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """Codes that index a table of values, times a scale per group.
+
+    codes: uint8 [out, in]; table: float32 [2^bits], or [out, 2^bits] in the model's dtype; scale: [out, groups] in
+    the model's dtype, as uint8 exponents (2^(scale - 127)) or as float8 of which `global_scale` float32 [1] is
+    the unit; None for a table per row. dtype: of decoded weights.
+    """
+
+    level: Level
+    codes: Tensor
+    table: Tensor
+    dtype: torch.dtype
+    scale: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.codes.shape
+        return self.level.nbytes(rows, columns, self.dtype.itemsize)
+
+    def decode(self) -> Tensor:
+        """Weight [out, in] in `dtype`, one rounding after the product in float32."""
+        if self.scale is None:
+            return self.table.gather(1, self.codes.long()).to(self.dtype)
+        scale = self.float_scale()
+        values = self.table[self.codes.long()].unflatten(1, (scale.shape[1], -1))
+        return (values * scale[..., None]).flatten(1).to(self.dtype)
+
+    def float_scale(self) -> Tensor:
+        """What the table is multiplied with, float32 [out, groups]."""
+        assert self.scale is not None
+        if self.scale.dtype == torch.uint8:
+            return torch.ldexp(torch.ones(()), self.scale.int() - 127)
+        return self.scale.float() if self.global_scale is None else self.scale.float() * self.global_scale
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {
+            "weight_packed": pack_rows(self.codes, int(self.level.bits)),
+            "weight_table": self.table,
+            "weight_shape": torch.tensor(self.codes.shape, dtype=torch.int64),
+        }
+        optional = {"weight_scale": self.scale, "weight_global_scale": self.global_scale}
+        return stored | {k: v.contiguous() for k, v in optional.items() if v is not None}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> PackedTable:
+        """Inverse of `tensors`."""
+        columns = int(stored["weight_shape"][1])
+        codes = unpack_rows(stored["weight_packed"], int(level.bits), columns)
+        scales = stored.get("weight_scale"), stored.get("weight_global_scale")
+        return cls(level, codes, stored["weight_table"], dtype, *scales)

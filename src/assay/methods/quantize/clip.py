@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.methods.quantize._integer import pack
+from assay.methods import menus
+from assay.methods.quantize._scalar import pack
 from assay.methods.solve import clip
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,12 @@ class Clip:
 
     verb: ClassVar[str] = "encode"
     needs: ClassVar[tuple[str, ...]] = ("H",)
-    prices: ClassVar[str] = "clip"
+    prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization (2023), the clipping step"
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    levels = staticmethod(menus.integers)
 
-    def encode(
-        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-    ) -> list[PackedInteger]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
         """See `Encoder.encode`."""
         return pack(clip.solve, weight, level, scale_dtype, h, None)
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.methods.quantize._integer import pack
+from assay.methods import menus
+from assay.methods.quantize._scalar import pack
 from assay.methods.solve import nearest
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Nearest:
     needs: ClassVar[tuple[str, ...]] = ()
     prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "none (round to nearest)"
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    levels = staticmethod(menus.integers)
 
-    def encode(
-        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-    ) -> list[PackedInteger]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
         """See `Encoder.encode`."""
         return pack(nearest.solve, weight, level, scale_dtype, None, None)
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.methods.quantize._integer import pack
+from assay.methods import menus
+from assay.methods.quantize._scalar import pack
 from assay.methods.solve import two_sided
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class TwoSided:
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
     prices: ClassVar[str] = "two_sided"
     paper: ClassVar[str] = "GPTQ (2022) along the columns and, through the Kronecker-factored Fisher (2015), along the rows"
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    levels = staticmethod(menus.integers)
 
-    def encode(
-        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-    ) -> list[PackedInteger]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
         """See `Encoder.encode`."""
         return pack(two_sided.solve, weight, level, scale_dtype, h, g)
 

@@ -1,0 +1,34 @@
+"""Names that people know for levels."""
+
+from __future__ import annotations
+
+import difflib
+
+from assay.methods import base
+from assay.model.errors import InputError
+from assay.model.level import Level
+
+PRESETS = {
+    "W3A16": "int3-g128-sym", "W4A16": "int4-g128-sym", "W8A16": "int8-channel-sym", "NF4": "nf4-g64", "FP4": "fp4-g64",
+    "FP8": "fp8-channel", "MXFP4": "mxfp4-g32", "MXFP6": "mxfp6-g32", "MXFP8": "mxfp8-g32", "NVFP4": "nvfp4-g16",
+}  # fmt: skip
+
+
+def level(name: str) -> Level:
+    """A level by its own name or a preset's. Raises InputError naming the nearest."""
+    if name.upper() in PRESETS:
+        return Level.parse(PRESETS[name.upper()])
+    try:
+        return Level.parse(name)
+    except InputError as error:
+        near = difflib.get_close_matches(name.upper(), PRESETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{error}; {hint}presets: {', '.join(PRESETS)}") from None
+
+
+def fit(method: str, wanted: Level) -> None:
+    """Raises InputError when the method can't make a level, naming those that can."""
+    if wanted.format in base.get(method).formats:
+        return
+    able = [n for n in base.names() if wanted.format in base.get(n).formats]
+    raise InputError(f"{method} does not make {wanted.name}; these do: {', '.join(able) or 'none'}")

@@ -1,0 +1,31 @@
+"""The levels that methods offer to a plan, for rows of so many weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from assay.model.level import FORMATS, Level
+
+INTEGER_BITS = (2, 3, 4, 5, 6, 8)
+SYMMETRIC_BITS = (4, 8)
+GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
+SCALARS = ("int", "nf", "fp", "mxfp", "nvfp", "pow")
+"""Formats whose grids are fixed values times a scale: every solver of single weights takes them."""
+
+
+def integers(columns: int) -> list[Level]:
+    """Evenly spaced levels; symmetric ones only at the widths that engines want them for."""
+    found = (Level(b, g, s) for b in INTEGER_BITS for g in GROUPS for s in (False, True) if not s or b in SYMMETRIC_BITS)
+    return _fitting(found, columns)
+
+
+def of_format(name: str, columns: int) -> list[Level]:
+    """Every level of a format."""
+    if name == "int":
+        return integers(columns)
+    kind = FORMATS[name]
+    return _fitting((Level(b, g, True, name) for b in kind.bits for g in kind.group_sizes), columns)
+
+
+def _fitting(levels: Iterable[Level], columns: int) -> list[Level]:
+    return [x for x in levels if x.group_size is None or (columns % x.group_size == 0 and x.group_size < columns)]
