@@ -58,13 +58,21 @@ def fp8(folder: Path, scale: float) -> Path:
         ("stacked", {"engine": "plain", "bits": 28.5}),
         ("stacked", {"engine": "plain", "bits": 30.5, "keep": ("*.0.*",)}),
         ("fp8", {"engine": "transformers", "bits": 7.0, "keep": ("*.0.*q_proj",)}),
+        ("transposed", {"engine": "assay", "bits": 5.0}),
+        ("transposed", {"engine": "assay", "level": "int4-g32-sym"}),
         ("fp8 in powers of two", {"engine": "transformers", "bits": 7.0, "keep": ("*.0.*q_proj",)}),
     ],
 )
 def test_the_bytes_of_a_plan_add_up_to_those_of_the_files(kind: str, options: dict, tmp_path: Path) -> None:
-    make = {"fused": lambda f: save("qwen3", f), "stacked": stacked, "fp8": lambda f: fp8(f, 0.00037)}
+    make = {
+        "fused": lambda f: save("qwen3", f),
+        "stacked": stacked,
+        "transposed": lambda f: save("gpt2", f),
+        "fp8": lambda f: fp8(f, 0.00037),
+    }
     model = make.get(kind, lambda f: fp8(f, 2.0**-12))(tmp_path / "m")
-    assay.profile(model, tmp_path / "p", calibration=text_file(tmp_path), **SMALL)
+    levels = [options["level"]] if "level" in options else []
+    assay.profile(model, tmp_path / "p", calibration=text_file(tmp_path), levels=levels, **SMALL)
     plan = assay.plan(tmp_path / "p", **options)
     source = Checkpoint.open(model)
     sites = {r.name: r for r in plans.rows(StreamedModel(source), source.kept_nbytes)}
