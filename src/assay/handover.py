@@ -73,15 +73,14 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contra
             fate: Fate = "fell_back" if solved.fell_back else "done"
             ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
         else:
-            reason = model.anatomy.kept.get(name) or (plan.choices[name].why if name in plan.choices else "")
             planned = plan.choices[name].level if name in plan.choices else None
-            reason = reason or _contract_reason(contract, sites.get(name))
+            reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
             ledger.add(Entry(name, planned, "copied", reason, before, checkpoint.kept_nbytes(name)))
     return ledger
 
 
-def _contract_reason(contract: Contract, site: Site | None) -> str:
-    """Why an engine keeps a site as it is."""
+def _contract_reason(contract: Contract, site: Site | None) -> str | None:
+    """Why an engine keeps a site as it is; None where it need not."""
     if site is None:
         return "part of a tensor that stays whole"
-    return plans.refused(contract, site) or "kept by the plan"
+    return plans.refused(contract, site)

@@ -42,7 +42,7 @@ def refused(contract: Contract, row: SiteRow | Site) -> str | None:
     """Why an engine keeps a site as it is."""
     if row.stacked:
         return "experts stored as one 3-D tensor"
-    return contract.refuses(row.role, row.transposed, row.expert)
+    return contract.refuses(row.role, row.shape, row.transposed, row.expert)
 
 
 def decisions(
