@@ -213,6 +213,14 @@ def test_what_can_not_be_is_refused_before_measuring_as_after(rooms: Path, optio
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "assay"])
+@pytest.mark.parametrize("size", [90_000, 120_000, 250_000])
+def test_a_size_bounds_the_weight_files_of_every_engine(rooms: Path, engine: str, size: int, tmp_path: Path) -> None:
+    report = assay.compress(rooms / "m", tmp_path / "out", size=size, engine=engine, profile=rooms / "p")
+    files = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.7 * size < files == report["bytes"] <= size
+
+
 @pytest.fixture(scope="module")
 def stacked_model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
     return StreamedModel(Checkpoint.open(stacked(tmp_path_factory.mktemp("stacked"))))
