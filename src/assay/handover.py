@@ -75,7 +75,7 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contra
         else:
             planned = plan.choices[name].level if name in plan.choices else None
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
-            ledger.add(Entry(name, planned, "copied", reason, before, checkpoint.kept_nbytes(name)))
+            ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
     return ledger
 
 

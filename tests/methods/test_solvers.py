@@ -1,13 +1,14 @@
 """Rounding solvers: identities that hold exactly, and an order of quality on real weights."""
 
 from itertools import product
-from pathlib import Path
 
+import pebble
 import pytest
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip, gptq, nearest, two_sided
 from assay.methods.solve.curvature import damage, damp, inverse_factor, shrink
 from assay.methods.solve.feedback import column_feedback
@@ -233,35 +234,8 @@ def test_shrinkage_keeps_the_diagonal() -> None:
 # ---- real weights ------------------------------------------------------------------------------
 
 
-def pebble_block() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """name -> (weight, H, G) of the linear maps of one block, measured on a little text."""
-    folders = [parent / "shared" for parent in Path(__file__).resolve().parents]
-    shared = next((f for f in folders if (f / "models/pebble/config.json").exists()), None)
-    if shared is None:
-        pytest.skip("shared/models/pebble is not here")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models/pebble")
-    model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models/pebble", dtype=torch.float32)
-    text = (shared / "data/wikitext2/valid.txt").read_text()[:40_000]
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0][:4096].view(16, 256)
-    maps = {n: m for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)}
-    seen: dict[str, list[Tensor]] = {name: [] for name in maps}
-
-    def watch(name: str, x: Tensor, y: Tensor) -> None:
-        seen[name].append(x.detach().flatten(0, 1))
-        y.register_hook(lambda g: seen[name].append(g.flatten(0, 1)))
-
-    for name, linear in maps.items():
-        linear.register_forward_hook(lambda _, x, y, name=name: watch(name, x[0], y))
-    logits = model(ids).logits.flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))
-    torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
-    moments = {name: tuple(v.mT @ v / len(v) for v in pair) for name, pair in seen.items()}
-    return {name: (maps[name].weight.detach(), *moments[name]) for name in maps}
-
-
 def test_order_of_the_solvers_on_real_weights() -> None:
-    maps = pebble_block()
+    maps = pebble.block()
     for bits in (4, 3, 2):
         grid = IntegerGrid(bits, 64, symmetric=False)
         total = dict.fromkeys(SOLVERS, 0.0)

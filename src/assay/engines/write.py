@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from assay.engines.contract import Contract
 from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -101,8 +103,26 @@ def output_tensors(
         weight = result.decode().to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
-        return {name: source.read(name).to(source.kept_dtype(name))}
-    return dict(source.iter_raw([name]))
+        stored = {name: source.read(name).to(source.kept_dtype(name))}
+    else:
+        stored = dict(source.iter_raw([name]))
+    return _lossless(name, stored[name]) if contract.layout == "assay" else stored
+
+
+def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor as it stays in assay's own layout: bf16 without its redundant exponent bits, where that is smaller."""
+    if tensor.dtype == torch.bfloat16:
+        smaller = PackedBfloat16.encode(tensor)
+        if smaller.nbytes < tensor.nbytes:
+            return {f"{name}.{part}": t for part, t in smaller.tensors().items()}
+    return {name: tensor}
+
+
+def kept_nbytes(source: Checkpoint, name: str, contract: Contract) -> int:
+    """Bytes of a tensor that is not compressed, as it will be stored."""
+    if contract.layout != "assay":
+        return source.kept_nbytes(name)
+    return sum(t.nbytes for t in output_tensors(source, name, {}, contract, frozenset()).values())
 
 
 def plain_nbytes(source: Checkpoint, name: str) -> int:

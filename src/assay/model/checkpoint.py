@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -82,6 +83,10 @@ class Checkpoint:
                 module = name.removesuffix(".weight_packed")
                 logical -= {f"{module}.{suffix}" for suffix in SUFFIXES}
                 logical.add(f"{module}.weight")
+            elif name.endswith(f".{PARTS[0]}") and f"{name.removesuffix(PARTS[0])}{PARTS[1]}" in self.stored:
+                whole = name.removesuffix(f".{PARTS[0]}")
+                logical -= {f"{whole}.{part}" for part in PARTS}
+                logical.add(whole)
             elif self._fp8_scale(name):
                 logical.discard(self._fp8_scale(name))
         return sorted(logical)
@@ -97,6 +102,8 @@ class Checkpoint:
         """Shape of a logical tensor, from headers alone (packed weights: out from scales, in from level)."""
         if name in self.stored:
             return self.stored[name].shape
+        if self._lossless(name):
+            return tuple(int(n) for n in self._raw(f"{name}.shape"))
         shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
         return shape[::-1] if self.turned(name) else shape
 
@@ -104,6 +111,8 @@ class Checkpoint:
         """Dtype that `read` returns."""
         if name in self.stored:
             return torch.float32 if self._fp8_scale(name) else self.stored[name].dtype
+        if self._lossless(name):
+            return torch.bfloat16
         if name in self._own:
             return _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
@@ -135,6 +144,8 @@ class Checkpoint:
         if name in self.stored:
             scale = self._fp8_scale(name)
             return [name, scale] if scale else [name]
+        if self._lossless(name):
+            return [f"{name}.{part}" for part in PARTS]
         module = name.removesuffix("weight")
         return [module + s for s in SUFFIXES if module + s in self.stored]
 
@@ -142,6 +153,8 @@ class Checkpoint:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
         if name in self.stored:
             return self._decode_fp8(name) if self._fp8_scale(name) else self._raw(name)
+        if self._lossless(name):
+            return PackedBfloat16.from_tensors({part: self._raw(f"{name}.{part}") for part in PARTS}).decode()
         if f"{name}_packed" not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
         weight = self.read_packed(name).decode()
@@ -193,6 +206,10 @@ class Checkpoint:
                     digest.update(file.read(65536))
             digest.update(f"{shard.name}:{size}".encode())
         return digest.hexdigest()[:32]
+
+    def _lossless(self, name: str) -> bool:
+        """Whether a tensor is stored as `PackedBfloat16`."""
+        return name not in self.stored and f"{name}.{PARTS[0]}" in self.stored
 
     def _raw(self, name: str) -> Tensor:
         info = self.stored[name]

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from assay.model.errors import InputError
+from assay.model.trellis import Trellis
 
 _NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
 SHAPE_BYTES = 16
+LONGEST = 1024
+"""Weights in one trellis sequence: longer ones gain below 0.01 bit, shorter ones can be encoded side by side."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ class Level:
     def nbytes(self, rows: int, columns: int, scale_itemsize: int = 2) -> int:
         """Exact bytes of a [rows, columns] weight: codes, parameters, padding, shape, exact weights, low-rank factors."""
         kind, groups = FORMATS[self.format], self.groups(columns)
-        lines, length = (columns, rows) if kind.by_column else (rows, columns)
-        codes = lines * words(length, self.bits) * 4
+        line = sum(Trellis.of_rate(self.bits).words(n) for n in sequences(rows)) if kind.by_column else words(columns, self.bits)
+        codes = (columns if kind.by_column else rows) * line * 4
         scales = rows * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
         zeros = 0 if self.symmetric else words(rows, self.bits) * groups * 4
         tables = {"none": 0, "matrix": 4, "row": rows * scale_itemsize}[kind.table] * 2 ** int(self.bits)
@@ -133,8 +136,14 @@ class Level:
 
 
 def words(count: int, bits: float) -> int:
-    """32-bit words that hold `count` codes."""
-    return -(-int(-(-count * bits // 1)) // 32)
+    """32-bit words that hold `count` codes of a whole number of bits."""
+    return -(-count * int(bits) // 32)
+
+
+def sequences(rows: int) -> list[int]:
+    """How a column is cut into sequences of a trellis: as few as keep within LONGEST, as equal as can be."""
+    count = -(-rows // LONGEST)
+    return [rows * (i + 1) // count - rows * i // count for i in range(count)]
 
 
 def sparse_nbytes(kept: int, rows: int, columns: int, itemsize: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedInteger, PackedTable
+from assay.model.packed_trellis import PackedTrellis
 
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
@@ -93,4 +94,6 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
     if level.format == "int":
         return PackedInteger.from_tensors(stored, level)
+    if level.format == "trellis":
+        return PackedTrellis.from_tensors(stored, level)
     return PackedTable.from_tensors(stored, level, dtype)
