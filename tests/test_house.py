@@ -122,3 +122,14 @@ def test_every_command_has_a_page() -> None:
     pages = {p.stem for p in (ROOT / "docs").glob("*.md")}
     assert commands - {"answer"} <= pages
     assert len(commands) >= 7
+
+
+@pytest.mark.parametrize("made", ["demo-out", ".demo-out.assay", "build", "dist", ".venv"])
+def test_what_the_makefile_leaves_behind_is_not_committed(made: str) -> None:
+    try:
+        done = subprocess.run(["git", "check-ignore", "-q", f"{made}/file"], cwd=ROOT, check=False)
+    except OSError:
+        pytest.skip("git is absent")
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.returncode == 0

@@ -22,6 +22,7 @@ from assay import engines
 from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
+from assay.engines.write import check_space
 from assay.execute import Results, execute
 from assay.handover import hand_over
 from assay.measure.profile import Profile, key_of
@@ -30,10 +31,10 @@ from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, window
 from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import save_json
+from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
+from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
@@ -67,7 +68,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     anatomy = streamed.anatomy
     rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
-        for r in plans.rows(streamed)
+        for r in plans.rows(streamed, checkpoint.nbytes)
     ]
     inside = [r for r in rows if r["block"] is not None]
     return {
@@ -97,9 +98,9 @@ def plan(
     planner: str = "lagrange", uniform: bool = False,
 ) -> Plan:  # fmt: skip
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
-    measured = Profile.open(source)
-    budget = _budget(size, bits, max_loss, level, _method(method, engine))
-    return plans.make(measured, budget, engines.get(engine), _method(method, engine), keep, planner, uniform)
+    chosen = _method(method, engine)
+    budget = _budget(size, bits, max_loss, level, chosen)
+    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
 
 
 def compress(
@@ -122,11 +123,14 @@ def compress(
     work = destination.absolute().parent / f".{destination.name}.assay"
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
-    method = given.method if given else _method(method, engine)
+    method = _method(given.method, given.engine) if given else _method(method, engine)
     budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
-    if given and given.model != checkpoint.fingerprint:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
     streamed = StreamedModel(checkpoint)
+    if given:
+        known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
+        plans.check_origin(given, checkpoint.fingerprint, known)
+    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, method, keep)
+    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
     _check_profile(measured, streamed)
@@ -253,13 +257,9 @@ def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
     folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
-    fresh, levels = not work.exists(), [budget.level] if budget.level else []
-    try:
+    levels = [budget.level] if budget.level else []
+    with unless_refused(work):
         return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
-    except InputError:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.engines.plain import CONTRACT
-from assay.engines.write import copy_side_files, new_folder, output_tensors, write_shards
+from assay.engines.write import check_space, copy_side_files, new_folder, output_tensors, write_shards
 from assay.measure.profile import Profile
 from assay.methods import base
 from assay.methods.transform._subject import Subject, Transform
@@ -128,7 +128,8 @@ def _write(weights: Weights, steps: list[dict[str, Any]], destination: Path, pro
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }  # fmt: skip
     nbytes = sum(source.nbytes(weights.origin(name)) * len(source.parts(weights.origin(name))) for name in weights.names)
-    with new_folder(destination, nbytes) as folder:
+    check_space(destination.absolute().parent, nbytes)
+    with new_folder(destination) as folder:
         write_shards(folder, _tensors(weights, progress))
         copy_side_files(folder, source)
         config = {key: value for key, value in weights.config.items() if key != "quantization_config"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from cli.calls import call, one_line
 
 import assay
 from assay.cli import answer
@@ -21,25 +22,10 @@ COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "ex
 SOURCE = Path(assay.__file__).parents[1]
 
 
-def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    out, err = capfd.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-m", "assay", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("assay: "), text
-    assert text.count("\n") == 1, text
-    assert text.endswith("\n")
-    return text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,9 +36,9 @@ def write(
     packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
     InputError when the disk is too small; leaves nothing behind when anything fails.
     """
+    check_space(destination.absolute().parent, _expected_bytes(source, levels, contract, transposed))
     tensors = (output_tensors(source, name, packed, contract, transposed) for name in source.names)
-    need = sum(_bytes_after(source, name, levels, contract) for name in source.names)
-    with new_folder(destination, need) as folder:
+    with new_folder(destination) as folder:
         write_shards(folder, tensors, shard_bytes)
         copy_side_files(folder, source)
         _write_config(folder, source, contract, levels, transposed)
@@ -47,16 +48,10 @@ def write(
 
 
 @contextmanager
-def new_folder(destination: Path, nbytes: int) -> Iterator[Path]:
-    """A hidden folder that becomes `destination` at the end, complete and durable, or goes if anything fails.
-
-    nbytes: what will be written, roughly. Raises InputError when the disk is too small.
-    """
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `destination`, complete and durable, or goes if anything fails."""
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    need, free = nbytes + HEADROOM, shutil.disk_usage(partial.parent).free
-    if free < need:
-        raise InputError(f"{partial.parent}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
     partial.mkdir()
     try:
         yield partial
@@ -94,7 +89,7 @@ def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: froz
     facts = {
         name: {
             "level": level.name,
-            "dtype": str(plain_dtype(source, name)).removeprefix("torch."),
+            "dtype": str(source.dtype(name)).removeprefix("torch."),
             "transposed": name in transposed,
         }
         for name, level in sorted(levels.items())
@@ -110,14 +105,13 @@ def output_tensors(
         result = packed[name]()
         if contract.layout != "plain":
             return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
-        weight = result.decode().to(plain_dtype(source, name))
+        weight = result.decode().to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
-        weight = source.read(name)
-        half = weight.to(torch.bfloat16)
-        return {name: half if torch.equal(half.to(weight.dtype), weight) else weight}
-    stored = dict(source.iter_raw(source.parts(name)))
-    return _lossless(name, stored[name]) if contract.layout == "assay" and name in stored else stored
+        stored = {name: source.read(name).to(source.kept_dtype(name))}
+    else:
+        stored = dict(source.iter_raw([name]))
+    return _lossless(name, stored[name]) if contract.layout == "assay" else stored
 
 
 def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -132,13 +126,13 @@ def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def kept_nbytes(source: Checkpoint, name: str, contract: Contract) -> int:
     """Bytes of a tensor that is not compressed, as it will be stored."""
     if contract.layout != "assay":
-        return source.nbytes(name)
+        return source.kept_nbytes(name)
     return sum(t.nbytes for t in output_tensors(source, name, {}, contract, frozenset()).values())
 
 
-def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:
-    """Dtype of a decoded weight."""
-    return source.dtype(name)
+def plain_nbytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a decoded weight."""
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
 def write_shards(folder: Path, tensors: Iterable[Mapping[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -197,11 +191,25 @@ def _write_config(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _bytes_after(source: Checkpoint, name: str, levels: Mapping[str, Level], contract: Contract) -> int:
-    if name in levels and contract.layout != "plain":
-        rows, columns = source.shape(name)
-        return levels[name].nbytes(rows, columns, 4)
-    return source.nbytes(name)
+def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: Contract, transposed: frozenset[str]) -> int:
+    need = 0
+    for name in source.names:
+        if name not in levels:
+            need += source.kept_nbytes(name)
+        elif contract.layout == "plain":
+            need += plain_nbytes(source, name)
+        else:
+            rows, columns = source.shape(name)[:: -1 if name in transposed else 1]
+            need += levels[name].nbytes(rows, columns, 4)
+    return need
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Refuse a disk that can't take `nbytes` of weights and some side files. Raises InputError."""
+    need, free = nbytes + HEADROOM, shutil.disk_usage(folder).free
+    if free < need:
+        wanted = f"{free / 1e6:,.0f} MB free where the result needs {need / 1e6:,.0f} MB"
+        raise InputError(f"{folder}: {wanted}; free some or choose a folder on another disk")
 
 
 def _sync(path: Path) -> None:
