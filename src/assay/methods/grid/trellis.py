@@ -24,7 +24,7 @@ MEMORIES_ROUND_SEAM = 16
 """How far the search looks, in memories of the code (steps until a bit has left the state).
 
 After 64 all good paths have mostly one past; where they haven't, the search is repeated with more, so this is a
-matter of speed alone. Around the seam more than 16 changed the distortion by less than 0.001 bit.
+matter of speed alone. Around the seam, more than 16 gained at most 0.003 bit at length 256, 0.0005 from 1024 on.
 """
 
 
