@@ -135,7 +135,7 @@ def test_methods_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(out)
     assert (code, err) == (0, "")
     assert {"gptq", "nearest", "two_sided"} <= {row["name"] for row in rows}
-    assert all({"name", "verb", "paper", "needs", "levels"} <= row.keys() for row in rows)
+    assert all({"name", "verb", "paper", "needs"} <= row.keys() for row in rows)
 
 
 def test_methods_and_inspect_as_tables(capfd: pytest.CaptureFixture[str]) -> None:

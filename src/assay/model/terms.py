@@ -14,7 +14,8 @@ from assay.model.packed_trellis import PackedTrellis
 
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
-    "weight_signs", "weight_places", "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
+    "weight_signs", "weight_places", "weight_low_rank_out", "weight_low_rank_in",
+    "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
 
