@@ -19,6 +19,7 @@ from assay.measure.damage import Curvature
 from assay.measure.profile import Profile, key_of
 from assay.measure.stream import StreamedModel
 from assay.methods import base
+from assay.model import memory
 from assay.model.files import save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -82,6 +83,7 @@ def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, pr
                 metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
                 save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
                 progress.log(_line(block, solved, perf_counter() - started))
+                memory.release()
             advance()
     return Results(folder, blocks)
 

@@ -16,6 +16,7 @@ from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
+from assay.model import memory
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site
@@ -49,6 +50,7 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
                     levels = {x.base for menu in menus for x in menu(columns)}
                     with threads_for(weight.numel()):
                         prices[key_of(site)] = price(weight, curvature, sorted(levels))
+            memory.release()
             advance()
     return prices
 
