@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import read_weight
+from assay.budget.probe import read_weight, statistics
 from assay.measure.damage import Curvature
 from assay.measure.profile import Profile, key_of
 from assay.measure.stream import StreamedModel
@@ -111,15 +111,12 @@ def _encode(
     method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The planned method's result, or round-to-nearest's with the reason why."""
-    square_h, square_g = (all(getattr(s, part).ndim == 2 for s in stats) for part in ("h", "g"))
-    h = torch.stack([s.h for s in stats]) if "H" in method.needs and square_h else None
-    g = torch.stack([s.g for s in stats]) if "G" in method.needs and square_g else None
     if "H" in method.needs and not all(s.tokens for s in stats):
-        return base.get("nearest")().encode(weights, level, scale_dtype, None, None), "no calibration token met it"
+        return base.get("nearest")().encode(weights, level, scale_dtype, base.Statistics()), "no calibration token met it"
     try:
-        return method.encode(weights, level, scale_dtype, h, g), ""
+        return method.encode(weights, level, scale_dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return base.get("nearest")().encode(weights, level, scale_dtype, None, None), str(error).splitlines()[0]
+        return base.get("nearest")().encode(weights, level, scale_dtype, base.Statistics()), str(error).splitlines()[0]
 
 
 def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tuple[Level, list[Site]]]:

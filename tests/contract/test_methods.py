@@ -29,7 +29,8 @@ def problem() -> tuple[Tensor, Tensor, Tensor]:
 
 def encode(name: str, level: Level, weight: Tensor, h: Tensor, g: Tensor) -> list[PackedInteger]:
     method = base.get(name)
-    return method().encode(weight, level, torch.bfloat16, h if "H" in method.needs else None, g if "G" in method.needs else None)
+    stats = base.Statistics(h if "H" in method.needs else None, g if "G" in method.needs else None)
+    return method().encode(weight, level, torch.bfloat16, stats)
 
 
 @pytest.mark.parametrize("name", base.names())

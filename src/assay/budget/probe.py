@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.budget.prices import price
+from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Curvatures, key_of
 from assay.measure.stream import Override, StreamedModel
@@ -70,14 +71,22 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
                     if not levels:
                         continue
                     level, weight, curvature = _nearest_level(levels, bits), read_weight(model, site), curvatures[key_of(site)]
-                    h, g = curvature.h[None], curvature.g[None]
                     with threads_for(weight.numel()):
-                        packed = method.encode(weight[None], level, torch.bfloat16, h, g)[0]
+                        packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
                     done += curvature.damage(packed.decode().float() - weight)
                     priced += prices[key_of(site)][level.base.name][method.prices]
                 ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
                 advance()
     return ratios
+
+
+def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
+    """What a method needs of a batch of sites; diagonal moments, of embeddings and heads, are left out."""
+    found = {}
+    for name in method.needs:
+        parts: list[Tensor] = [getattr(c, name.lower()) for c in curvatures]
+        found[name.lower()] = torch.stack(parts) if all(p.ndim == 2 for p in parts) else None
+    return base.Statistics(**found)
 
 
 def _nearest_level(levels: Sequence[Level], bits: float) -> Level:

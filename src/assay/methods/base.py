@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +16,17 @@ from assay import methods
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of a batch of equal-shaped matrices, float32; None for what was not measured or not asked for.
+
+    h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients.
+    """
+
+    h: Tensor | None = None
+    g: Tensor | None = None
 
 
 @runtime_checkable
@@ -40,11 +52,11 @@ class Method(Protocol):
 class Encoder(Method, Protocol):
     """A method that turns weights into their compressed form."""
 
-    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """Compress a batch of equal-shaped matrices.
 
-        weight: float32 [batch, out, in]; h: float32 [batch, in, in] second moment of the inputs;
-        g: float32 [batch, out, out] second moment of the output gradients; either may be None.
+        weight: float32 [batch, out, in]; scale_dtype: of scales, tables, factors and exact weights; stats: those of
+        `needs` that were measured.
         """
         ...
 
