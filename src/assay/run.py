@@ -24,7 +24,7 @@ from assay.budget.plan import Plan
 from assay.budget.size import Budget
 from assay.execute import Results, execute
 from assay.handover import hand_over
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -32,7 +32,7 @@ from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
 from assay.prove.divergence import Candidate, compare
 
@@ -85,7 +85,7 @@ def profile(
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     wanted = [presets.level(name) for name in levels]
     if tokens == "auto":
-        return stable_profile(streamed, Path(out), calibration, window, seed, listener)
+        return stable_profile(streamed, Path(out), calibration, window, seed, listener, methods, wanted)
     return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods, wanted)
 
 
@@ -127,7 +127,7 @@ def compress(
     streamed = StreamedModel(checkpoint)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
-    _check_profile(measured, streamed)
+    _check_profile(measured, streamed, method)
     if given is None:
         chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
     else:
@@ -254,11 +254,13 @@ def _check_destination(destination: Path) -> None:
         raise InputError(f"{parent} can't be written to; choose another folder")
 
 
-def _check_profile(profile: Profile, model: StreamedModel) -> None:
+def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
     if profile.index["model"] != model.checkpoint.fingerprint:
         raise InputError(f"{profile.folder}: a profile of another model; run assay profile on this one")
     if profile.index["tokenizer"] != tokenizer_digest(load_tokenizer(model.checkpoint)):
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
+    if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
+        raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from assay.budget.prices import price
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
-from assay.measure.profile import Curvatures, key_of
+from assay.measure.profile import Curvatures
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
 from assay.model.level import Level
 from assay.model.progress import Progress
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.model.threads import threads_for
 from assay.prove.divergence import Candidate, compare
 
@@ -58,7 +58,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
              methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
-    curvatures = Curvatures(folder, block, total)
+    curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
     sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
     ratios: dict[str, dict[int, float]] = {}
     with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
@@ -81,11 +81,12 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
 
 
 def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
-    """What a method needs of a batch of sites; diagonal moments, of embeddings and heads, are left out."""
+    """What a method needs of a batch of sites. Of embeddings and heads, diagonal moments are left out."""
     found = {}
     for name in method.needs:
-        parts: list[Tensor] = [getattr(c, name.lower()) for c in curvatures]
-        found[name.lower()] = torch.stack(parts) if all(p.ndim == 2 for p in parts) else None
+        parts: list[Tensor | None] = [getattr(c, name.lower()) for c in curvatures]
+        square = [p for p in parts if p is not None and p.ndim == 2]
+        found[name.lower()] = torch.stack(square) if len(square) == len(parts) else None
     return base.Statistics(**found)
 
 

@@ -22,18 +22,22 @@ from assay.model.packed import Packed
 class Statistics:
     """What was measured of a batch of equal-shaped matrices, float32; None for what was not measured or not asked for.
 
-    h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients.
+    h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients;
+    gradient: [batch, out, in] of the mean loss on the text; fisher: [batch, out, in] mean over tokens of its square,
+    labels sampled from the model.
     """
 
     h: Tensor | None = None
     g: Tensor | None = None
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
 
 
 @runtime_checkable
 class Method(Protocol):
     """Facts that every method states about itself.
 
-    verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G");
+    verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
     prices: which price of the profile predicts it; paper: title and year of its source; formats: of the levels
     that it can be asked for; levels: those that it offers a plan, for rows of so many weights.
     """
@@ -78,6 +82,11 @@ def get(name: str) -> type[Encoder]:
         raise InputError(f"unknown method {name!r}; {hint}")
     found: type[Encoder] = importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
     return found
+
+
+def weightwise(*methods: str) -> list[str]:
+    """Statistics with a number for every weight that these methods need."""
+    return sorted({need for name in methods for need in get(name).needs} - {"H", "G"})
 
 
 def _homes() -> dict[str, str]:
