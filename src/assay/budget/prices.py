@@ -16,6 +16,7 @@ from torch import Tensor
 from assay.measure.damage import Curvature, diagonal, pivots
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
+from assay.methods.solve import codebook
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
@@ -83,7 +84,15 @@ def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, l
 
 
 def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best."""
+    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best.
+
+    Of tables: for the best one for the weights, and for the best under `importance`.
+    """
+    if level.format == "lut":
+        tables = (codebook.fit(weight, torch.ones_like(weight), 2 ** int(level.bits)),
+                  codebook.fit(weight, importance.expand_as(weight), 2 ** int(level.bits)))  # fmt: skip
+        plain, clipped = ((weight - t.gather(1, codebook.nearest(weight, t).long())).square() for t in tables)
+        return plain, clipped
     grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)
