@@ -43,7 +43,7 @@ def test_sensitivity_is_the_cost_of_removal_when_later_columns_may_move() -> Non
     H = (x.mT @ x / 60).double()
     weight = normal(3, 1, 8).double()
     factor, _ = inverse_factor(H, 0.0)
-    score = sensitivity(weight, factor.diagonal().double())
+    score = sensitivity(weight, factor.diagonal().double() ** -2)
     for j in range(8):
         later = torch.arange(j + 1, 8)
         push = weight[0, j] * H[j, later]  # minimise (w_j e_j + d)ᵀ H (w_j e_j + d) over d on the later columns

@@ -30,12 +30,12 @@ def deviation(weight: Tensor) -> Tensor:
     return (weight - mean).abs() / spread.clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-def sensitivity(weight: Tensor, factor_diagonal: Tensor) -> Tensor:
-    """w² / U_jj², what removing a weight costs once the others have made up for it (Optimal Brain Surgeon, 1993).
+def sensitivity(weight: Tensor, importance: Tensor) -> Tensor:
+    """w² / U_jj², what removing a weight costs once the columns after it have made up for it (PB-LLM, 2023).
 
-    factor_diagonal: U_jj of inv(H) = UᵀU, [..., in]; the score of PB-LLM (2023).
+    importance: 1 / U_jj² [..., in], see `conditional_importance`.
     """
-    return (weight / factor_diagonal[..., None, :]).square()
+    return weight.square() * importance[..., None, :]
 
 
 def columns(importance: Tensor, rows: int) -> Tensor:
