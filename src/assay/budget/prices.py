@@ -23,7 +23,7 @@ from assay.model.rotation import rotate_both
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
-OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes"}
+OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
 """Formats that aren't a grid for single weights, and the method that makes them."""
 
 SAMPLED_ROWS = 256

@@ -56,6 +56,6 @@ class PackedVectors:
         return cls(level, indices, tables, stored["weight_low"], stored["weight_scale"], rows)
 
 
-def cut(columns: Tensor) -> Tensor:
-    """Columns [..., out] as vectors [..., ceil(out / VECTOR), VECTOR], the last one filled up with zeros."""
-    return pad(columns, (0, -columns.shape[-1] % VECTOR)).unflatten(-1, (-1, VECTOR))
+def cut(columns: Tensor, length: int) -> Tensor:
+    """Columns [..., out] as vectors [..., ceil(out / length), length], the last one filled up with zeros."""
+    return pad(columns, (0, -columns.shape[-1] % length)).unflatten(-1, (-1, length))
