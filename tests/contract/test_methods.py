@@ -26,8 +26,8 @@ def levels(name: str) -> list[Level]:
     for level in offered:
         found.setdefault((level.format, level.group_size), []).append(level)
     ends = {x for group in found.values() for x in (min(group), max(group))}
-    integers = {Level.parse(x) for x in INTEGERS if "int" in base.get(name).formats}
-    return sorted(ends | integers)
+    zero_points = {x.symmetric for x in offered if x.format == "int"}
+    return sorted(ends | {x for x in map(Level.parse, INTEGERS) if x.symmetric in zero_points})
 
 
 def of_width(name: str, bits: float) -> Level:

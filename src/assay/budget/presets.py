@@ -29,7 +29,7 @@ def level(name: str) -> Level:
 def fit(method: str, wanted: Level) -> None:
     """Raises InputError when the method can't make a level, naming those that can.
 
-    A method takes exact weights or a low-rank term if it offers levels that have them.
+    A method takes exact weights, a low-rank term, or integers with or without zero points if it offers levels that have them.
     """
     if _makes(method, wanted):
         return
@@ -41,4 +41,5 @@ def _makes(method: str, wanted: Level) -> bool:
     kind = base.get(method)()
     offered = kind.levels(128)
     sparse, rank = any(x.sparse for x in offered), any(x.rank for x in offered)
-    return wanted.format in kind.formats and (sparse or not wanted.sparse) and (rank or not wanted.rank)
+    zeros = wanted.format != "int" or any(x.symmetric == wanted.symmetric for x in offered)
+    return wanted.format in kind.formats and zeros and (sparse or not wanted.sparse) and (rank or not wanted.rank)

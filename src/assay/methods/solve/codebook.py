@@ -36,6 +36,22 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
     return torch.searchsorted(middles.contiguous(), values.contiguous()).to(torch.uint8)
 
 
+class RowTables:
+    """Column quantizer with a table of its own for each row."""
+
+    def __init__(self, table: Tensor, columns: int) -> None:
+        """table: float32 [batch, out, size], rising."""
+        self.table = table
+        self.codes = torch.empty(len(table), columns, table.shape[1], dtype=torch.uint8)
+
+    def begin_block(self, start: int, values: Tensor) -> None:
+        """Nothing to do: the tables are fixed."""
+
+    def __call__(self, column: int, values: Tensor) -> Tensor:
+        self.codes[:, column] = nearest(values[..., None], self.table)[..., 0]
+        return self.table.gather(-1, self.codes[:, column, :, None].long())[..., 0]
+
+
 @njit(nogil=True, cache=True)
 def _fit(values: Any, importance: Any, table: Any) -> None:
     for r in range(len(values)):
