@@ -24,7 +24,7 @@ BLOCK = 2
 
 
 @cache
-def pebble_block(seed: int = 0) -> dict[str, tuple[Tensor, Curvature]]:
+def pebble_block(token_weights: str = "none") -> dict[str, tuple[Tensor, Curvature]]:
     """Weight [out, in] and curvature of every linear map of block 2, from 4,096 tokens; skips where pebble is absent."""
     folders = [parent / "shared" for parent in Path(__file__).resolve().parents]
     shared = next((f for f in folders if (f / "models/pebble/config.json").exists()), None)
@@ -33,7 +33,7 @@ def pebble_block(seed: int = 0) -> dict[str, tuple[Tensor, Curvature]]:
     streamed = StreamedModel(Checkpoint.open(shared / "models/pebble"))
     text = windows(streamed.checkpoint, shared / "data/wikitext2/valid.txt", "calibration", 4096, 256, streamed.vocabulary)
     with tempfile.TemporaryDirectory() as folder:
-        measure(streamed, text, Path(folder), seed, Silent(), WEIGHTWISE)
+        measure(streamed, text, Path(folder), 0, Silent(), WEIGHTWISE, token_weights)
         found = Curvatures(Path(folder), BLOCK, text.tokens, WEIGHTWISE)
         return {name: (streamed.checkpoint.read(name).float(), curvature) for name, curvature in found.items()}
 

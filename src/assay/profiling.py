@@ -13,6 +13,7 @@ from typing import Any
 from assay import engines
 from assay.budget import plans, probe
 from assay.budget.size import Budget
+from assay.measure import tokens as token_kinds
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
@@ -33,29 +34,30 @@ STABLE_SHARE = 0.05
 
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
-    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (),
+    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
     methods: those whose levels are priced and that are rehearsed, beside the default's levels;
-    levels: further ones to price.
+    levels: further ones to price; token_weights: see `measure.tokens`.
     """
+    token_kinds.check(token_weights)
     text, held_out = _texts(model, calibration, tokens, window)
     weightwise = base.weightwise(*methods)
-    settings = _settings(model, text, seed, weightwise)
+    settings = _settings(model, text, seed, weightwise, token_weights)
     if (folder / "profile.json").exists():
         existing = Profile.open(folder)
         if existing.index["settings"] != settings:
             raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
         return existing
     _claim(folder, settings)
-    measure(model, text, folder, seed, progress, weightwise)
+    measure(model, text, folder, seed, progress, weightwise, token_weights)
     return _finish(model, folder, text, held_out, settings, methods, levels, progress)
 
 
 def stable_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress,
-    methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (),
+    methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
 ) -> Profile:  # fmt: skip
     """Double the calibration tokens until the plan at 3.5 bits stops changing."""
     if (folder / "profile.json").exists():
@@ -64,7 +66,7 @@ def stable_profile(
     while True:
         model.forget()
         part = folder.with_name(f"{folder.name}.{count}")
-        found = make_profile(model, part, calibration, count, window, seed, progress, methods, levels)
+        found = make_profile(model, part, calibration, count, window, seed, progress, methods, levels, token_weights)
         plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
         picked = {name: choice.level for name, choice in plan.choices.items()}
         changed = sum(picked[n] != earlier[n] for n in picked) / len(picked) if earlier else 1.0
@@ -112,9 +114,9 @@ def _texts(model: StreamedModel, calibration: str | Path | None, count: int, win
     return Windows(both.ids[:used], both.source), Windows(both.ids[-held:], both.source + ":held out")
 
 
-def _settings(model: StreamedModel, text: Windows, seed: int, weightwise: Sequence[str]) -> dict[str, Any]:
+def _settings(model: StreamedModel, text: Windows, seed: int, weightwise: Sequence[str], token_weights: str) -> dict[str, Any]:
     facts = {"model": model.checkpoint.fingerprint, "digest": text.digest, "tokens": text.tokens, "seed": seed}
-    return facts | {"weightwise": list(weightwise)}
+    return facts | {"weightwise": list(weightwise), "token_weights": token_weights}
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

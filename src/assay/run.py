@@ -79,14 +79,15 @@ def inspect(model: str | Path) -> dict[str, Any]:
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    progress: Progress | None = None,
+    token_weights: str = "none", progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     wanted = [presets.level(name) for name in levels]
+    more = (seed, listener, methods, wanted, token_weights)
     if tokens == "auto":
-        return stable_profile(streamed, Path(out), calibration, window, seed, listener, methods, wanted)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods, wanted)
+        return stable_profile(streamed, Path(out), calibration, window, *more)
+    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
 
 
 def plan(

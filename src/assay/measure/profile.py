@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from assay.measure import tokens
 from assay.measure.capture import Capture, OnProduct
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
@@ -99,12 +100,14 @@ class Curvatures(Mapping[str, Curvature]):
 
 
 def measure(
-    model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress, weightwise: Sequence[str] = ()
-) -> None:
+    model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress,
+    weightwise: Sequence[str] = (), token_weights: str = "none",
+) -> None:  # fmt: skip
     """Two sweeps over the model: inputs (H) forwards, output gradients (G) backwards.
 
     weightwise: further statistics with a number for every weight of the blocks: "fisher", the mean over tokens of
     squared gradients, labels sampled from the model as for G; "gradient", of the mean loss on the text itself.
+    token_weights: how much the tokens count in the H of the blocks, see `tokens`.
     Every finished block is durable, and a second call continues where the first was cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,24 +117,26 @@ def measure(
         return
     parts = batches(windows.ids)
     with stored_precision(model.checkpoint):
-        _sweep(model, parts, folder, work, seed, progress, weightwise)
+        _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()
     shutil.rmtree(work.folder)
 
 
 def _sweep(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, progress: Progress,
-    weightwise: Sequence[str],
+    weightwise: Sequence[str], token_weights: str,
 ) -> None:  # fmt: skip
     with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
-        _forward(model, parts, folder, work, advance)
+        _forward(model, parts, folder, work, advance, token_weights)
     with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
         _tail(model, parts, folder, work, seed, weightwise)
         advance()
         _backward(model, parts, folder, work, advance, weightwise)
 
 
-def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
+def _forward(
+    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
+) -> None:
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))
@@ -144,6 +149,7 @@ def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
+                    sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b)
                     work.put(f"h{index + 1}", b, hidden)
@@ -208,8 +214,8 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
 def _backward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
 ) -> None:
-    tokens = sum(p.numel() for p in parts)
-    counts = {"fisher": tokens, "gradient": tokens - sum(len(p) for p in parts)}
+    total = sum(p.numel() for p in parts)
+    counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{_block_name(index)}.G.safetensors"
         if not target.exists():
@@ -269,25 +275,31 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
 
 
 class Sums:
-    """Sums over tokens, float32: second moments by key, and the tokens they cover."""
+    """Sums over tokens, float32: second moments by key, and the tokens they cover.
+
+    weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
+    """
 
     def __init__(self) -> None:
+        self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
 
-    def add(self, key: str, rows: Tensor) -> None:
-        """Add the second moment of rows [..., n] to the sum at `key`."""
+    def add(self, key: str, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add the second moment of rows [..., n], each times its weight, to the sum at `key`."""
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if key not in self.values:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
-        self.values[key].addmm_(flat.T, flat)
+        self.values[key].addmm_(flat.T, flat if weights is None else flat * weights.reshape(-1, 1))
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""
         reads = sites[0].reads
         owner = self._latest.setdefault(f"owner|{reads}", hash(sites[0].name))
         if owner == hash(sites[0].name):
-            self.add(reads, x)
+            if self.weights is not None and self.weights.numel() != x.numel() // x.shape[-1]:
+                raise InputError(f"{sites[0].name} sees some tokens only; profile models with experts without token weights")
+            self.add(reads, x, self.weights)
             key = f"n|{reads}"
             self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
             self._latest[reads] = x.data_ptr()
