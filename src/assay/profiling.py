@@ -20,7 +20,7 @@ from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, window
 from assay.methods import base
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import save_text
+from assay.model.files import save_text, unless_refused
 from assay.model.level import Level
 from assay.model.progress import Progress
 
@@ -50,9 +50,10 @@ def make_profile(
         if existing.index["settings"] != settings:
             raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
         return existing
-    _claim(folder, settings)
-    measure(model, text, folder, seed, progress, weightwise, token_weights)
-    return _finish(model, folder, text, held_out, settings, methods, levels, progress)
+    with unless_refused(folder):
+        _claim(folder, settings)
+        measure(model, text, folder, seed, progress, weightwise, token_weights)
+        return _finish(model, folder, text, held_out, settings, methods, levels, progress)
 
 
 def stable_profile(
@@ -81,6 +82,11 @@ def stable_profile(
     return Profile.open(folder)
 
 
+def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: int, window: int | None) -> str:
+    """The digest that a profile of these settings will have. Raises InputError."""
+    return _texts(model, calibration, tokens, window)[0].digest
+
+
 def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any],
     methods: Sequence[str], levels: Sequence[Level], progress: Progress,
@@ -90,14 +96,16 @@ def _finish(
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     points = probe.probe(model, held_out, prices, progress)
+    kept_nbytes = model.checkpoint.kept_nbytes
+    names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
         "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,
         "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest},
-        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model)], "kept": model.anatomy.kept,
-        "names": {n: model.checkpoint.nbytes(n) for n in model.checkpoint.names},
+        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
+        "names": names,
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.weight_bytes, "prices": prices, "ratios": ratios, "probes": points,
+        "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
     }  # fmt: skip
     return save_index(folder, index)
 
@@ -120,9 +128,11 @@ def _settings(model: StreamedModel, text: Windows, seed: int, weightwise: Sequen
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Mark an unfinished profile with its settings, so that only the same ones continue it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Mark an unfinished profile with its settings, so that only the same ones continue it. Raises InputError."""
     note = folder / "unfinished.json"
+    if folder.exists() and not note.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise InputError(f"{folder} exists and is no profile; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     if note.exists() and read_json(note, "damaged") != settings:
         raise InputError(f"{folder} holds an unfinished profile of other settings; remove it or choose another folder")
     save_text(note, json.dumps(settings, sort_keys=True))

@@ -7,10 +7,11 @@ import torch
 from families import build
 
 from assay.measure import profile
-from assay.measure.damage import Curvature, pivots
+from assay.measure.damage import Curvature
 from assay.measure.profile import Curvatures, measure
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
+from assay.methods.solve.curvature import feedback_cost
 from assay.model.checkpoint import Checkpoint
 from assay.model.progress import Silent
 
@@ -129,12 +130,12 @@ def test_damage_is_the_trace() -> None:
     )
 
 
-def test_pivots_multiply_to_the_determinant() -> None:
+def test_unshrunken_costs_of_feedback_multiply_to_the_determinant() -> None:
     torch.manual_seed(0)
     root = torch.randn(8, 20)
     h = root @ root.T / 20
-    assert float(pivots(h, damping=0.0).log().sum()) == pytest.approx(float(torch.logdet(h)), rel=1e-4)
-    assert bool((pivots(h, damping=0.0) <= h.diagonal() + 1e-5).all())
+    assert float(feedback_cost(h, 0.0, 0.0).log().sum()) == pytest.approx(float(torch.logdet(h)), rel=1e-4)
+    assert bool((feedback_cost(h, 0.0, 0.0) <= h.diagonal() + 1e-5).all())
 
 
 def grown(llama, name: str, at: tuple[int, int], step: float) -> float:

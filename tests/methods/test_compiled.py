@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from assay.methods import compiled
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve.curvature import inverse_factor
 from assay.methods.solve.refine import Problem, descend, objective
 from assay.methods.solve.wavefront import wavefront

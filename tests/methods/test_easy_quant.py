@@ -5,7 +5,8 @@ import torch
 from measured import damage, encode, pebble_block
 
 from assay.methods.base import Statistics, get
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import nearest, scale_fit
 from assay.methods.split.scores import deviation, split
 from assay.model.level import Level

@@ -5,7 +5,8 @@ import torch
 from measured import damage
 
 from assay.methods.base import Statistics, get
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import codebook
 from assay.methods.solve.gptq import FixedGrid
 from assay.methods.solve.kept import Kept

@@ -7,7 +7,8 @@ import torch
 from measured import damage
 
 from assay.methods.base import Statistics, get
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.nested import narrowed
 from assay.model.errors import InputError
 from assay.model.level import Level

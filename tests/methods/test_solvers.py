@@ -1,19 +1,19 @@
 """Rounding solvers: identities that hold exactly, and an order of quality on real weights."""
 
 from itertools import product
-from pathlib import Path
 
+import pebble
 import pytest
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip, gptq, nearest, two_sided
 from assay.methods.solve.curvature import damage, damp, inverse_factor, shrink
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.refine import Problem, descend, least_squares_scales, objective, refit
 from assay.methods.solve.rounded import Rounded
-from assay.methods.solve.search import search
 from assay.methods.solve.wavefront import wavefront
 
 SOLVERS = {"nearest": nearest, "clip": clip, "gptq": gptq, "two_sided": two_sided}
@@ -142,34 +142,6 @@ def test_descent_ends_where_no_single_code_can_move() -> None:
             assert (objective(problem, moved, affine) >= value * (1 - 1e-5)).all()
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_search_improves_on_a_finished_descent(bits: int) -> None:
-    for seed in range(3):
-        problem, centred, affine = rough(seed, bits)
-        centred = descend(problem, centred, affine, sweeps=60)
-        value = objective(problem, centred, affine)
-        for size in (2, 5, 8):
-            found = objective(problem, search(problem, centred, affine, rounds=8, size=size), affine)
-            assert (found <= value * (1 + 1e-5)).all()
-        assert (found < value).any()
-
-
-def test_search_of_a_whole_row_is_exhaustive() -> None:
-    weight, H = weights(25, 40, 1, 6), moment(26, 6, (40,))
-    problem = Problem(weight, H, torch.ones(40, 1, 1), IntegerGrid(2, None, symmetric=False))
-    affine = problem.grid.fit(weight)
-    _, low, high = problem.grid.per_weight(affine, 6)
-    start = descend(problem, torch.zeros_like(weight), affine, sweeps=20)
-    found = objective(problem, search(problem, start, affine, rounds=1), affine)
-    # The one other level of each weight that `search` considers is the second nearest given all others.
-    levels = problem.grid.level(start, problem.grid.per_weight(affine, 6)[0])
-    side = torch.where((weight - levels) @ H >= 0, 1.0, -1.0)
-    side = torch.where((start + side > high) | (start + side < low), -side, side)
-    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
-    best = torch.stack([objective(problem, start + side * subset, affine) for subset in every]).amin(0)
-    torch.testing.assert_close(found, best)
-
-
 def test_refitted_scales_satisfy_the_normal_equations() -> None:
     problem, centred, affine = rough(30)
     scales = least_squares_scales(problem, centred, affine.scale, iterations=300)
@@ -262,35 +234,8 @@ def test_shrinkage_keeps_the_diagonal() -> None:
 # ---- real weights ------------------------------------------------------------------------------
 
 
-def pebble_block() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """name -> (weight, H, G) of the linear maps of one block, measured on a little text."""
-    folders = [parent / "shared" for parent in Path(__file__).resolve().parents]
-    shared = next((f for f in folders if (f / "models/pebble/config.json").exists()), None)
-    if shared is None:
-        pytest.skip("shared/models/pebble is not here")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models/pebble")
-    model = transformers.AutoModelForCausalLM.from_pretrained(shared / "models/pebble", dtype=torch.float32)
-    text = (shared / "data/wikitext2/valid.txt").read_text()[:40_000]
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0][:4096].view(16, 256)
-    maps = {n: m for n, m in model.model.layers[2].named_modules() if isinstance(m, torch.nn.Linear)}
-    seen: dict[str, list[Tensor]] = {name: [] for name in maps}
-
-    def watch(name: str, x: Tensor, y: Tensor) -> None:
-        seen[name].append(x.detach().flatten(0, 1))
-        y.register_hook(lambda g: seen[name].append(g.flatten(0, 1)))
-
-    for name, linear in maps.items():
-        linear.register_forward_hook(lambda _, x, y, name=name: watch(name, x[0], y))
-    logits = model(ids).logits.flatten(0, 1)
-    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))
-    torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="sum").backward()
-    moments = {name: tuple(v.mT @ v / len(v) for v in pair) for name, pair in seen.items()}
-    return {name: (maps[name].weight.detach(), *moments[name]) for name in maps}
-
-
 def test_order_of_the_solvers_on_real_weights() -> None:
-    maps = pebble_block()
+    maps = pebble.block()
     for bits in (4, 3, 2):
         grid = IntegerGrid(bits, 64, symmetric=False)
         total = dict.fromkeys(SOLVERS, 0.0)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from measured import damage, encode, pebble_block
 
 from assay.methods.base import Statistics, get
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import vectors
 from assay.methods.solve.curvature import damage as price
 from assay.methods.solve.curvature import damp, shrink

@@ -13,10 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from assay.measure.damage import Curvature, diagonal, pivots
+from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
+from assay.methods.solve.curvature import feedback_cost
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
@@ -40,8 +41,8 @@ def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict
 
 
 def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
-    columns, pivot_columns = diagonal(curvature.h), pivots(curvature.h)
-    weight, (rows, pivot_rows) = _sample(weight, columns, diagonal(curvature.g), pivots(curvature.g))
+    columns, fed_columns = diagonal(curvature.h), _inputs(curvature.h)
+    weight, (rows, fed_rows) = _sample(weight, columns, diagonal(curvature.g), _outputs(curvature.g))
     errors: dict[Level, dict[str, float]] = {}
     found = {}
     for level in levels:
@@ -50,8 +51,8 @@ def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]
             plain, clipped = _squared_errors(weight, coarse, columns)
             errors[coarse] = {
                 "nearest": 0.5 * curvature.share * float(rows @ plain @ columns),
-                "gptq": 0.5 * curvature.share * float(rows @ clipped @ pivot_columns),
-                "two_sided": 0.5 * curvature.share * float(pivot_rows @ clipped @ pivot_columns),
+                "gptq": 0.5 * curvature.share * float(rows @ clipped @ fed_columns),
+                "two_sided": 0.5 * curvature.share * float(fed_rows @ clipped @ fed_columns),
             }
         finer = ((2**coarse.bits - 1) / (2**level.bits - 1)) ** 2
         found[level.name] = {k: v * finer for k, v in errors[coarse].items()}
@@ -62,15 +63,25 @@ def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level
     """Of grids for Gaussian weights: their distortion is known, and the rotation leaves every row's energy as it is."""
     if not levels or curvature.h.ndim == 1:
         return {}
-    energy = weight.square().mean(1)
-    turned = rotate_both(curvature.h)
-    rows, columns = diagonal(curvature.g), diagonal(turned)
-    both = {"nearest": rows @ energy * columns.sum(), "gptq": rows @ energy * pivots(turned).sum()}
-    both["two_sided"] = both["gptq"]
+    energy = float(weight.square().mean())
+    columns, rows = (m if m.ndim == 1 else rotate_both(m) for m in (curvature.h, curvature.g))
+    outside, inside = (float(diagonal(m).sum()) for m in (rows, columns))
+    both = {"nearest": outside * inside, "gptq": outside * float(_inputs(columns).sum())}
+    both["two_sided"] = float(_outputs(rows, falling=False).sum() * _inputs(columns).sum())
     return {
-        level.name: {k: 0.5 * curvature.share * float(v) * gaussian_distortion(level.bits) for k, v in both.items()}
+        level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
         for level in levels
     }
+
+
+def _inputs(moment: Tensor) -> Tensor:
+    """Cost of rounding errors at each input under feedback as the solvers do it."""
+    return feedback_cost(moment, 0.02, 0.01)
+
+
+def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
+    """The same at each output."""
+    return feedback_cost(moment, 0.1, 0.01, falling)
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -30,6 +30,8 @@ def compare(
     for name in source.names:
         if name in packed and contract.layout != "plain":
             meant = packed[name]()
+            if written.levels.get(name) != meant.level:
+                raise ShortfallError(f"{destination}: config.json does not say that {name} is at level {meant.level.name}")
             own = contract.layout == "assay"
             found = written.read_packed(name).decode() if own else library_decode(written, name, meant.level)
             expected |= {name.removesuffix("weight") + suffix for suffix in meant.tensors()}
@@ -41,7 +43,9 @@ def compare(
                 if stored not in written.stored:
                     raise ShortfallError(f"{destination}: {stored} was not written")
                 _same(destination, stored, written.read(stored), tensor)
-                counts["copied"] += 1
+            if contract.layout == "assay" and len(source.parts(name)) == 1:
+                _same(destination, name, written.read(name), source.read(name))
+            counts["copied"] += 1
     if odd := sorted(set(written.stored) ^ expected):
         raise ShortfallError(f"{destination}: {odd[0]} is in the files or in the source, but not in both")
     return counts

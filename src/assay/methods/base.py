@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,24 +37,28 @@ class Statistics:
 class Method(Protocol):
     """Facts that every method states about itself.
 
-    verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
-    prices: which price of the profile predicts it; paper: title and year of its source; formats: of the levels
-    that it can be asked for; levels: those that it offers a plan, for rows of so many weights.
+    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
+    paper: title and year of its source.
     """
 
     verb: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
-    prices: ClassVar[str]
     paper: ClassVar[str]
+
+
+class Encoder(Method, Protocol):
+    """A method that turns weights into their compressed form.
+
+    prices: which price of the profile predicts it; formats: of the levels that it can be asked for; levels:
+    those that it offers a plan, for rows of so many weights.
+    """
+
+    prices: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
 
     def levels(self, columns: int) -> list[Level]:
         """See above; menus.py holds what most methods share."""
         ...
-
-
-class Encoder(Method, Protocol):
-    """A method that turns weights into their compressed form."""
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """Compress a batch of equal-shaped matrices.
@@ -65,22 +69,14 @@ class Encoder(Method, Protocol):
         ...
 
 
-_FOLDERS = ("quantize",)
-
-
-def names() -> list[str]:
-    """Every method, in alphabetical order."""
-    return sorted(_homes())
+def names(folder: str = "quantize") -> list[str]:
+    """Every method of a folder, in alphabetical order."""
+    return sorted(_files(folder))
 
 
 def get(name: str) -> type[Encoder]:
-    """The class of a method by its file name. Raises InputError naming the nearest."""
-    homes = _homes()
-    if name not in homes:
-        near = difflib.get_close_matches(name, homes, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(homes))}"
-        raise InputError(f"unknown method {name!r}; {hint}")
-    found: type[Encoder] = importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
+    """The class of an encoder by its file name. Raises InputError naming the nearest."""
+    found: type[Encoder] = load(name, "quantize")
     return found
 
 
@@ -89,8 +85,14 @@ def weightwise(*methods: str) -> list[str]:
     return sorted({need for name in methods for need in get(name).needs} - {"H", "G"})
 
 
-def _homes() -> dict[str, str]:
-    return {file: folder for folder in _FOLDERS for file in _files(folder)}
+def load(name: str, folder: str) -> Any:
+    """The class of a method of a folder by its file name. Raises InputError naming the nearest."""
+    known = names(folder)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"unknown method {name!r}; {hint}")
+    return importlib.import_module(f"assay.methods.{folder}.{name}").METHOD
 
 
 def _files(folder: str) -> Iterator[str]:

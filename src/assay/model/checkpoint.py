@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -82,6 +84,10 @@ class Checkpoint:
                 module = name.removesuffix(".weight_packed")
                 logical -= {f"{module}.{suffix}" for suffix in SUFFIXES}
                 logical.add(f"{module}.weight")
+            elif name.endswith(f".{PARTS[0]}") and f"{name.removesuffix(PARTS[0])}{PARTS[1]}" in self.stored:
+                whole = name.removesuffix(f".{PARTS[0]}")
+                logical -= {f"{whole}.{part}" for part in PARTS}
+                logical.add(whole)
             elif self._fp8_scale(name):
                 logical.discard(self._fp8_scale(name))
         return sorted(logical)
@@ -97,6 +103,8 @@ class Checkpoint:
         """Shape of a logical tensor, from headers alone (packed weights: out from scales, in from level)."""
         if name in self.stored:
             return self.stored[name].shape
+        if self._lossless(name):
+            return tuple(int(n) for n in self._raw(f"{name}.shape"))
         shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
         return shape[::-1] if self.turned(name) else shape
 
@@ -104,6 +112,8 @@ class Checkpoint:
         """Dtype that `read` returns."""
         if name in self.stored:
             return torch.float32 if self._fp8_scale(name) else self.stored[name].dtype
+        if self._lossless(name):
+            return torch.bfloat16
         if name in self._own:
             return _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
@@ -116,11 +126,27 @@ class Checkpoint:
         """Stored bytes of a logical tensor, its scales included."""
         return sum(self.stored[part].nbytes for part in self.parts(name))
 
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which a logical tensor is written when it stays as it is: one that holds its values exactly."""
+        scale = self._fp8_scale(name) if name in self.stored else None
+        if scale is None:
+            return self.dtype(name)
+        mantissas = torch.frexp(self._raw(scale).float()).mantissa
+        return torch.bfloat16 if bool((mantissas.abs() == 0.5).all()) else torch.float32
+
+    def kept_nbytes(self, name: str) -> int:
+        """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
+        if len(self.parts(name)) == 1:
+            return self.nbytes(name)
+        return math.prod(self.shape(name)) * self.kept_dtype(name).itemsize
+
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that make up a logical one."""
         if name in self.stored:
             scale = self._fp8_scale(name)
             return [name, scale] if scale else [name]
+        if self._lossless(name):
+            return [f"{name}.{part}" for part in PARTS]
         module = name.removesuffix("weight")
         return [module + s for s in SUFFIXES if module + s in self.stored]
 
@@ -128,6 +154,8 @@ class Checkpoint:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
         if name in self.stored:
             return self._decode_fp8(name) if self._fp8_scale(name) else self._raw(name)
+        if self._lossless(name):
+            return PackedBfloat16.from_tensors({part: self._raw(f"{name}.{part}") for part in PARTS}).decode()
         if f"{name}_packed" not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
         weight = self.read_packed(name).decode()
@@ -151,6 +179,12 @@ class Checkpoint:
         """Bytes of all weight files, headers included."""
         return sum(p.stat().st_size for p in {i.shard for i in self.stored.values()})
 
+    @cached_property
+    def kept_file_bytes(self) -> int:
+        """Bytes of all weight files if every tensor stays."""
+        headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
+        return headers + sum(self.kept_nbytes(name) for name in self.names)
+
     def side_files(self) -> list[Path]:
         """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
         weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -173,6 +207,10 @@ class Checkpoint:
                     digest.update(file.read(65536))
             digest.update(f"{shard.name}:{size}".encode())
         return digest.hexdigest()[:32]
+
+    def _lossless(self, name: str) -> bool:
+        """Whether a tensor is stored as `PackedBfloat16`."""
+        return name not in self.stored and f"{name}.{PARTS[0]}" in self.stored
 
     def _raw(self, name: str) -> Tensor:
         info = self.stored[name]

@@ -16,6 +16,7 @@ from assay.model import huffman
 from assay.model.errors import InputError
 from assay.model.threads import spread
 
+PARTS = ("exponents", "chunk_bytes", "code_lengths", "sign_mantissa", "shape")
 _DTYPES = {
     "exponents": torch.uint8, "chunk_bytes": torch.int16, "code_lengths": torch.uint8,
     "sign_mantissa": torch.uint8, "shape": torch.int64,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from assay.model.errors import InputError
+from assay.model.trellis import Trellis
 
 _NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
 SHAPE_BYTES = 16
@@ -19,10 +20,10 @@ class Format:
     bits: code widths that exist; group_sizes: None is one group per output row; scale_bytes: of one
     group's scale, None for the model's dtype; symmetric: whether levels with and without zero points exist;
     table: whose values are listed beside the codes, in float32 once a matrix or in the model's dtype once a row;
-    matrix_bytes: further bytes of a matrix;
-    by_column: whether the codes of a column, not of a row, are one stream of bits; layout: what the codes are:
-    "codes", one a weight; "planes", `PLANES_BASE` bits with zero points and then planes of signs with a scale a group;
-    "salient", a sign a weight, but 8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`.
+    matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
+    are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
+    `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
+    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`.
     """
 
     bits: tuple[float, ...]
@@ -31,7 +32,8 @@ class Format:
     symmetric: tuple[bool, ...] = (True,)
     table: Literal["none", "matrix", "row"] = "none"
     matrix_bytes: int = 0
-    by_column: bool = False
+    input_bytes: int = 0
+    one_stream: bool = False
     layout: Literal["codes", "planes", "salient", "vectors"] = "codes"
 
 
@@ -45,7 +47,7 @@ FORMATS = {
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
     "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
-    "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=8, by_column=True),
+    "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),
     "planes": Format((2, 3, 4, 5, 6), ANY_GROUP, layout="planes"),
     "salient": Format((1.35, 1.7, 2.4, 3.1), ANY_GROUP, layout="salient"),
     "vector": Format((1, 1.5, 2, 2.5, 3, 4), (None,), layout="vectors"),
@@ -142,12 +144,11 @@ class Level:
 
     def _codes(self, rows: int, columns: int, scale_itemsize: int) -> int:
         kind, groups = FORMATS[self.format], self.groups(columns)
-        lines, length = (columns, rows) if kind.by_column else (rows, columns)
-        codes = lines * words(length, self.bits) * 4
+        codes = 4 * (Trellis.of_rate(self.bits).words(rows * columns) if kind.one_stream else rows * words(columns, self.bits))
         scales = rows * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
         zeros = 0 if self.symmetric else words(rows, self.bits) * groups * 4
         tables = {"none": 0, "matrix": 4, "row": rows * scale_itemsize}[kind.table] * 2 ** int(self.bits)
-        return codes + scales + zeros + tables + kind.matrix_bytes
+        return codes + scales + zeros + tables + kind.matrix_bytes + kind.input_bytes * columns
 
     def _planes(self, rows: int, columns: int, scale_itemsize: int) -> int:
         groups, planes = self.groups(columns), int(self.bits) - PLANES_BASE
@@ -166,8 +167,8 @@ class Level:
 
 
 def words(count: int, bits: float) -> int:
-    """32-bit words that hold `count` codes."""
-    return -(-int(-(-count * bits // 1)) // 32)
+    """32-bit words that hold `count` codes of a whole number of bits."""
+    return -(-count * int(bits) // 32)
 
 
 def sparse_nbytes(kept: int, rows: int, columns: int, itemsize: int) -> int:

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from assay.methods.grid import values
+from assay.methods.grid.base import Grid
 from assay.methods.grid.integer import IntegerGrid
+from assay.methods.grid.scales import ScaleFormat, split_e8m0, split_nvfp4
+from assay.methods.grid.table import TableGrid
+from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.packed import Packed, PackedInteger
+from assay.model.packed import Packed, PackedInteger, PackedTable
+
+FLOATS = {4: values.float_values(2, 1), 6: values.float_values(2, 3), 8: values.float_values(4, 3, nans=True)}
+"""E2M1, E2M3 and E4M3."""
 
 
-def grid_of(level: Level, scale_dtype: torch.dtype) -> IntegerGrid:
-    """The grid of a level of scalars."""
-    return IntegerGrid(int(level.bits), level.group_size, level.symmetric, scale_dtype)
+def grid_of(level: Level, scale_dtype: torch.dtype) -> Grid:
+    """The grid of a level whose values are fixed. Raises InputError for other formats."""
+    bits = int(level.bits)
+    if level.format == "int":
+        return IntegerGrid(bits, level.group_size, level.symmetric, scale_dtype)
+    scales: ScaleFormat = {"mxfp": "e8m0", "nvfp": "nvfp4"}.get(level.format, "dtype")  # type: ignore[assignment]
+    return TableGrid(_values(level.format, bits), level.group_size, scale_dtype, scales)
 
 
-def packed(level: Level, grid: IntegerGrid, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Packed:
+def _values(name: str, bits: int) -> tuple[float, ...]:
+    if name == "nf":
+        return values.quantile_values(bits)
+    if name == "pow":
+        return values.power_of_two(bits)
+    if name in ("fp", "mxfp", "nvfp"):
+        return FLOATS[bits]
+    raise InputError(f"the values of {name} depend on the weights; only its own methods make it")
+
+
+def packed(level: Level, grid: Grid, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Packed:
     """The stored form of one matrix's codes [out, in]."""
-    return PackedInteger(level, codes, scale, zero_point.to(torch.uint8).expand(scale.shape))
+    if isinstance(grid, IntegerGrid):
+        return PackedInteger(level, codes, scale, zero_point.to(torch.uint8).expand(scale.shape))
+    assert isinstance(grid, TableGrid)
+    table = torch.tensor(grid.values)
+    table = pad(table, (0, 2**grid.bits - len(table)), value=float(table[-1]))
+    if grid.scale_format == "e8m0":
+        return PackedTable(level, codes, table, grid.scale_dtype, split_e8m0(scale))
+    if grid.scale_format == "nvfp4":
+        parts, whole = split_nvfp4(scale)
+        return PackedTable(level, codes, table, grid.scale_dtype, parts, whole.view(1))
+    return PackedTable(level, codes, table, grid.scale_dtype, scale)

@@ -7,29 +7,25 @@ dtype, so it is rounded to that dtype before any code is chosen: a code picked f
 scale is a code picked for a weight that no reader will ever see.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from assay.methods import compiled
+from assay.methods.grid.base import (
+    SHRINKS,
+    Affine,
+    check_storage,
+    flat_costs,
+    group_count,
+    importance_in_groups,
+    in_groups,
+    over_inputs,
+)
 from assay.model.threads import spread
-
-SHRINKS = tuple(1 - i / 20 for i in range(11))
-"""Fractions of the min-max range tried by the clip search: 1.00, 0.95, ... 0.50."""
-
-
-class Affine(NamedTuple):
-    """Parameters of a fitted grid, one pair per output row and group of inputs."""
-
-    scale: Tensor
-    """[..., out, groups], the grid's `scale_dtype`, positive."""
-    zero_point: Tensor
-    """[..., out, groups], uint8, the code that decodes to 0."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,7 @@ class IntegerGrid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"an integer grid has 2 to 8 bits, not {self.bits}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"a group holds at least one weight, not {self.group_size}")
-        if not self.scale_dtype.is_floating_point or self.scale_dtype.itemsize < 2:
-            raise ValueError(f"scales are stored as bf16, fp16 or fp32, not {self.scale_dtype}")
+        check_storage(self.group_size, self.scale_dtype)
 
     @property
     def top(self) -> int:
@@ -65,6 +58,11 @@ class IntegerGrid:
         return self.bits > 4 and self.scale_dtype != torch.float32
 
     @property
+    def table(self) -> None:
+        """Steps are integers."""
+        return None
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight: code, scale, and a `bits` wide zero point unless symmetric.
 
@@ -80,11 +78,7 @@ class IntegerGrid:
 
     def groups(self, inputs: int) -> int:
         """How many groups a row of `inputs` weights has; ValueError if it cannot be cut evenly."""
-        size = self.group_size or inputs
-        if inputs % size:
-            divisors = [d for d in range(1, inputs + 1) if inputs % d == 0]
-            raise ValueError(f"groups of {size} do not divide {inputs} inputs; these sizes do: {divisors}")
-        return inputs // size
+        return group_count(inputs, self.group_size)
 
     # ---- fitting -------------------------------------------------------------------------
 
@@ -106,7 +100,7 @@ class IntegerGrid:
         if compiled.runs_on(weight):
             return self._fit_clipped_compiled(weight, importance, shrinks)
         grouped = self._grouped(weight)
-        cost = None if importance is None else self._grouped_importance(importance, weight)
+        cost = None if importance is None else importance_in_groups(importance, weight, self.groups(weight.shape[-1]))
         low, high = self._range(grouped)
         best = self._affine(low, high)
         error = self._error(grouped, best, cost)
@@ -121,23 +115,19 @@ class IntegerGrid:
 
     def _fit_clipped_compiled(self, weight: Tensor, importance: Tensor | None, shrinks: Sequence[float]) -> Affine:
         """`fit_clipped` by `compiled.clip_search`."""
-        *batch, rows, columns = weight.shape
-        groups, info, matrices = self.groups(columns), torch.finfo(self.scale_dtype), math.prod(batch)
-        flat = weight.detach().float().reshape(matrices, rows, columns).contiguous()
-        each = importance is not None and importance.dim() == weight.dim()
-        shared = torch.ones(matrices, columns)
-        if importance is not None and not each:
-            shared = importance.float().expand(*batch, columns).reshape(matrices, columns).contiguous()
-        costs = importance.float().reshape(flat.shape).contiguous() if importance is not None and each else flat[..., :0]
+        costs, info = flat_costs(weight, importance), torch.finfo(self.scale_dtype)
+        matrices, rows, columns = costs.weight.shape
+        groups = self.groups(columns)
         scales, zeros = torch.empty(matrices, rows, groups), torch.empty(matrices, rows, groups, dtype=torch.uint8)
         facts = (
             np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[self.scale_dtype],
             np.float32(info.tiny), np.float32(info.max), np.array((1.0, *shrinks), dtype=np.float32),
         )  # fmt: skip
         for m in range(matrices):
-            given = (*facts, shared[m].numpy(), groups)
-            spread(compiled.clip_search, rows, given, (flat[m], costs[m], scales[m], zeros[m]))
-        return Affine(scales.to(self.scale_dtype).reshape(*batch, rows, groups), zeros.reshape(*batch, rows, groups))
+            given = (*facts, costs.shared[m].numpy(), groups)
+            spread(compiled.clip_search, rows, given, (costs.weight[m], costs.each[m], scales[m], zeros[m]))
+        shape = (*weight.shape[:-1], groups)
+        return Affine(scales.to(self.scale_dtype).reshape(shape), zeros.reshape(shape))
 
     def _better(self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine) -> tuple[Affine, Tensor]:
         """Group by group the better of two grids, and its error."""
@@ -182,9 +172,8 @@ class IntegerGrid:
 
     def encode(self, weight: Tensor, affine: Affine) -> Tensor:
         """Codes [..., out, in] (uint8) of the levels nearest to `weight`."""
-        grouped = self._grouped(weight)
         scale, low, high = (p[..., None] for p in self.centred(affine))
-        return (self.snap(grouped, scale, low, high) - low).to(torch.uint8).reshape(weight.shape)
+        return self.codes(self.snap(self._grouped(weight), scale, low, high), low).reshape(weight.shape)
 
     def decode(self, codes: Tensor, affine: Affine) -> Tensor:
         """The weights [..., out, in] in `scale_dtype`, exactly as compressed-tensors' reader makes them."""
@@ -212,6 +201,15 @@ class IntegerGrid:
         closer = (values - self.level(neighbour, scale)).abs() < error.abs()
         return torch.where(closer, neighbour, codes)
 
+    def beside(self, steps: Tensor, side: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """See `Grid.beside`."""
+        moved = steps + side
+        return torch.where((moved > high) | (moved < low), steps - side, moved)
+
+    def codes(self, steps: Tensor, low: Tensor) -> Tensor:
+        """The stored codes (uint8) of codes counted from the zero point; low: minus the zero point."""
+        return (steps - low).to(torch.uint8)
+
     def level(self, centred: Tensor, scale: Tensor) -> Tensor:
         """What codes counted from the zero point decode to, as float32; rounded once to `scale_dtype`."""
         return (centred * scale).to(self.scale_dtype).float()
@@ -220,15 +218,8 @@ class IntegerGrid:
 
     def per_weight(self, affine: Affine, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
         """`centred` repeated over each group's inputs, [..., out, in]."""
-        size = inputs // affine.scale.shape[-1]
-        scale, low, high = (p.repeat_interleave(size, -1) for p in self.centred(affine))
-        return scale, low, high
+        return over_inputs(affine, inputs, self.centred(affine))
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """`weight` as float32 [..., out, groups, group_size]."""
-        return weight.float().unflatten(-1, (self.groups(weight.shape[-1]), -1))
-
-    def _grouped_importance(self, importance: Tensor, weight: Tensor) -> Tensor:
-        """`importance` as float32, broadcastable to the grouped weight."""
-        grouped = self._grouped(importance)
-        return grouped.unsqueeze(-3) if importance.dim() < weight.dim() else grouped
+        return in_groups(weight, self.groups(weight.shape[-1]))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine
+from assay.methods.grid.base import Affine
 
 MASTER_BITS = 8
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve.ordered import Order
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from assay.methods.grid.integer import SHRINKS, IntegerGrid
+from assay.methods.grid.base import SHRINKS, Grid
 from assay.methods.solve.curvature import diagonal
 from assay.methods.solve.rounded import Rounded, check
 
 
 def solve(
     weight: Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     H: Tensor | None = None,
     G: Tensor | None = None,
     shrinks: Sequence[float] = SHRINKS,

@@ -82,6 +82,22 @@ def conditional_importance(factor: Tensor, order: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(-1, order.argsort(-1))
 
 
+def feedback_cost(moment: Tensor, shrinkage: float, damping: float, falling: bool = True) -> Tensor:
+    """What a unit squared rounding error at each place costs once feedback has spread it, [n] in order of index.
+
+    With the factor U of the shrunken and damped moment M, an error r at place i becomes D = r U_i / U_ii, which
+    costs D M D^T: the D of L D L^T if nothing is shrunken (QuIP: 2-Bit Quantization of Large Language Models With
+    Guarantees, 2023). moment: [n, n], or a diagonal [n] that no feedback goes through.
+    """
+    if moment.ndim == 1:
+        return moment
+    order = falling_order(moment) if falling else torch.arange(len(moment))
+    moment = permute(moment, order)
+    factor, _ = inverse_factor(shrink(moment, shrinkage), damping)
+    spread = ((factor @ moment) * factor).sum(-1) / factor.diagonal().square()
+    return torch.empty_like(spread).index_copy_(0, order, spread)
+
+
 def falling_order(moment: Tensor) -> Tensor:
     """Indices [..., n] that sort the diagonal from large to small; ties keep their order."""
     return diagonal(moment).argsort(dim=-1, descending=True, stable=True)

@@ -1,11 +1,12 @@
 """GPTQ (Frantar et al., 2022): error feedback along the inputs, all rows at once."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import SHRINKS, Affine, IntegerGrid
+from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
     conditional_importance,
@@ -20,9 +21,9 @@ from assay.methods.solve.rounded import Rounded, check, flatten_batch
 
 
 class FixedGrid:
-    """Column quantizer of an integer grid fitted beforehand ("static groups")."""
+    """Column quantizer of a grid fitted beforehand ("static groups")."""
 
-    def __init__(self, grid: IntegerGrid, affine: Affine, order: Tensor) -> None:
+    def __init__(self, grid: Grid, affine: Affine, order: Tensor) -> None:
         """affine: [batch, out, groups]; order: the inputs in order of visit, [batch, in]."""
         parameters = (take_columns(p, order) for p in grid.per_weight(affine, order.shape[-1]))
         self.grid = grid
@@ -34,14 +35,33 @@ class FixedGrid:
 
     def __call__(self, column: int, values: Tensor) -> Tensor:
         scale, low = self.scale[:, column], self.low[:, column]
-        centred = self.grid.snap(values, scale, low, self.high[:, column])
-        self.codes[:, column] = (centred - low).to(torch.uint8)
-        return self.grid.level(centred, scale)
+        steps = self.grid.snap(values, scale, low, self.high[:, column])
+        self.codes[:, column] = self.grid.codes(steps, low)
+        return self.grid.level(steps, scale)
+
+
+class Visit(NamedTuple):
+    """What the loop needs, leading axes of the weight as one."""
+
+    weight: Tensor
+    """[batch, out, in], float32"""
+    order: Tensor
+    """[batch, in], the inputs in order of visit"""
+    factor: Tensor
+    """[batch, in, in], upper, in that order; see `inverse_factor`"""
+    damping_used: float
+
+
+def visit(weight: Tensor, H: Tensor, act_order: bool, shrinkage: float, damping: float) -> Visit:
+    """Order and factor for `weight` [..., out, in]; parameters as in `solve`."""
+    flat, moment = flatten_batch(weight), shrink(flatten_batch(H), shrinkage)
+    order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
+    return Visit(flat, order, *inverse_factor(permute(moment, order), damping))
 
 
 def solve(
     weight: Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     H: Tensor | None = None,
     G: Tensor | None = None,
     *,
@@ -62,9 +82,7 @@ def solve(
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks if clipped else (1.0,))
     check(weight, grid, H)
-    flat, moment = flatten_batch(weight), shrink(flatten_batch(H), shrinkage)
-    order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
-    factor, used = inverse_factor(permute(moment, order), damping)
+    flat, order, factor, used = visit(weight, H, act_order, shrinkage, damping)
     affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)
     quantizer = FixedGrid(grid, affine, order)
     column_feedback(take_columns(flat, order), factor, quantizer, block)

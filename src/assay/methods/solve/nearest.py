@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from assay.methods.grid.integer import IntegerGrid
+from assay.methods.grid.base import Grid
 from assay.methods.solve.rounded import Rounded, check
 
 
-def solve(weight: Tensor, grid: IntegerGrid, H: Tensor | None = None, G: Tensor | None = None) -> Rounded:
+def solve(weight: Tensor, grid: Grid, H: Tensor | None = None, G: Tensor | None = None) -> Rounded:
     """Round `weight` [..., out, in]; H and G are accepted and ignored."""
     check(weight, grid)
     affine = grid.fit(weight)

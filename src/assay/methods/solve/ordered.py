@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.solve.curvature import conditional_importance, falling_order, inverse_factor, permute, shrink, take_columns
+from assay.methods.solve.curvature import conditional_importance, take_columns
 from assay.methods.solve.feedback import ColumnQuantizer, column_feedback
+from assay.methods.solve.gptq import visit
 
 
 class Order(NamedTuple):
@@ -22,9 +23,8 @@ class Order(NamedTuple):
         """For weight [batch, out, in] and H [batch, in, in]; without H the columns' own order and no feedback."""
         if H is None:
             return cls(torch.arange(weight.shape[-1]).expand(len(weight), -1), None)
-        moment = shrink(H, shrinkage)
-        visit = falling_order(moment)
-        return cls(visit, inverse_factor(permute(moment, visit), damping)[0])
+        found = visit(weight, H, True, shrinkage, damping)
+        return cls(found.order, found.factor)
 
     @property
     def importance(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import compiled
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve.curvature import damage, diagonal
 from assay.model.threads import spread
 
@@ -24,11 +24,11 @@ class Problem(NamedTuple):
     """H [batch, in, in], symmetric positive definite"""
     outputs: Tensor
     """G [batch, out, out], symmetric positive definite"""
-    grid: IntegerGrid
+    grid: Grid
 
 
 def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
-    """f of each problem, [batch]; centred: codes counted from the zero point."""
+    """f of each problem, [batch]; centred: steps of the grid, the unscaled levels."""
     scale = problem.grid.per_weight(affine, centred.shape[-1])[0]
     return damage(problem.weight - problem.grid.level(centred, scale), problem.inputs, problem.outputs)
 
@@ -37,7 +37,7 @@ def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
 
 
 def descend(problem: Problem, centred: Tensor, affine: Affine, sweeps: int = 1, width: int = 8, block: int = 64) -> Tensor:
-    """Coordinate descent on the codes (as QuantEase 2023 and CDQuant 2024 for G = I); returns centred codes.
+    """Coordinate descent on the codes (as QuantEase 2023 and CDQuant 2024 for G = I); returns steps.
 
     A sweep visits the columns in order, `width` of them at a time. Every weight there is offered its
     own best level given all others, and a set of offers is taken that lowers f jointly (see `_choose`).
@@ -80,7 +80,7 @@ class _Descent:
     def _block_compiled(self, start: int, stop: int, through: Tensor, gradient: Tensor) -> None:
         """A block of columns, one weight after another, by `compiled.descend_block`."""
         grid = self.problem.grid
-        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], start, stop)
+        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], grid.table, start, stop)
         state = (
             self.problem.inputs.contiguous(), self.problem.outputs.contiguous(), through, gradient,
             self.scale, self.low, self.high, self.centred, self.levels,
@@ -128,14 +128,26 @@ def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 6
     """The grid with its scales moved to the least-squares optimum for these codes.
 
     Rounded to the stored dtype and kept only for the matrices whose objective falls. Scales that would
-    become negative, or fall below a third, stay: their codes carry no information about them.
+    change sign, or fall below a third, stay: their codes carry no information about them.
     """
     free = least_squares_scales(problem, centred, affine.scale, iterations)
     present = affine.scale.float()
-    scale = problem.grid.round_scale(torch.where(free > present / 3, free, present))
+    scale = problem.grid.round_scale(torch.where(free / present > 1 / 3, free, present))
     trial = Affine(scale, affine.zero_point)
     better = objective(problem, centred, trial) < objective(problem, centred, affine)
     return Affine(torch.where(better[:, None, None], scale, affine.scale), affine.zero_point)
+
+
+def row_scales(weight: Tensor, inputs: Tensor, outputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """Scales [batch, out] of rows with fixed unscaled values [batch, out, in] that minimise tr(G D H D^T).
+
+    The normal equations are small here: (G o (V H V^T)) s = diag(G W H V^T).
+    """
+    through = values @ inputs
+    normal = outputs * (through @ values.mT)
+    wanted = ((outputs @ weight) * through).sum(-1)
+    fitted = torch.linalg.solve(normal.double(), wanted.double()).float()
+    return torch.where(fitted > scale / 3, fitted, scale)
 
 
 def least_squares_scales(problem: Problem, centred: Tensor, scale: Tensor, iterations: int) -> Tensor:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine, Grid
 
 
 @dataclass
 class Rounded:
-    """A weight rounded to an integer grid."""
+    """A weight rounded to a grid."""
 
     codes: Tensor
     """uint8 [..., out, in]; `grid.decode(codes, affine)` is the compressed weight."""
@@ -20,11 +20,16 @@ class Rounded:
     """Largest damping any matrix needed, as a fraction of the mean diagonal of its curvature."""
 
 
-def check(weight: Tensor, grid: IntegerGrid, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+def check(weight: Tensor, grid: Grid, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
     """ValueError for a weight [..., out, in] that cannot be rounded, or curvature that does not fit it."""
+    check_shapes(weight, inputs, outputs)
+    grid.groups(weight.shape[-1])
+
+
+def check_shapes(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    """`check` without the grid."""
     if weight.dim() < 2:
         raise ValueError(f"a weight has an output and an input axis; this one has shape {tuple(weight.shape)}")
-    grid.groups(weight.shape[-1])
     *batch, rows, columns = weight.shape
     for name, tensor, shape in (
         ("weight", weight, (*batch, rows, columns)),

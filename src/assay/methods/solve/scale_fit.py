@@ -7,7 +7,8 @@ the point where its gradient is zero is s = Σ w k / Σ k², so no optimiser is 
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import Affine, IntegerGrid
+from assay.methods.grid.base import Affine
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve.rounded import Rounded, check
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.grid.integer import SHRINKS, Affine, IntegerGrid
+from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
     conditional_importance,
@@ -43,7 +43,7 @@ class _Order(NamedTuple):
 
 
 class _Rounding(NamedTuple):
-    """A candidate: codes counted from the zero point [batch, out, in], and their grid."""
+    """A candidate: steps of the grid [batch, out, in], and its parameters."""
 
     centred: Tensor
     affine: Affine
@@ -51,7 +51,7 @@ class _Rounding(NamedTuple):
 
 def solve(
     weight: Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     H: Tensor | None = None,
     G: Tensor | None = None,
     *,
@@ -86,10 +86,10 @@ def solve(
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
     best = _refined(problem, best, refits, sweeps)
-    codes = best.centred + best.affine.zero_point.repeat_interleave(flat.shape[-1] // best.affine.scale.shape[-1], -1)
+    codes = grid.codes(best.centred, grid.per_weight(best.affine, flat.shape[-1])[1])
     shape = weight.shape[:-1]
     affine = Affine(*(p.reshape(*shape, -1) for p in best.affine))
-    return Rounded(codes.to(torch.uint8).reshape(weight.shape), affine, max(used_inputs, used_outputs))
+    return Rounded(codes.reshape(weight.shape), affine, max(used_inputs, used_outputs))
 
 
 def _identity(weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from assay.methods import compiled
-from assay.methods.grid.integer import IntegerGrid
+from assay.methods.grid.base import Grid
 from assay.model.threads import spread
 
 
@@ -28,7 +28,7 @@ class Wave(NamedTuple):
     """What one pass leaves behind, each [batch, out, in], float32."""
 
     centred: Tensor
-    """Codes counted from the zero point."""
+    """Steps of the grid: what was chosen, before scaling."""
     targets: Tensor
     """What each weight had become by feedback when it was rounded."""
 
@@ -37,14 +37,14 @@ def wavefront(
     weight: Tensor,
     inputs_factor: Tensor,
     outputs_factor: Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     parameters: tuple[Tensor, Tensor, Tensor],
     tile: int = 16,
 ) -> Wave:
     """Round `weight` [batch, out, in], in the order of its rows and columns.
 
     inputs_factor: U [batch, in, in]; outputs_factor: A [batch, out, out], both upper.
-    parameters: scale, lowest and highest centred code per weight, [batch, out, in] each.
+    parameters: scale, lowest and highest step per weight, [batch, out, in] each.
     With errors E, D = A^T E U and the sum of E^2 equals tr(G D H D^T).
     """
     _, rows, columns = weight.shape
@@ -65,7 +65,7 @@ class _Tiles:
         weight: Tensor,
         inputs_factor: Tensor,
         outputs_factor: Tensor,
-        grid: IntegerGrid,
+        grid: Grid,
         parameters: tuple[Tensor, Tensor, Tensor],
         tile: int,
     ) -> None:
@@ -98,7 +98,7 @@ class _Tiles:
         return cells.flip(2).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     def _padded(self, factor: Tensor) -> Tensor:
-        """A factor with ones on the padded diagonal, so that padding rounds to 0 and moves nothing."""
+        """A factor with ones on the padded diagonal, so that padding moves nothing but padding."""
         extra = -factor.shape[-1] % self.tile
         full = pad(factor, (0, extra, 0, extra))
         full.diagonal(dim1=1, dim2=2)[:, factor.shape[-1] :] = 1
@@ -137,7 +137,7 @@ class _Wave:
         self.columns = columns.flip(1).contiguous()  # an antidiagonal climbs the columns
         self.step = self.rows.diagonal(dim1=1, dim2=2)[:, :, None] * columns.diagonal(dim1=1, dim2=2)[:, None, :]
 
-    def round(self, grid: IntegerGrid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def round(self, grid: Grid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(errors, centred codes, targets), each of the shape of the values."""
         if compiled.runs_on(self.values):
             return self._round_compiled(grid, scale, low, high)
@@ -156,12 +156,12 @@ class _Wave:
             self.values.baddbmm_(push, reach, alpha=-1)
         return errors.view(self.shape), centred.view(self.shape), targets.view(self.shape)
 
-    def _round_compiled(self, grid: IntegerGrid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _round_compiled(self, grid: Grid, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`round` by `compiled.round_tiles`."""
         errors, centred = torch.empty_like(self.values), torch.empty_like(self.values)
         cells = (self.values, self.rows, self.columns.flip(1), scale, low, high, errors, centred)
         shaped = tuple(c.reshape(self.values.shape).contiguous() for c in cells)
-        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype])
+        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], grid.table)
         spread(compiled.round_tiles, len(errors), facts, shaped)
         targets, errors, centred = (shaped[i].view(self.shape) for i in (0, 6, 7))
         return errors, centred, targets
