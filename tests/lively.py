@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from assay.measure.damage import Curvature
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.model.checkpoint import Checkpoint
 from assay.model.progress import Silent
-from assay.model.sites import Site, survey
+from assay.model.sites import Site, key_of, survey
 from assay.transforming import transform
 
 

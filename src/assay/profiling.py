@@ -13,6 +13,7 @@ from typing import Any
 from assay import engines
 from assay.budget import plans, probe
 from assay.budget.size import Budget
+from assay.measure import tokens as token_kinds
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
@@ -33,15 +34,17 @@ STABLE_SHARE = 0.05
 
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
-    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (),
+    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
     methods: those whose levels are priced and that are rehearsed, beside the default's levels;
-    levels: further ones to price.
+    levels: further ones to price; token_weights: see `measure.tokens`.
     """
+    token_kinds.check(token_weights)
     text, held_out = _texts(model, calibration, tokens, window)
-    settings = _settings(model, text, seed)
+    weightwise = base.weightwise(*methods)
+    settings = _settings(model, text, seed, weightwise, token_weights)
     if (folder / "profile.json").exists():
         existing = Profile.open(folder)
         if existing.index["settings"] != settings:
@@ -49,13 +52,14 @@ def make_profile(
         return existing
     with unless_refused(folder):
         _claim(folder, settings)
-        measure(model, text, folder, seed, progress)
+        measure(model, text, folder, seed, progress, weightwise, token_weights)
         return _finish(model, folder, text, held_out, settings, methods, levels, progress)
 
 
 def stable_profile(
-    model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress
-) -> Profile:
+    model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress,
+    methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
+) -> Profile:  # fmt: skip
     """Double the calibration tokens until the plan at 3.5 bits stops changing."""
     if (folder / "profile.json").exists():
         return Profile.open(folder)
@@ -63,15 +67,15 @@ def stable_profile(
     while True:
         model.forget()
         part = folder.with_name(f"{folder.name}.{count}")
-        found = make_profile(model, part, calibration, count, window, seed, progress)
+        found = make_profile(model, part, calibration, count, window, seed, progress, methods, levels, token_weights)
         plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
-        levels = {name: choice.level for name, choice in plan.choices.items()}
-        changed = sum(levels[n] != earlier[n] for n in levels) / len(levels) if earlier else 1.0
+        picked = {name: choice.level for name, choice in plan.choices.items()}
+        changed = sum(picked[n] != earlier[n] for n in picked) / len(picked) if earlier else 1.0
         used = int(found.index["calibration"]["tokens"])
         progress.log(f"{used} calibration tokens: {changed:.0%} of the plan changed")
         if changed <= STABLE_SHARE or used < 0.9 * count or 2 * count > MAX_AUTO_TOKENS:
             break
-        earlier, count = levels, count * 2
+        earlier, count = picked, count * 2
     os.rename(found.folder, folder)
     for part in folder.parent.glob(f"{folder.name}.[0-9]*"):
         shutil.rmtree(part)
@@ -118,8 +122,9 @@ def _texts(model: StreamedModel, calibration: str | Path | None, count: int, win
     return Windows(both.ids[:used], both.source), Windows(both.ids[-held:], both.source + ":held out")
 
 
-def _settings(model: StreamedModel, text: Windows, seed: int) -> dict[str, Any]:
-    return {"model": model.checkpoint.fingerprint, "digest": text.digest, "tokens": text.tokens, "seed": seed}
+def _settings(model: StreamedModel, text: Windows, seed: int, weightwise: Sequence[str], token_weights: str) -> dict[str, Any]:
+    facts = {"model": model.checkpoint.fingerprint, "digest": text.digest, "tokens": text.tokens, "seed": seed}
+    return facts | {"weightwise": list(weightwise), "token_weights": token_weights}
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

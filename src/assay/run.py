@@ -25,7 +25,7 @@ from assay.budget.size import Budget
 from assay.engines.write import check_space
 from assay.execute import Results, execute
 from assay.handover import hand_over
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -33,7 +33,7 @@ from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 from assay.transforming import steps_of
@@ -82,14 +82,15 @@ def inspect(model: str | Path) -> dict[str, Any]:
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    progress: Progress | None = None,
+    token_weights: str = "none", progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     wanted = [presets.level(name) for name in levels]
+    more = (seed, listener, methods, wanted, token_weights)
     if tokens == "auto":
-        return stable_profile(streamed, Path(out), calibration, window, seed, listener)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods, wanted)
+        return stable_profile(streamed, Path(out), calibration, window, *more)
+    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
 
 
 def plan(
@@ -133,7 +134,7 @@ def compress(
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
-    _check_profile(measured, streamed)
+    _check_profile(measured, streamed, method)
     if given is None:
         chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
     else:
@@ -276,11 +277,13 @@ def _check_destination(destination: Path) -> None:
         raise InputError(f"{parent} can't be written to; choose another folder")
 
 
-def _check_profile(profile: Profile, model: StreamedModel) -> None:
+def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
     if profile.index["model"] != model.checkpoint.fingerprint:
         raise InputError(f"{profile.folder}: a profile of another model; run assay profile on this one")
     if profile.index["tokenizer"] != tokenizer_digest(load_tokenizer(model.checkpoint)):
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
+    if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
+        raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:

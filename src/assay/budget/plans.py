@@ -13,12 +13,12 @@ from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 
 
 def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal
+from assay.methods import base
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
 from assay.methods.solve.curvature import feedback_cost
@@ -22,6 +23,9 @@ from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
+
+OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
+"""Formats that aren't a grid for single weights, and the method that makes them."""
 
 SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it."""
@@ -42,16 +46,16 @@ def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]
     errors: dict[Level, dict[str, float]] = {}
     found = {}
     for level in levels:
-        base = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
-        if base not in errors:
-            plain, clipped = _squared_errors(weight, base, columns)
-            errors[base] = {
+        coarse = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
+        if coarse not in errors:
+            plain, clipped = _squared_errors(weight, coarse, columns)
+            errors[coarse] = {
                 "nearest": 0.5 * curvature.share * float(rows @ plain @ columns),
                 "gptq": 0.5 * curvature.share * float(rows @ clipped @ fed_columns),
                 "two_sided": 0.5 * curvature.share * float(fed_rows @ clipped @ fed_columns),
             }
-        finer = ((2**base.bits - 1) / (2**level.bits - 1)) ** 2
-        found[level.name] = {k: v * finer for k, v in errors[base].items()}
+        finer = ((2**coarse.bits - 1) / (2**level.bits - 1)) ** 2
+        found[level.name] = {k: v * finer for k, v in errors[coarse].items()}
     return found
 
 
@@ -94,7 +98,14 @@ def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, l
 
 
 def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best."""
+    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best.
+
+    Of formats with a method of their own: what that makes without statistics, for both.
+    """
+    if level.format in OWN:
+        method = base.get(OWN[level.format])()
+        made = method.encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
+        return (made - weight).square(), (made - weight).square()
     grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)

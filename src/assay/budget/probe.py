@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from assay.budget.prices import price
+from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
-from assay.measure.profile import Curvatures, key_of
+from assay.measure.profile import Curvatures
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base
@@ -19,7 +20,7 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.model import memory
 from assay.model.level import Level
 from assay.model.progress import Progress
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.model.threads import threads_for
 from assay.prove.divergence import Candidate, compare
 
@@ -59,7 +60,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
              methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
-    curvatures = Curvatures(folder, block, total)
+    curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
     sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
     ratios: dict[str, dict[int, float]] = {}
     with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
@@ -72,14 +73,23 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
                     if not levels:
                         continue
                     level, weight, curvature = _nearest_level(levels, bits), read_weight(model, site), curvatures[key_of(site)]
-                    h, g = curvature.h[None], curvature.g[None]
                     with threads_for(weight.numel()):
-                        packed = method.encode(weight[None], level, torch.bfloat16, h, g)[0]
+                        packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
                     done += curvature.damage(packed.decode().float() - weight)
                     priced += prices[key_of(site)][level.base.name][method.prices]
                 ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
                 advance()
     return ratios
+
+
+def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
+    """What a method needs of a batch of sites. Of embeddings and heads, diagonal moments are left out."""
+    found = {}
+    for name in method.needs:
+        parts: list[Tensor | None] = [getattr(c, name.lower()) for c in curvatures]
+        square = [p for p in parts if p is not None and p.ndim == 2]
+        found[name.lower()] = torch.stack(square) if len(square) == len(parts) else None
+    return base.Statistics(**found)
 
 
 def _nearest_level(levels: Sequence[Level], bits: float) -> Level:

@@ -19,13 +19,15 @@ class Curvature:
     """Statistics of one site.
 
     h: [in, in], or [in] for a diagonal; g: [out, out], or [out] for a diagonal; share in (0, 1];
-    tokens: how many tokens h and g are averages over.
+    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for.
     """
 
     h: Tensor
     g: Tensor
     share: float
     tokens: int
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
 
     def damage(self, change: Tensor) -> float:
         """Nats per token of a change [out, in], float32."""

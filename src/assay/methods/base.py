@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -17,11 +18,26 @@ from assay.model.level import Level
 from assay.model.packed import Packed
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of a batch of equal-shaped matrices, float32; None for what was not measured or not asked for.
+
+    h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients;
+    gradient: [batch, out, in] of the mean loss on the text; fisher: [batch, out, in] mean over tokens of its square,
+    labels sampled from the model.
+    """
+
+    h: Tensor | None = None
+    g: Tensor | None = None
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
+
+
 @runtime_checkable
 class Method(Protocol):
     """Facts that every method states about itself.
 
-    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G");
+    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
     paper: title and year of its source.
     """
 
@@ -44,11 +60,11 @@ class Encoder(Method, Protocol):
         """See above; menus.py holds what most methods share."""
         ...
 
-    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """Compress a batch of equal-shaped matrices.
 
-        weight: float32 [batch, out, in]; h: float32 [batch, in, in] second moment of the inputs;
-        g: float32 [batch, out, out] second moment of the output gradients; either may be None.
+        weight: float32 [batch, out, in]; scale_dtype: of scales, tables, factors and exact weights; stats: those of
+        `needs` that were measured.
         """
         ...
 
@@ -62,6 +78,11 @@ def get(name: str) -> type[Encoder]:
     """The class of an encoder by its file name. Raises InputError naming the nearest."""
     found: type[Encoder] = load(name, "quantize")
     return found
+
+
+def weightwise(*methods: str) -> list[str]:
+    """Statistics with a number for every weight that these methods need."""
+    return sorted({need for name in methods for need in get(name).needs} - {"H", "G"})
 
 
 def load(name: str, folder: str) -> Any:

@@ -28,7 +28,8 @@ SINGLE = "model.safetensors"
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _MAX_HEADER = 100_000_000

@@ -51,6 +51,11 @@ class Site:
         return self.shape[0] * self.shape[1]
 
 
+def key_of(site: Site) -> str:
+    """Name of a site in profiles and plans: the tensor, and the part of it for stacked experts."""
+    return site.name if not site.stacked else f"{site.name}[{site.expert},{site.rows}]"
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What is in a model: its blocks, its sites, and why every other tensor stays as it is."""

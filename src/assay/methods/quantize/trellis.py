@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import menus
+from assay.methods.base import Statistics
 from assay.methods.solve import trellis
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -36,10 +37,10 @@ class TrellisCoded:
         """Every quarter of a bit."""
         return menus.of_format("trellis", columns)
 
-    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
         turned = rotate(rotate(weight, self.seed).mT, self.seed).mT
-        moments = (None if m is None else rotate_both(m, self.seed) for m in (h, g))
+        moments = (None if m is None else rotate_both(m, self.seed) for m in (stats.h, stats.g))
         found = trellis.solve(turned, Trellis.of_rate(level.bits), scale_dtype, *moments)
         return [PackedTrellis(level, w, s, p, self.seed, bool(up)) for w, s, p, up in zip(*found, strict=True)]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal
-from assay.measure.profile import key_of
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.transform._subject import Subject
 from assay.methods.transform.norm_fold import gain_of
+from assay.model.sites import key_of
 from assay.model.streams import Inner, Linear, Norm
 from assay.model.weights import Edits, Weights
 

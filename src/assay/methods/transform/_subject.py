@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from assay.measure.damage import Curvature
-from assay.measure.profile import key_of
 from assay.methods.base import Method
 from assay.model.progress import Progress
+from assay.model.sites import key_of
 from assay.model.streams import Linear, Residual, Streams
 from assay.model.weights import Weights
 
