@@ -17,7 +17,8 @@ from assay.model.level import Level
 SMALL = {"tokens": 1024, "window": 32}
 CASES = [
     ("squeezellm", "lut3-channel+sparse0.0045"), ("easy_quant", "int4-channel-sym+sparse0.005"),
-    ("gwq", "int4-g32-asym+sparse0.01"), ("lorc", "int4-g32-asym+rank4"), ("pb_llm", "salient2.4-g32"), ("vptq", "vector2-channel"), ("bit_planes", "planes4-g32"),
+    ("gwq", "int4-g32-asym+sparse0.01"), ("lorc", "int4-g32-asym+rank4"),
+    ("pb_llm", "salient2.4-g32"), ("vptq", "vector2-channel"), ("bit_planes", "planes4-g32"),
 ]  # fmt: skip
 
 
