@@ -55,6 +55,48 @@ def test_every_family_is_compressed_and_loads_as_simulated(family) -> None:
         torch.testing.assert_close(loaded(ids).logits, simulated(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "method", "level"), [
+    ("llama", "trellis", "trellis3.25-channel"), ("gpt2", "trellis", "trellis4-channel"), ("gemma2", "gptq", "nf4-g32"),
+    ("qwen3_moe", "two_sided", "int3-g32-asym"), ("mamba", "trellis", "trellis5-channel"), ("opt", "two_sided", "mxfp4-g32"),
+])  # fmt: skip
+def test_our_own_layout_holds_every_format_and_family(tmp_path: Path, name: str, method: str, level: str) -> None:
+    model, text = save(name, tmp_path / "m"), text_file(tmp_path)
+    report = assay.compress(model, tmp_path / "out", level=level, method=method, engine="assay", calibration=text, **SMALL)
+    assert report["ledger"]["done"] == report["ledger"]["planned"] > 0
+    source, result = Checkpoint.open(model), Checkpoint.open(tmp_path / "out")
+    assert result.names == source.names
+    assert {x.name for x in result.levels.values()} == {level}
+    for tensor in source.names:
+        found, meant = result.read(tensor), source.read(tensor)
+        assert (found.shape, found.dtype) == (meant.shape, meant.dtype), tensor
+        if tensor not in result.levels:
+            assert torch.equal(found.view(torch.uint8), meant.view(torch.uint8)), f"{tensor} is not what it was"
+        else:
+            assert float((found.float() - meant.float()).square().mean()) < 0.1 * float(meant.float().square().mean()), tensor
+    simulated = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    assay.export(tmp_path / "out", "plain", tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    ids = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loaded = assay.load(tmp_path / "out").float().eval()
+        torch.testing.assert_close(loaded(ids).logits, plain(ids).logits)
+        assert not torch.allclose(loaded(ids).logits, simulated(ids).logits)
+
+
+def test_a_result_that_was_not_read_back_is_written_again(tmp_path: Path, monkeypatch) -> None:
+    model, text = save("llama", tmp_path / "m"), text_file(tmp_path)
+    with monkeypatch.context() as cut:
+        cut.setattr("assay.handover.reopen.compare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            assay.compress(model, tmp_path / "out", bits=4.7, calibration=text, **SMALL)
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"damaged")
+    assay.compress(model, tmp_path / "out", bits=4.7, calibration=text, **SMALL)
+    assay.compress(model, tmp_path / "whole", bits=4.7, calibration=text, **SMALL)
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    with pytest.raises(InputError, match="exists"):
+        assay.compress(model, tmp_path / "out", bits=4.7, calibration=text, **SMALL)
+
+
 def test_vllm_gets_one_level_for_what_it_fuses(tmp_path: Path) -> None:
     model = save("qwen3_moe", tmp_path / "m")
     assay.compress(model, tmp_path / "out", bits=8.0, engine="vllm", calibration=text_file(tmp_path), **SMALL)

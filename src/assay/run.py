@@ -113,15 +113,18 @@ def compress(
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
-    Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there.
+    Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
+    is there, `out` itself was not read back yet, and is written again.
     """
     started, progress = perf_counter(), progress or Silent()
     if threads:
         torch.set_num_threads(threads)
     destination = Path(out)
-    _check_destination(destination)
-    checkpoint = open_model(model)
     work = destination.absolute().parent / f".{destination.name}.assay"
+    unproven = work.exists() and _recipe(destination) is not None
+    if not unproven:
+        _check_destination(destination)
+    checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
     method = _method(given.method, given.engine) if given else _method(method, engine)
@@ -141,6 +144,8 @@ def compress(
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
     chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    if unproven:
+        shutil.rmtree(destination)
     report = hand_over(streamed, chosen, measured, contract, results, destination)
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
