@@ -38,7 +38,7 @@ def make_profile(
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
-    methods: those whose levels are priced and that are rehearsed, beside the default's levels;
+    methods: those whose levels are priced and that are rehearsed;
     levels: further ones to price; token_weights: see `measure.tokens`.
     """
     token_kinds.check(token_weights)
@@ -91,7 +91,8 @@ def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, settings: dict[str, Any],
     methods: Sequence[str], levels: Sequence[Level], progress: Progress,
 ) -> Profile:  # fmt: skip
-    menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in {*REHEARSED, *methods}]
+    menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in methods]
+    menus.append(probe.probed_levels)
     menus.append(lambda columns: [x for x in levels if columns % (x.group_size or 1) == 0])
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)

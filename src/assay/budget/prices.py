@@ -7,7 +7,7 @@ factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -40,7 +40,9 @@ def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict
     return _scalar_prices(weight, curvature, scalar) | _rotated_prices(weight, curvature, rotated)
 
 
-def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
+def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+    if not levels:
+        return {}
     columns, fed_columns = diagonal(curvature.h), _inputs(curvature.h)
     weight, (rows, fed_rows) = _sample(weight, columns, diagonal(curvature.g), _outputs(curvature.g))
     errors: dict[Level, dict[str, float]] = {}
@@ -65,9 +67,9 @@ def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level
         return {}
     energy = float(weight.square().mean())
     columns, rows = (m if m.ndim == 1 else rotate_both(m) for m in (curvature.h, curvature.g))
-    outside, inside = (float(diagonal(m).sum()) for m in (rows, columns))
-    both = {"nearest": outside * inside, "gptq": outside * float(_inputs(columns).sum())}
-    both["two_sided"] = float(_outputs(rows, falling=False).sum() * _inputs(columns).sum())
+    outside, inside, fed_inside = (float(x.sum()) for x in (diagonal(rows), diagonal(columns), _inputs(columns)))
+    both = {"nearest": outside * inside, "gptq": outside * fed_inside}
+    both["two_sided"] = float(_outputs(rows, falling=False).sum()) * fed_inside
     return {
         level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
         for level in levels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,15 +99,19 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
           progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
     """(damage, KL) of the whole model rounded to nearest at a few widths."""
-    candidates = {str(bits): Candidate(model, nearest(partial(_level, bits=bits))) for bits in PROBED_BITS}
+    candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress)
     points = []
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
-        damage = sum(prices[key_of(s)][_level(s, bits).name]["nearest"] for s in blocks)
+        damage = sum(prices[key_of(s)][_probed(s.shape[1], bits).name]["nearest"] for s in blocks)
         points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
     return points
+
+
+def _rounded_to(bits: int) -> Override:
+    return nearest(lambda site: _probed(site.shape[1], bits))
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:
@@ -125,6 +128,11 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
     return override
 
 
-def _level(site: Site, bits: int) -> Level:
-    size = next((g for g in (GROUP, 32) if site.shape[1] % g == 0), None)
-    return Level(bits, None if size == site.shape[1] else size)
+def probed_levels(columns: int) -> list[Level]:
+    """The levels that `probe` rounds matrices to, which need prices."""
+    return [_probed(columns, bits) for bits in PROBED_BITS]
+
+
+def _probed(columns: int, bits: int) -> Level:
+    size = next((g for g in (GROUP, 32) if columns % g == 0), None)
+    return Level(bits, None if size == columns else size)

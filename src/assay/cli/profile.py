@@ -32,7 +32,7 @@ def run(
     from assay.report import tables
 
     measured = assay.profile(
-        model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=method or REHEARSED,
+        model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
         levels=level or (), token_weights=token_weights, progress=Bars(),
     )  # fmt: skip
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
