@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
@@ -97,6 +98,8 @@ def measure(model: str, planned: Sequence[Trial], seed: int, given: argparse.Nam
             except AssayError as error:
                 yield trial, {"failed": str(error)}
                 continue
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
             kl = verdict["kl"]
             yield trial, {
                 "bits": verdict["bits"], "kl": kl["measured"], "low": kl["low"], "high": kl["high"],
