@@ -151,7 +151,7 @@ def claim_table(found: Mapping[str, Rows], bits: Sequence[int]) -> str:
             numbers = "; ".join(f"{model}: {text}" for model, (_, text) in verdicts.items() if text)
             why = claim.why if any(word == "no" for word, _ in verdicts.values()) else ""
             lines.append([claim.method, f"{claim.says}: {' < '.join(claim.compared(b))}", held, numbers, why])
-    lines += [[method, says, "not measured", "", why] for method, says, why in ELSEWHERE]
+    lines += [[method, says, "not measured here", "", why] for method, says, why in ELSEWHERE]
     return table(("method", "claim", "held", "KLs", "reason if not"), lines)
 
 
