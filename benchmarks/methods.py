@@ -30,6 +30,7 @@ from assay.model.level import Level
 OVERHEAD = 0.3
 NUMBER_FORMATS = ("nf4-g64", "fp4-g64", "mxfp4-g32", "nvfp4-g16", "int4-g128-sym", "fp8-channel")
 FORMAT_METHODS = ("gptq", "two_sided")
+TITLES = {"formats": "Number formats", "claims": "Further rows that the claims need"}
 
 
 class Trial(NamedTuple):
@@ -113,12 +114,11 @@ def kl_of(runs: Sequence[Row]) -> float:
     return mean(r.get("kl", math.inf) for r in runs)
 
 
-def method_table(planned: Iterable[Trial], rows: Rows, seeds: int) -> str:
-    """The trials that were run, least KL first."""
+def method_table(run: Sequence[Trial], rows: Rows, seeds: int) -> str:
+    """Least KL first."""
     header = ["method", "level", "real bits", "KL [95%]", "perplexity", "seconds"]
     header[4:4] = [f"range of {seeds} seeds"] if seeds > 1 else []
-    done = sorted((t for t in planned if t in rows), key=lambda t: kl_of(rows[t]))
-    return table(header, (_cells(t, rows[t], seeds) for t in done))
+    return table(header, (_cells(t, rows[t], seeds) for t in sorted(run, key=lambda t: kl_of(rows[t]))))
 
 
 def _cells(trial: Trial, runs: Sequence[Row], seeds: int) -> list[str]:
@@ -144,7 +144,8 @@ def verdict(claim: Claim, bits: int, rows: Rows) -> tuple[str, str]:
 def claim_table(found: Mapping[str, Rows], bits: Sequence[int]) -> str:
     """Each claim at each width on each model, and the claims that only tests check."""
     lines = []
-    for claim in CLAIMS:
+    measured = {trial.method for rows in found.values() for trial in rows}
+    for claim in (c for c in CLAIMS if c.method in measured):
         for b in (b for b in claim.widths if b in bits):
             verdicts = {model: verdict(claim, b, rows) for model, rows in found.items()}
             held = "; ".join(f"{model}: {word}" for model, (word, _) in verdicts.items())
@@ -164,8 +165,8 @@ def report(figures: Mapping[str, Any]) -> str:
         original = next((r["original"] for runs in rows.values() for r in runs if "original" in r), math.nan)
         parts.append(f"## {model} (perplexity of the original {original:.2f})")
         for name, planned in part["trials"].items():
-            titles = {"formats": "Number formats", "claims": "Further rows that the claims need"}
-            parts += [f"### {titles.get(name, f'About {name} bits')}", method_table(map(Trial.of, planned), rows, seeds)]
+            if run := [t for t in map(Trial.of, planned) if t in rows]:
+                parts += [f"### {TITLES.get(name, f'About {name} bits')}", method_table(run, rows, seeds)]
     return "\n\n".join([*parts, "## Claims", claim_table(found, bits)])
 
 
