@@ -43,13 +43,14 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that every contestant gets: model, ids int64 [windows, length], bits, threads."""
+    """One thing that every contestant gets: model, ids int64 [windows, length], bits, threads, group size of the peers."""
 
     model: Path
     ids: Tensor
     bits: int
     threads: int
     folder: Path
+    group_size: int = GROUP_SIZE
 
 
 PEER_GPTQ = Contestant("llm-compressor GPTQ", "llm_compressor_gptq.py", "llmc")
@@ -68,7 +69,8 @@ def ours(method: str, uniform: bool) -> Contestant:
     return Contestant(f"assay {method}, {plan}", "ours.py", options=("--method", method, "--plan", plan, *text))
 
 
-OURS = tuple(ours(method, uniform) for uniform in (True, False) for method in ("gptq", "two_sided"))
+BEST = ours("best", uniform=False)
+OURS = (*(ours(method, uniform) for uniform in (True, False) for method in ("gptq", "two_sided")), BEST)
 
 
 def chosen(everyone: Iterable[Contestant], words: list[str] | None) -> list[Contestant]:
@@ -95,7 +97,7 @@ def compress(contestant: Contestant, task: Task) -> dict[str, Any]:
         "model": task.model,
         "calibration": calibration,
         "bits": task.bits,
-        "group-size": GROUP_SIZE,
+        "group-size": task.group_size,
         "out": target,
         "threads": task.threads,
     }

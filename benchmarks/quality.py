@@ -97,6 +97,7 @@ def main() -> None:
     """Compare on the model on the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--group-size", type=int, default=64, help="of the peers; ours get the same bits in all")
     parser.add_argument("--only", nargs="+", help="parts of contestants' names")
     given = parser.parse_args()
     folder = work_folder(given.out)
@@ -105,7 +106,7 @@ def main() -> None:
     everyone = chosen((*OURS, *RIVALS), given.only)
     rows: Rows = {}
     for bits in given.bits:
-        task = Task(given.model, calibration, bits, given.threads, folder)
+        task = Task(given.model, calibration, bits, given.threads, folder, given.group_size)
         rows[bits] = measure(everyone, task, judge)
         write(folder, "quality", report(rows, given.threads), _plain(rows))
 

@@ -47,7 +47,7 @@ def test_the_test_on_the_page_passes(example: Any) -> None:
 def test_it_keeps_the_contract_of_methods(example: Any, name: str) -> None:
     level = Level.parse(name)
     weight = torch.randn(3, 8, 128, generator=torch.Generator().manual_seed(1))
-    packed = base.get(NAME)().encode(weight, level, torch.bfloat16, None, None)
+    packed = base.get(NAME)().encode(weight, level, torch.bfloat16, base.Statistics())
     assert [p.level for p in packed] == [level] * 3
     assert all(p.decode().shape == (8, 128) and torch.isfinite(p.decode()).all() for p in packed)
 

@@ -19,7 +19,7 @@ FLOORS = {
     "measure": 1, "engines": 1,
     "methods": 2, "prove": 2,
     "budget": 3,
-    "execute": 4, "profiling": 4, "handover": 5, "report": 4,
+    "execute": 4, "profiling": 4, "transforming": 4, "handover": 5, "report": 4,
     "run": 6, "": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
@@ -122,3 +122,14 @@ def test_every_command_has_a_page() -> None:
     pages = {p.stem for p in (ROOT / "docs").glob("*.md")}
     assert commands - {"answer"} <= pages
     assert len(commands) >= 7
+
+
+@pytest.mark.parametrize("made", ["demo-out", ".demo-out.assay", "build", "dist", ".venv"])
+def test_what_the_makefile_leaves_behind_is_not_committed(made: str) -> None:
+    try:
+        done = subprocess.run(["git", "check-ignore", "-q", f"{made}/file"], cwd=ROOT, check=False)
+    except OSError:
+        pytest.skip("git is absent")
+    if done.returncode == 128:
+        pytest.skip("not a git checkout")
+    assert done.returncode == 0

@@ -53,15 +53,15 @@ def options() -> argparse.Namespace:
     given.add_argument(
         "--text", type=Path, required=True, help="text that the ids are the start of"
     )
-    given.add_argument("--method", default="auto", help="gptq, two_sided or auto")
+    given.add_argument("--method", default="auto", help="gptq, two_sided, auto or best")
     given.add_argument("--plan", choices=("uniform", "mixed"), default="uniform")
     return given.parse_args()
 
 
-def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) -> dict[str, Level]:
+def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) -> tuple[Plan, dict[str, Level]]:
     """Profile and compress into `work`/packed, on exactly the job's tokens, which are the beginning of the text.
 
-    Returns the level of every weight in the blocks.
+    Returns the plan and the level of every weight in the blocks.
     """
     ids = job.ids()
     assay.compress(
@@ -72,6 +72,7 @@ def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) ->
         window=ids.shape[1],
         bits=budget(job, shapes),
         method=given.method,
+        engine=engine(given),
         uniform=given.plan == "uniform",
         threads=job.threads,
     )
@@ -79,7 +80,12 @@ def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) ->
     if not hashlib.sha256(ids.numpy().tobytes()).hexdigest().startswith(recipe["calibration"]["digest"]):
         raise RuntimeError("assay calibrated on other tokens than the peers")
     plan = Plan.load(work / "packed" / "assay" / "plan.yaml")
-    return {name: Level.parse(plan.choices[name].level) for name in shapes}
+    return plan, {name: Level.parse(plan.choices[name].level) for name in shapes}
+
+
+def engine(given: argparse.Namespace) -> str:
+    """What the result is for: stock transformers, or for `best` whatever assay itself can read."""
+    return "assay" if given.method == "best" else "transformers"
 
 
 def main() -> None:
@@ -91,14 +97,17 @@ def main() -> None:
     work.mkdir(parents=True)
     shapes = block_shapes(job)
     with clock.running():
-        levels = compress(job, given, work, shapes)
+        plan, levels = compress(job, given, work, shapes)
     memory = peak_rss()
     assay.export(work / "packed", "plain", job.out)
-    widths = {name: (v.bits, v.group_size or shapes[name][1]) for name, v in levels.items()}
-    check(job.load(), AutoModelForCausalLM.from_pretrained(job.out).state_dict(), widths)
+    integers = {name: v for name, v in levels.items() if v.format == "int"}
+    widths = {name: (v.bits, v.group_size or shapes[name][1]) for name, v in integers.items()}
+    if integers:  # a trellis has no few values a group that could be counted
+        check(job.load(), AutoModelForCausalLM.from_pretrained(job.out).state_dict(), widths)
     facts = {"peer": "assay", "version": assay.__version__, "method": given.method}
     facts |= {"levels": Counter(level.name for level in levels.values())}
-    write_result(job, clock, memory, **facts, bits_in_blocks=bits_of(levels, shapes))
+    bits = bits_of(levels, shapes) if integers else plan.bits
+    write_result(job, clock, memory, **facts, bits_in_blocks=bits)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,17 @@ from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import read_weight
+from assay.budget.probe import read_weight, statistics
 from assay.measure.damage import Curvature
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
+from assay.model import memory
 from assay.model.files import save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.progress import Progress
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.model.terms import restore
 from assay.model.threads import threads_for
 
@@ -32,7 +33,7 @@ BATCH_WEIGHTS = 1 << 25
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of one site: its level, the method that was used in the end, and why not the planned one."""
+    """What became of one site: its level, its method, and why that had to do without statistics."""
 
     site: str
     level: str
@@ -82,6 +83,7 @@ def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, pr
                 metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
                 save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
                 progress.log(_line(block, solved, perf_counter() - started))
+                memory.release()
             advance()
     return Results(folder, blocks)
 
@@ -89,7 +91,7 @@ def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, pr
 def _solve_block(
     model: StreamedModel, plan: Plan, profile: Profile, block: int | None, method: base.Encoder
 ) -> tuple[dict[str, Tensor], list[Solved]]:
-    curvatures = profile.curvatures(block)
+    curvatures = profile.curvatures(block, base.weightwise(plan.method))
     tensors: dict[str, Tensor] = {}
     solved: list[Solved] = []
     for level, sites in _batches(model, plan, block):
@@ -100,9 +102,8 @@ def _solve_block(
             packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
-            name = plan.method if not reason else "nearest"
             dtype = str(scale_dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, name, damage, dtype, reason))
+            solved.append(Solved(key_of(site), result.level.name, plan.method, damage, dtype, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
     return tensors, solved
 
@@ -110,16 +111,13 @@ def _solve_block(
 def _encode(
     method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
-    """The planned method's result, or round-to-nearest's with the reason why."""
-    square_h, square_g = (all(getattr(s, part).ndim == 2 for s in stats) for part in ("h", "g"))
-    h = torch.stack([s.h for s in stats]) if "H" in method.needs and square_h else None
-    g = torch.stack([s.g for s in stats]) if "G" in method.needs and square_g else None
+    """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
     if "H" in method.needs and not all(s.tokens for s in stats):
-        return base.get("nearest")().encode(weights, level, scale_dtype, None, None), "no calibration token met it"
+        return method.encode(weights, level, scale_dtype, base.Statistics()), "no calibration token met it"
     try:
-        return method.encode(weights, level, scale_dtype, h, g), ""
+        return method.encode(weights, level, scale_dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return base.get("nearest")().encode(weights, level, scale_dtype, None, None), str(error).splitlines()[0]
+        return method.encode(weights, level, scale_dtype, base.Statistics()), str(error).splitlines()[0]
 
 
 def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tuple[Level, list[Site]]]:

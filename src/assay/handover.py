@@ -22,6 +22,7 @@ from assay.model.errors import ShortfallError
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
 from assay.model.sites import Site
+from assay.transforming import origin
 
 
 def hand_over(
@@ -31,7 +32,8 @@ def hand_over(
     loaders = results.loaders()
     ledger = _ledger(model, plan, results, contract)
     recipe = {
-        "model": model.checkpoint.fingerprint, "calibration": dict(profile.index["calibration"]),
+        "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
+        "calibration": dict(profile.index["calibration"]),
         "predicted": {"kl": plan.predicted, "low": plan.predicted_low, "high": plan.predicted_high,
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
@@ -53,7 +55,7 @@ def hand_over(
         raise
     written = Checkpoint.open(destination)
     stored = sum(info.nbytes for info in written.stored.values())
-    if contract.layout != "plain" and stored != ledger.nbytes:
+    if stored != ledger.nbytes:
         raise ShortfallError(f"{destination}: the ledger counts {ledger.nbytes} bytes, the files hold {stored}")
     return {
         "out": str(destination), "bytes": written.weight_bytes, "bits": plan.bits, "bits_all": plan.bits_all,
@@ -69,19 +71,18 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contra
         before = checkpoint.nbytes(name)
         if name in results.solved:
             solved = results.solved[name]
-            after = results.packed(name).nbytes if contract.layout != "plain" else before
+            after = results.packed(name).nbytes if contract.layout != "plain" else write.plain_nbytes(checkpoint, name)
             fate: Fate = "fell_back" if solved.fell_back else "done"
             ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
         else:
-            reason = model.anatomy.kept.get(name) or (plan.choices[name].why if name in plan.choices else "")
             planned = plan.choices[name].level if name in plan.choices else None
-            reason = reason or _contract_reason(contract, sites.get(name))
+            reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
             ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
     return ledger
 
 
-def _contract_reason(contract: Contract, site: Site | None) -> str:
-    """Why an engine keeps a site as it is."""
+def _contract_reason(contract: Contract, site: Site | None) -> str | None:
+    """Why an engine keeps a site as it is; None where it need not."""
     if site is None:
         return "part of a tensor that stays whole"
-    return plans.refused(contract, site) or "kept by the plan"
+    return plans.refused(contract, site)

@@ -22,19 +22,22 @@ from assay import engines
 from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
+from assay.engines.write import check_space
 from assay.execute import Results, execute
 from assay.handover import hand_over
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import save_json
+from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile
+from assay.model.sites import Site, key_of
+from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
+from assay.transforming import steps_of
+from assay.transforming import transform as apply_transforms
 
 JUDGE_TOKENS = 30_720
 FALL_BACK_SHARE = 0.05
@@ -65,7 +68,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     anatomy = streamed.anatomy
     rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
-        for r in plans.rows(streamed)
+        for r in plans.rows(streamed, checkpoint.nbytes)
     ]
     inside = [r for r in rows if r["block"] is not None]
     return {
@@ -79,14 +82,15 @@ def inspect(model: str | Path) -> dict[str, Any]:
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    progress: Progress | None = None,
+    token_weights: str = "none", progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     wanted = [presets.level(name) for name in levels]
+    more = (seed, listener, methods, wanted, token_weights)
     if tokens == "auto":
-        return stable_profile(streamed, Path(out), calibration, window, seed, listener)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, seed, listener, methods, wanted)
+        return stable_profile(streamed, Path(out), calibration, window, *more)
+    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
 
 
 def plan(
@@ -95,9 +99,9 @@ def plan(
     planner: str = "lagrange", uniform: bool = False,
 ) -> Plan:  # fmt: skip
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
-    measured = Profile.open(source)
-    budget = _budget(size, bits, max_loss, level, _method(method, engine))
-    return plans.make(measured, budget, engines.get(engine), _method(method, engine), keep, planner, uniform)
+    chosen = _method(method, engine)
+    budget = _budget(size, bits, max_loss, level, chosen)
+    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
 
 
 def compress(
@@ -109,31 +113,39 @@ def compress(
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
-    Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there.
+    Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
+    is there, `out` itself was not read back yet, and is written again.
     """
     started, progress = perf_counter(), progress or Silent()
     if threads:
         torch.set_num_threads(threads)
     destination = Path(out)
-    _check_destination(destination)
-    checkpoint = open_model(model)
     work = destination.absolute().parent / f".{destination.name}.assay"
+    unproven = work.exists() and _recipe(destination) is not None
+    if not unproven:
+        _check_destination(destination)
+    checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
-    method = given.method if given else _method(method, engine)
+    method = _method(given.method, given.engine) if given else _method(method, engine)
     budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
-    if given and given.model != checkpoint.fingerprint:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
     streamed = StreamedModel(checkpoint)
+    if given:
+        known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
+        plans.check_origin(given, checkpoint.fingerprint, known)
+    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, method, keep)
+    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
-    _check_profile(measured, streamed)
+    _check_profile(measured, streamed, method)
     if given is None:
         chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
     chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    if unproven:
+        shutil.rmtree(destination)
     report = hand_over(streamed, chosen, measured, contract, results, destination)
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
@@ -150,7 +162,7 @@ def verify(
     progress = progress or Silent()
     result, original = open_model(out), StreamedModel(open_model(against))
     recipe = _recipe(result.folder)
-    if recipe and recipe["model"] != original.checkpoint.fingerprint:
+    if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
@@ -171,6 +183,22 @@ def verify(
     return verdict
 
 
+def transform(
+    model: str | Path, out: str | Path, names: str | Sequence[str], *, profile: str | Path | None = None, seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a model with exact transforms applied: other weights, the same function, so that it compresses better.
+
+    names: in the order in which they are applied; those that read statistics need a profile of `model`.
+    """
+    _check_destination(Path(out))
+    wanted, measured = [names] if isinstance(names, str) else list(names), Profile.open(profile) if profile else None
+    source = open_model(model)
+    made = apply_transforms(source, wanted, Path(out), measured, seed, progress or Silent())
+    done = steps_of(made)[-len(wanted) :]
+    return {"out": str(out), "source_bytes": source.weight_bytes, "bytes": made.weight_bytes, "steps": done}
+
+
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
     """Write a result in another layout: plain (decoded) or compressed-tensors."""
     _check_destination(Path(destination))
@@ -185,11 +213,15 @@ def load(out: str | Path) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    found = [(name, base.get(name)()) for name in base.names()]
+    encoders = [(name, base.get(name)()) for name in base.names()]
+    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
     return [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "formats": list(m.formats),
-         "levels": [x.name for x in m.levels(256)], "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in found
+        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
+         "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
+        for n, m in encoders
+    ] + [
+        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
+        for n, m in transforms
     ]  # fmt: skip
 
 
@@ -231,13 +263,9 @@ def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
     folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
-    fresh, levels = not work.exists(), [budget.level] if budget.level else []
-    try:
+    levels = [budget.level] if budget.level else []
+    with unless_refused(work):
         return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
-    except InputError:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
@@ -254,11 +282,13 @@ def _check_destination(destination: Path) -> None:
         raise InputError(f"{parent} can't be written to; choose another folder")
 
 
-def _check_profile(profile: Profile, model: StreamedModel) -> None:
+def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
     if profile.index["model"] != model.checkpoint.fingerprint:
         raise InputError(f"{profile.folder}: a profile of another model; run assay profile on this one")
     if profile.index["tokenizer"] != tokenizer_digest(load_tokenizer(model.checkpoint)):
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
+    if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
+        raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:

@@ -11,35 +11,21 @@ from typing import Any
 
 import pytest
 import typer
+from cli.calls import call, one_line
 
 import assay
 from assay.cli import answer
 from assay.cli.main import app, main
 from assay.model.errors import InputError, ShortfallError
 
-COMMANDS = ("inspect", "profile", "plan", "compress", "verify", "export", "methods")
+COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods")
 SOURCE = Path(assay.__file__).parents[1]
-
-
-def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line, run in this process."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    out, err = capfd.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-m", "assay", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
-def one_line(text: str) -> str:
-    assert text.startswith("assay: "), text
-    assert text.count("\n") == 1, text
-    assert text.endswith("\n")
-    return text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -76,6 +62,7 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
         (("inspect",), "Missing argument"),
         (("inspect", "a", "b"), "unexpected extra argument"),
         (("compress", "m"), "Missing option"),
+        (("transform", "m", "-o", "x"), "Missing option"),
         (("compress", "m", "-o", "x", "--bits", "many"), "--bits"),
         (("compress", "m", "-o", "x", "--bits"), "requires an argument"),
         (("compress", "m", "-o", "x"), "give --plan or one budget"),
@@ -115,6 +102,10 @@ def test_wrong_usage_is_one_line_with_a_way_out(
         (("compress", "builtin", "--bits", "3", "--calibration", "absent.txt", "-o", "out"), "absent.txt"),
         (("compress", "builtin", "--plan", "absent.yaml", "-o", "out"), "absent.yaml"),
         (("verify", "absent/folder/here", "--against", "builtin"), "absent/folder/here"),
+        (("transform", "builtin", "--with", "rotat", "-o", "out"), "did you mean rotate?"),
+        (("transform", "builtin", "--with", "awq", "-o", "out"), "give a profile of this model"),
+        (("transform", "builtin", "--with", "rotate", "-o", "{here}"), "exists"),
+        (("transform", "{here}", "--with", "rotate", "-o", "out"), "not a model folder"),
         (("export", "absent/folder/here", "--to", "plain", "-o", "out"), "absent/folder/here"),
     ],
 )
@@ -130,12 +121,21 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
 
 
+def test_transform_says_what_it_did(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "turned"
+    code, shown, _ = call(capfd, "transform", "builtin", "--with", "rotate", "--with", "rotate_heads", "-o", out, "--seed", "3")
+    assert code == 0
+    assert "rotate_heads: done" in shown
+    code, printed, _ = call(capfd, "transform", out, "--with", "norm_fold", "-o", tmp_path / "folded", "--json")
+    assert (code, [s["name"] for s in json.loads(printed)["steps"]]) == (0, ["norm_fold"])
+
+
 def test_methods_as_json(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capfd, "methods", "--json")
     rows = json.loads(out)
     assert (code, err) == (0, "")
     assert {"gptq", "nearest", "two_sided"} <= {row["name"] for row in rows}
-    assert all({"name", "verb", "paper", "needs", "levels"} <= row.keys() for row in rows)
+    assert all({"name", "verb", "paper", "needs"} <= row.keys() for row in rows)
 
 
 def test_methods_and_inspect_as_tables(capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,11 @@ import torch
 from families import build
 
 from assay.measure import profile
-from assay.measure.damage import Curvature, pivots
+from assay.measure.damage import Curvature
 from assay.measure.profile import Curvatures, measure
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
+from assay.methods.solve.curvature import feedback_cost
 from assay.model.checkpoint import Checkpoint
 from assay.model.progress import Silent
 
@@ -129,9 +130,73 @@ def test_damage_is_the_trace() -> None:
     )
 
 
-def test_pivots_multiply_to_the_determinant() -> None:
+def test_unshrunken_costs_of_feedback_multiply_to_the_determinant() -> None:
     torch.manual_seed(0)
     root = torch.randn(8, 20)
     h = root @ root.T / 20
-    assert float(pivots(h, damping=0.0).log().sum()) == pytest.approx(float(torch.logdet(h)), rel=1e-4)
-    assert bool((pivots(h, damping=0.0) <= h.diagonal() + 1e-5).all())
+    assert float(feedback_cost(h, 0.0, 0.0).log().sum()) == pytest.approx(float(torch.logdet(h)), rel=1e-4)
+    assert bool((feedback_cost(h, 0.0, 0.0) <= h.diagonal() + 1e-5).all())
+
+
+def grown(llama, name: str, at: tuple[int, int], step: float) -> float:
+    """Loss on the text, summed in float64, of the whole model with one weight moved."""
+    _, model, text = llama
+    weight = model.get_parameter(name)
+    kept = weight.data[at].clone()
+    weight.data[at] += step
+    logits = model.double()(text.ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), text.ids[:, 1:]).item()
+    model.float()
+    weight.data[at] = kept
+    return loss
+
+
+def test_the_gradient_is_that_of_central_differences(llama) -> None:
+    folder, _, text = llama
+    measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent(), ["gradient"])
+    for block, name in ((0, "model.layers.0.self_attn.k_proj.weight"), (1, "model.layers.1.mlp.down_proj.weight")):
+        found = Curvatures(folder / "p", block, text.tokens, ["gradient"])[name].gradient
+        for at in ((0, 0), (3, 5), divmod(int(found.abs().argmax()), found.shape[1])):
+            slope = (grown(llama, name, at, 0.02) - grown(llama, name, at, -0.02)) / 0.04
+            assert float(found[at]) == pytest.approx(slope, rel=1e-2, abs=2e-7)
+
+
+def test_fisher_is_the_mean_of_squared_gradients_of_windows(llama, monkeypatch) -> None:
+    folder, model, text = llama
+    chosen: list[torch.Tensor] = []
+    plain = profile._sampled
+    monkeypatch.setattr(profile, "_sampled", lambda p, generator: chosen.append(plain(p, generator)) or chosen[-1])
+    measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / "p", 0, Silent(), ["fisher"])
+    labels = torch.cat(chosen).view(text.ids.shape)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = model.get_parameter(name)
+    expected = torch.zeros_like(weight)
+    for ids, wanted in zip(text.ids, labels, strict=True):
+        loss = torch.nn.functional.cross_entropy(model(ids[None]).logits[0], wanted, reduction="sum")
+        expected += torch.autograd.grad(loss, weight)[0].square() / text.tokens
+    found = Curvatures(folder / "p", 0, text.tokens, ["fisher"])[name]
+    torch.testing.assert_close(found.fisher, expected, rtol=1e-3, atol=1e-8)
+    assert found.gradient is None
+
+
+def test_further_statistics_leave_h_and_g_as_they_are(llama) -> None:
+    folder, _, text = llama
+    for name, weightwise in (("plain", []), ("more", ["fisher", "gradient"])):
+        measure(StreamedModel(Checkpoint.open(folder / "m")), text, folder / name, 0, Silent(), weightwise)
+    for path in (folder / "plain").iterdir():
+        assert path.read_bytes() == (folder / "more" / path.name).read_bytes(), path.name
+
+
+def test_experts_have_weightwise_statistics(tmp_path: Path) -> None:
+    _, model = build("mixtral")
+    model.float().eval().save_pretrained(tmp_path / "m")
+    text = Windows(torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0)), "random")
+    measure(StreamedModel(Checkpoint.open(tmp_path / "m")), text, tmp_path / "p", 0, Silent(), ["gradient"])
+    loss = torch.nn.functional.cross_entropy(model(text.ids).logits[:, :-1].transpose(1, 2), text.ids[:, 1:])
+    loss.backward()
+    gate_up = model.model.layers[0].mlp.experts.gate_up_proj.grad
+    for name, found in Curvatures(tmp_path / "p", 0, text.tokens, ["gradient"]).items():
+        if ".w1." in name or ".w3." in name:
+            expert = int(name.split("experts.")[1].split(".")[0])
+            half = gate_up[expert].chunk(2)[".w3." in name]
+            torch.testing.assert_close(found.gradient, half, rtol=1e-3, atol=1e-7)

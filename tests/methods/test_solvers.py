@@ -14,7 +14,6 @@ from assay.methods.solve.curvature import damage, damp, inverse_factor, shrink
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.refine import Problem, descend, least_squares_scales, objective, refit
 from assay.methods.solve.rounded import Rounded
-from assay.methods.solve.search import search
 from assay.methods.solve.wavefront import wavefront
 
 SOLVERS = {"nearest": nearest, "clip": clip, "gptq": gptq, "two_sided": two_sided}
@@ -141,34 +140,6 @@ def test_descent_ends_where_no_single_code_can_move() -> None:
             moved[:, i, j] += shift
             moved = moved.clamp(low, high)
             assert (objective(problem, moved, affine) >= value * (1 - 1e-5)).all()
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_search_improves_on_a_finished_descent(bits: int) -> None:
-    for seed in range(3):
-        problem, centred, affine = rough(seed, bits)
-        centred = descend(problem, centred, affine, sweeps=60)
-        value = objective(problem, centred, affine)
-        for size in (2, 5, 8):
-            found = objective(problem, search(problem, centred, affine, rounds=8, size=size), affine)
-            assert (found <= value * (1 + 1e-5)).all()
-        assert (found < value).any()
-
-
-def test_search_of_a_whole_row_is_exhaustive() -> None:
-    weight, H = weights(25, 40, 1, 6), moment(26, 6, (40,))
-    problem = Problem(weight, H, torch.ones(40, 1, 1), IntegerGrid(2, None, symmetric=False))
-    affine = problem.grid.fit(weight)
-    _, low, high = problem.grid.per_weight(affine, 6)
-    start = descend(problem, torch.zeros_like(weight), affine, sweeps=20)
-    found = objective(problem, search(problem, start, affine, rounds=1), affine)
-    # The one other level of each weight that `search` considers is the second nearest given all others.
-    levels = problem.grid.level(start, problem.grid.per_weight(affine, 6)[0])
-    side = torch.where((weight - levels) @ H >= 0, 1.0, -1.0)
-    side = torch.where((start + side > high) | (start + side < low), -side, side)
-    every = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 6)
-    best = torch.stack([objective(problem, start + side * subset, affine) for subset in every]).amin(0)
-    torch.testing.assert_close(found, best)
 
 
 def test_refitted_scales_satisfy_the_normal_equations() -> None:

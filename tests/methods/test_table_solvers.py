@@ -13,7 +13,6 @@ from assay.methods.grid.values import BINARY, TERNARY, float_values, power_law, 
 from assay.methods.solve import clip, gptq, nearest, two_sided
 from assay.methods.solve.curvature import damage, damp, inverse_factor
 from assay.methods.solve.refine import Problem, descend, objective, refit
-from assay.methods.solve.search import search
 from assay.methods.solve.wavefront import wavefront
 
 SOLVERS = {"nearest": nearest, "clip": clip, "gptq": gptq, "two_sided": two_sided}
@@ -128,11 +127,11 @@ def test_refinement_never_raises_the_objective(name: str) -> None:
     steps = torch.tensor(grid.values)[grid.encode(weight, affine).int()]
     start = value = objective(problem, steps, affine)
     for _ in range(3):
-        for change in ("descend", "refit", "search"):
+        for change in ("descend", "refit"):
             if change == "refit":
                 affine = refit(problem, steps, affine)
             else:
-                steps = descend(problem, steps, affine) if change == "descend" else search(problem, steps, affine)
+                steps = descend(problem, steps, affine)
             assert torch.isin(steps, torch.tensor(grid.values)).all()
             after = objective(problem, steps, affine)
             assert (after <= value * (1 + 1e-5)).all()

@@ -247,6 +247,19 @@ def test_fp8_with_one_scale_per_tensor_or_row_is_decoded_exactly(tmp_path: Path,
     assert torch.equal(checkpoint.read("a.weight"), codes.float() * scale)
 
 
+@pytest.mark.parametrize(("exponents", "kept"), [(1, torch.bfloat16), (0.9, torch.float32)])
+def test_fp8_that_stays_is_written_in_the_narrowest_dtype_that_is_exact(
+    tmp_path: Path, exponents: float, kept: torch.dtype
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0).to(torch.float8_e4m3fn)
+    scale = 2.0 ** (exponents * torch.tensor([[-20.0], [3.0], [0.0], [-7.0]]))
+    checkpoint = write_model(tmp_path, {"a.weight": codes.view(4, 64), "a.weight_scale": scale})
+    value = checkpoint.read("a.weight")
+    assert checkpoint.kept_dtype("a.weight") is kept
+    assert torch.equal(value.to(kept).float(), value)
+    assert checkpoint.kept_nbytes("a.weight") == 256 * kept.itemsize
+
+
 def test_fp8_scales_that_do_not_cover_the_weight_are_refused(tmp_path: Path) -> None:
     codes = torch.zeros(256, 256).to(torch.float8_e4m3fn)
     checkpoint = write_model(tmp_path, {"a.weight": codes, "a.weight_scale_inv": torch.ones(1, 2)})

@@ -139,3 +139,13 @@ def test_a_config_that_is_not_of_these_files_is_refused(tmp_path: Path, changes:
     with pytest.raises(InputError, match=words) as caught:
         survey(Checkpoint.open(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_code_in_the_folder_is_never_run_and_the_message_names_no_option_that_does_not_exist(tmp_path: Path) -> None:
+    _, model = build("llama")
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(InputError, match="own needs code from its folder, which assay never runs") as caught:
+        survey(Checkpoint.open(tmp_path))
+    assert "--" not in str(caught.value) and "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from assay.model.level import Level
 
 @dataclass(frozen=True)
 class SiteRow:
-    """What planning needs to know of a site. stored_bytes: in the source; scale_itemsize: of a scale."""
+    """What planning needs to know of a site. stored_bytes: when it is kept; scale_itemsize: of a scale."""
 
     name: str
     role: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from assay.budget import menu, planners
@@ -13,24 +13,28 @@ from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 
 
-def rows(model: StreamedModel) -> list[SiteRow]:
-    """What the planner needs to know of every site."""
-    found = []
+def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
+    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
+    held: dict[str, list[Site]] = {}
     for site in model.anatomy.sites.values():
-        itemsize = min(model.checkpoint.dtype(site.name).itemsize, 4)
-        share = site.count * itemsize if site.stacked else model.checkpoint.nbytes(site.name)
-        found.append(SiteRow(
-            key_of(site), site.role, site.block, site.shape, share, itemsize,
-            site.transposed, site.expert, site.stacked,
-        ))  # fmt: skip
+        held.setdefault(site.name, []).append(site)
+    found = []
+    for name, sites in held.items():
+        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
+        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
+        for site, start, end in zip(sites, ends, ends[1:], strict=False):
+            found.append(SiteRow(
+                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
+                site.transposed, site.expert, site.stacked,
+            ))  # fmt: skip
     return found
 
 
@@ -38,33 +42,76 @@ def refused(contract: Contract, row: SiteRow | Site) -> str | None:
     """Why an engine keeps a site as it is."""
     if row.stacked:
         return "experts stored as one 3-D tensor"
-    return contract.refuses(row.role, row.transposed, row.expert)
+    return contract.refuses(row.role, row.shape, row.transposed, row.expert)
 
 
 def decisions(
     profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
 ) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer."""
-    forecast, chosen = Forecast.from_index(profile.index), base.get(method)()
-    levels: dict[str, list[Level]] = {}
+    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
+
+    Raises InputError when it has no choice.
+    """
+    forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
+
+    def price(row: SiteRow, level: Level) -> float | None:
+        priced = profile.prices.get(row.name, {}).get(level.base.name)
+        return forecast.damage(method, level, priced[_price_kind(row, kind)]) if priced else None
+
+    return _menu(_rows(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
+
+
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> int:
+    """Bytes that the weight files may take within a budget, told before anything is measured.
+
+    For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
+    """
+    found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
+    outside = budget.size is not None
+    options = _menu(found, model.anatomy.family, contract, method, outside, keep, only, lambda row, level: 0.0)
+    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
+    if budget.max_loss is not None or only:
+        return fixed + sum(d.options[0].nbytes for d in options)
+    return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
+
+
+def _only(budget: Budget) -> Level | None:
+    return Level.parse(budget.level) if budget.level else None
+
+
+def _menu(
+    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
+    only: Level | None, price: Callable[[SiteRow, Level], float | None],
+) -> list[Decision]:  # fmt: skip
+    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
+    reasons = {row.name: whole or refused(contract, row) for row in found}
+    offered: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
-    all_rows = _rows(profile)
-    whole = _refusal(profile, contract)
-    for row in all_rows:
-        priced = profile.prices.get(row.name, {})
-        offered = [] if whole or refused(contract, row) else [only] if only else chosen.levels(row.shape[1])
-        levels[row.name] = [x for x in offered if contract.takes(x, row.shape[1]) and x.base.name in priced]
-        kind = _price_kind(row, chosen.prices)
-        prices[row.name] = {x.name: forecast.damage(method, x, priced[x.base.name][kind]) for x in levels[row.name]}
-    return menu.build(all_rows, prices, lambda row: levels[row.name], contract.fused, outside, keep)
+    for row in found:
+        columns = row.shape[1]
+        levels = [] if reasons[row.name] else [only] if only else kinds(columns)
+        offered[row.name] = [x for x in levels if contract.takes(x, columns)]
+        prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
+    options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
+                         contract.fused, outside, keep)  # fmt: skip
+    if any(len(d.options) > 1 for d in options):
+        return options
+    asked = [row.name for row in found if outside or row.block is not None]
+    if any(prices[name] for name in asked):
+        why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
+    elif any(offered[name] for name in asked):
+        wanted = f"--level {only.name}" if only else f"--method {method}"
+        why = f"the profile has no prices for that; run assay profile again with {wanted}"
+    elif all(reasons[name] for name in asked):
+        why = f"{'; '.join(sorted({str(reasons[name]) for name in asked}))}; --engine plain simulates it"
+    else:
+        example = (only or kinds(64)[0]).name
+        why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
+    raise InputError(f"nothing can be made smaller: {why}")
 
 
 def _rows(profile: Profile) -> list[SiteRow]:
     return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
-
-
-def _refusal(profile: Profile, contract: Contract) -> str | None:
-    return contract.refusal(profile.index["family"], any(r["expert"] is not None for r in profile.index["rows"]))
 
 
 def _price_kind(row: SiteRow, kind: str) -> str:
@@ -76,10 +123,8 @@ def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    only = Level.parse(budget.level) if budget.level else None
+    only = _only(budget)
     options = decisions(profile, contract, method, budget.size is not None, keep, only)
-    if not any(len(d.options) > 1 for d in options):
-        raise InputError(f"nothing can be made smaller: {_reasons(profile, contract, method, only)}")
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
@@ -88,31 +133,16 @@ def make(
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
-        limit = budget.limit_for(options, _fixed_bytes(profile, options))
+        limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    plain = planners.get("uniform").plan(options, limit)
-    bound = lagrange.lower_bound(options, limit)
-    return _assemble(profile, budget, contract, method, options, choice, plain, bound)
+    return _assemble(profile, budget, contract, method, options, choice, limit)
 
 
-def _reasons(profile: Profile, contract: Contract, method: str, only: Level | None) -> str:
-    """Why no site has a level."""
-    if whole := _refusal(profile, contract):
-        return f"{whole}; --engine plain simulates it"
-    if reasons := sorted({r for row in _rows(profile) if (r := refused(contract, row))}):
-        return f"{'; '.join(reasons)}; --engine plain simulates it"
-    kinds = [only] if only else base.get(method)().levels(64)
-    if not any(contract.takes(x, only.group_size or 64 if only else 64) for x in kinds):
-        return f"{contract.name} can't hold what {method} makes ({kinds[0].name} and the like); --engine assay can"
-    wanted = f"--level {only.name}" if only else f"--method {method}"
-    return f"the profile has no prices for that; run assay profile again with {wanted}"
-
-
-def _fixed_bytes(profile: Profile, options: Sequence[Decision]) -> int:
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
     names = sum(len(site) for d in options for site in d.sites)
-    return int(profile.index["file_bytes"]) - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
+    return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
@@ -120,21 +150,22 @@ HEADER_PER_SITE = 420
 
 def _assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], plain: list[int], bound: float,
+    choice: list[int], limit: int,
 ) -> Plan:  # fmt: skip
+    plain, bound = planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
     forecast = Forecast.from_index(profile.index)
     damage, nbytes = _totals(options, choice)
     low, expected, high = forecast.kl(method, damage)
     plain_damage, plain_bytes = _totals(options, plain)
-    decided = {site for d in options for site in d.sites}
-    fixed = sum(b for name, b in profile.index["names"].items() if name not in decided)
+    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
+    own = {row.name: row for row in _rows(profile)}
     choices = {}
     for d, c in zip(options, choice, strict=True):
         option = d.options[c]
         why = _why(d, c)
         for site in d.sites:
-            choices[site] = Choice(option.level, option.nbytes // len(d.sites), option.damage / len(d.sites), why)
+            choices[site] = Choice(option.level, _nbytes(own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
         "predicted": forecast.kl(method, plain_damage)[1],
@@ -146,6 +177,10 @@ def _assemble(
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
     )  # fmt: skip
+
+
+def _nbytes(row: SiteRow, level: str | None) -> int:
+    return row.stored_bytes if level is None else Level.parse(level).nbytes(*row.shape, row.scale_itemsize)
 
 
 def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:
@@ -177,28 +212,45 @@ def _why(decision: Decision, index: int) -> str:
 def _sentence(expected: float, low: float, high: float, uniform: Mapping[str, Any]) -> str:
     text = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})"
     other = uniform["predicted"]
-    if expected > 0.9 * other:
+    if 0.9 * other < expected < other / 0.9:
         return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
     return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"
 
 
 def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
-    """A plan from a file, its sites and levels checked and its figures computed anew. Raises InputError."""
-    if plan.profile != profile.index["calibration"]["digest"] and plan.model != profile.index["model"]:
-        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
-    outside = any(c.level for n, c in plan.choices.items() if _is_outside(profile, n))
-    only = Level.parse(plan.budget["level"]) if "level" in plan.budget else None
-    options = decisions(profile, contract, plan.method, outside, (), only)
-    validate(plan, options)
-    picked = {site: c.level for site, c in plan.choices.items()}
-    choice = [[o.level for o in d.options].index(picked[d.sites[0]]) for d in options]
+    """A plan from a file, its origin, sites and levels checked and its figures computed anew. Raises InputError.
+
+    What is uniform in its sentence is the best single level in its budget, or in its bytes where an edit needs more.
+    """
+    check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
+    known = {row.name: row for row in _rows(profile)}
+    for name, chosen in plan.choices.items():
+        if name in known and chosen.level:
+            _check_group_size(known[name], chosen.level)
     budget = Budget(**plan.budget)
-    damage, _ = _totals(options, choice)
-    return _assemble(profile, budget, contract, plan.method, options, choice, choice, damage)
+    outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
+    options = decisions(profile, contract, plan.method, outside, (), _only(budget))
+    validate(plan, options)
+    choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
+    limit = _totals(options, choice)[1]
+    if budget.size is not None or budget.bits is not None:
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+    return _assemble(profile, budget, contract, plan.method, options, choice, limit)
 
 
-def _is_outside(profile: Profile, name: str) -> bool:
-    return any(r["name"] == name and r["block"] is None for r in profile.index["rows"])
+def check_origin(plan: Plan, model: str, text: str | None) -> None:
+    """Refuse a plan of another model or profile. model: fingerprint; text: digest, None where not known yet."""
+    if plan.model != model:
+        raise InputError("the plan was made for another model; run assay plan on a profile of this one")
+    if text is not None and plan.profile != text:
+        raise InputError("the plan was made from another profile; give that one with --profile, or run assay plan on this one")
+
+
+def _check_group_size(row: SiteRow, level: str) -> None:
+    try:
+        Level.parse(level).groups(row.shape[1])
+    except InputError as error:
+        raise InputError(f"{row.name}: {error}") from None
 
 
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:

@@ -27,8 +27,19 @@ def level(name: str) -> Level:
 
 
 def fit(method: str, wanted: Level) -> None:
-    """Raises InputError when the method can't make a level, naming those that can."""
-    if wanted.format in base.get(method).formats:
+    """Raises InputError when the method can't make a level, naming those that can.
+
+    A method takes exact weights, a low-rank term, or integers with or without zero points if it offers levels that have them.
+    """
+    if _makes(method, wanted):
         return
-    able = [n for n in base.names() if wanted.format in base.get(n).formats]
+    able = [n for n in base.names() if _makes(n, wanted)]
     raise InputError(f"{method} does not make {wanted.name}; these do: {', '.join(able) or 'none'}")
+
+
+def _makes(method: str, wanted: Level) -> bool:
+    kind = base.get(method)()
+    offered = kind.levels(128)
+    sparse, rank = any(x.sparse for x in offered), any(x.rank for x in offered)
+    zeros = wanted.format != "int" or any(x.symmetric == wanted.symmetric for x in offered)
+    return wanted.format in kind.formats and zeros and (sparse or not wanted.sparse) and (rank or not wanted.rank)

@@ -7,20 +7,25 @@ factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from assay.measure.damage import Curvature, diagonal, pivots
+from assay.measure.damage import Curvature, diagonal
+from assay.methods import base
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
+from assay.methods.solve.curvature import feedback_cost
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
+
+OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
+"""Formats that aren't a grid for single weights, and the method that makes them."""
 
 SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it."""
@@ -35,22 +40,24 @@ def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict
     return _scalar_prices(weight, curvature, scalar) | _rotated_prices(weight, curvature, rotated)
 
 
-def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Iterable[Level]) -> dict[str, dict[str, float]]:
-    columns, pivot_columns = diagonal(curvature.h), pivots(curvature.h)
-    weight, (rows, pivot_rows) = _sample(weight, columns, diagonal(curvature.g), pivots(curvature.g))
+def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+    if not levels:
+        return {}
+    columns, fed_columns = diagonal(curvature.h), _inputs(curvature.h)
+    weight, (rows, fed_rows) = _sample(weight, columns, diagonal(curvature.g), _outputs(curvature.g))
     errors: dict[Level, dict[str, float]] = {}
     found = {}
     for level in levels:
-        base = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
-        if base not in errors:
-            plain, clipped = _squared_errors(weight, base, columns)
-            errors[base] = {
+        coarse = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
+        if coarse not in errors:
+            plain, clipped = _squared_errors(weight, coarse, columns)
+            errors[coarse] = {
                 "nearest": 0.5 * curvature.share * float(rows @ plain @ columns),
-                "gptq": 0.5 * curvature.share * float(rows @ clipped @ pivot_columns),
-                "two_sided": 0.5 * curvature.share * float(pivot_rows @ clipped @ pivot_columns),
+                "gptq": 0.5 * curvature.share * float(rows @ clipped @ fed_columns),
+                "two_sided": 0.5 * curvature.share * float(fed_rows @ clipped @ fed_columns),
             }
-        finer = ((2**base.bits - 1) / (2**level.bits - 1)) ** 2
-        found[level.name] = {k: v * finer for k, v in errors[base].items()}
+        finer = ((2**coarse.bits - 1) / (2**level.bits - 1)) ** 2
+        found[level.name] = {k: v * finer for k, v in errors[coarse].items()}
     return found
 
 
@@ -58,15 +65,25 @@ def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level
     """Of grids for Gaussian weights: their distortion is known, and the rotation leaves every row's energy as it is."""
     if not levels or curvature.h.ndim == 1:
         return {}
-    energy = weight.square().mean(1)
-    turned = rotate_both(curvature.h)
-    rows, columns = diagonal(curvature.g), diagonal(turned)
-    both = {"nearest": rows @ energy * columns.sum(), "gptq": rows @ energy * pivots(turned).sum()}
-    both["two_sided"] = both["gptq"]
+    energy = float(weight.square().mean())
+    columns, rows = (m if m.ndim == 1 else rotate_both(m) for m in (curvature.h, curvature.g))
+    outside, inside, fed_inside = (float(x.sum()) for x in (diagonal(rows), diagonal(columns), _inputs(columns)))
+    both = {"nearest": outside * inside, "gptq": outside * fed_inside}
+    both["two_sided"] = float(_outputs(rows, falling=False).sum()) * fed_inside
     return {
-        level.name: {k: 0.5 * curvature.share * float(v) * gaussian_distortion(level.bits) for k, v in both.items()}
+        level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
         for level in levels
     }
+
+
+def _inputs(moment: Tensor) -> Tensor:
+    """Cost of rounding errors at each input under feedback as the solvers do it."""
+    return feedback_cost(moment, 0.02, 0.01)
+
+
+def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
+    """The same at each output."""
+    return feedback_cost(moment, 0.1, 0.01, falling)
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +100,14 @@ def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, l
 
 
 def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best."""
+    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best.
+
+    Of formats with a method of their own: what that makes without statistics, for both.
+    """
+    if level.format in OWN:
+        method = base.get(OWN[level.format])()
+        made = method.encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
+        return (made - weight).square(), (made - weight).square()
     grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from assay.budget.prices import price
+from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
-from assay.measure.profile import Curvatures, key_of
+from assay.measure.profile import Curvatures
 from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
+from assay.model import memory
 from assay.model.level import Level
 from assay.model.progress import Progress
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 from assay.model.threads import threads_for
 from assay.prove.divergence import Candidate, compare
 
@@ -49,6 +50,7 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
                     levels = {x.base for menu in menus for x in menu(columns)}
                     with threads_for(weight.numel()):
                         prices[key_of(site)] = price(weight, curvature, sorted(levels))
+            memory.release()
             advance()
     return prices
 
@@ -57,7 +59,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
              methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
-    curvatures = Curvatures(folder, block, total)
+    curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
     sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
     ratios: dict[str, dict[int, float]] = {}
     with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
@@ -70,14 +72,23 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
                     if not levels:
                         continue
                     level, weight, curvature = _nearest_level(levels, bits), read_weight(model, site), curvatures[key_of(site)]
-                    h, g = curvature.h[None], curvature.g[None]
                     with threads_for(weight.numel()):
-                        packed = method.encode(weight[None], level, torch.bfloat16, h, g)[0]
+                        packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
                     done += curvature.damage(packed.decode().float() - weight)
                     priced += prices[key_of(site)][level.base.name][method.prices]
                 ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
                 advance()
     return ratios
+
+
+def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
+    """What a method needs of a batch of sites. Of embeddings and heads, diagonal moments are left out."""
+    found = {}
+    for name in method.needs:
+        parts: list[Tensor | None] = [getattr(c, name.lower()) for c in curvatures]
+        square = [p for p in parts if p is not None and p.ndim == 2]
+        found[name.lower()] = torch.stack(square) if len(square) == len(parts) else None
+    return base.Statistics(**found)
 
 
 def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
@@ -88,15 +99,19 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
           progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
     """(damage, KL) of the whole model rounded to nearest at a few widths."""
-    candidates = {str(bits): Candidate(model, nearest(partial(_level, bits=bits))) for bits in PROBED_BITS}
+    candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress)
     points = []
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
-        damage = sum(prices[key_of(s)][_level(s, bits).name]["nearest"] for s in blocks)
+        damage = sum(prices[key_of(s)][_probed(s.shape[1], bits).name]["nearest"] for s in blocks)
         points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
     return points
+
+
+def _rounded_to(bits: int) -> Override:
+    return nearest(lambda site: _probed(site.shape[1], bits))
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:
@@ -113,6 +128,11 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
     return override
 
 
-def _level(site: Site, bits: int) -> Level:
-    size = next((g for g in (GROUP, 32) if site.shape[1] % g == 0), None)
-    return Level(bits, None if size == site.shape[1] else size)
+def probed_levels(columns: int) -> list[Level]:
+    """The levels that `probe` rounds matrices to, which need prices."""
+    return [_probed(columns, bits) for bits in PROBED_BITS]
+
+
+def _probed(columns: int, bits: int) -> Level:
+    size = next((g for g in (GROUP, 32) if columns % g == 0), None)
+    return Level(bits, None if size == columns else size)

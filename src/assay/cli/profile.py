@@ -14,11 +14,15 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labe
 Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.")]
 Levels = Annotated[list[str] | None, typer.Option("--level", metavar="LEVEL", help="Price this one too; may be repeated.")]
 
+Weights = Annotated[
+    str, typer.Option("--token-weights", metavar="KIND", help="How tokens count in H: none, attention, first-N or chunk-A-B.")
+]
+
 
 @command(resumes=True)
 def run(
     model: Model, output: Output, calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
-    seed: Seed = 0, method: Methods = None, level: Levels = None, as_json: Json = False,
+    seed: Seed = 0, token_weights: Weights = "none", method: Methods = None, level: Levels = None, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure a model on a text. A call that was cut off continues where it stopped."""
     count = token_count(tokens)
@@ -28,8 +32,8 @@ def run(
     from assay.report import tables
 
     measured = assay.profile(
-        model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=method or REHEARSED,
-        levels=level or (), progress=Bars(),
+        model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
+        levels=level or (), token_weights=token_weights, progress=Bars(),
     )  # fmt: skip
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     return Answer(facts, lambda: tables.profiled(facts))

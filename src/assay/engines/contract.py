@@ -14,7 +14,7 @@ class Contract:
     layout: how weights are stored; since: the first version known to read it; formats: see `FORMATS`; bits,
     group_sizes (None is one group per row) and symmetric narrow them, () for all; sums: whether exact weights and
     low-rank terms may go with the codes; fused: roles that share one level; head, embedding, experts, transposed:
-    whether these may be compressed.
+    whether these may be compressed; least_outputs: rows that a matrix must have.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Contract:
     embedding: bool = False
     experts: bool = False
     transposed: bool = False
+    least_outputs: int = 1
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
 
@@ -41,8 +42,8 @@ class Contract:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"
         return None
 
-    def refuses(self, role: str, transposed: bool, expert: int | None) -> str | None:
-        """Why a weight must stay as it is; None when it may be compressed."""
+    def refuses(self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None) -> str | None:
+        """Why a weight [out, in] must stay as it is; None when it may be compressed."""
         if transposed and not self.transposed:
             return f"{self.name} can't hold a transposed (Conv1D) layer in {self.layout}"
         if expert is not None and not self.experts:
@@ -51,6 +52,8 @@ class Contract:
             return f"{self.name} keeps the head"
         if role == "embedding" and not self.embedding:
             return f"{self.name} keeps the embedding"
+        if shape[0] < self.least_outputs:
+            return f"{self.name} can't read compressed matrices of fewer than {self.least_outputs} outputs"
         return None
 
     def takes(self, level: Level, columns: int) -> bool:

@@ -33,7 +33,9 @@ def export(folder: Path, to: str, destination: Path) -> None:
     if to == "compressed-tensors":
         if (source.config.get("quantization_config") or {}).get("quant_method") != "compressed-tensors":
             raise InputError(f"{folder} is not in that layout; compress it for transformers or vllm instead")
-        shutil.copytree(source.folder, destination)
+        write.check_space(destination.absolute().parent, source.weight_bytes)
+        with write.new_folder(destination) as folder:
+            shutil.copytree(source.folder, folder, dirs_exist_ok=True)
         return
     if to != "plain":
         raise InputError(f"unknown layout {to!r}; there are plain and compressed-tensors")

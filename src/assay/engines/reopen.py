@@ -30,6 +30,8 @@ def compare(
     for name in source.names:
         if name in packed and contract.layout != "plain":
             meant = packed[name]()
+            if written.levels.get(name) != meant.level:
+                raise ShortfallError(f"{destination}: config.json does not say that {name} is at level {meant.level.name}")
             own = contract.layout == "assay"
             found = written.read_packed(name).decode() if own else library_decode(written, name, meant.level)
             expected |= {name.removesuffix("weight") + suffix for suffix in meant.tensors()}

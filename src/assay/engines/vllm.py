@@ -4,5 +4,6 @@ from assay.engines.contract import Contract
 
 CONTRACT = Contract(
     name="vllm", layout="pack-quantized", since="vllm 0.10", bits=(4, 8), group_sizes=(32, 64, 128, None),
-    symmetric=(True, False), experts=True, fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
+    symmetric=(True, False), experts=True, least_outputs=9,
+    fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,25 @@ def write(
     packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
     InputError when the disk is too small; leaves nothing behind when anything fails.
     """
+    check_space(destination.absolute().parent, _expected_bytes(source, levels, contract, transposed))
+    tensors = (output_tensors(source, name, packed, contract, transposed) for name in source.names)
+    with new_folder(destination) as folder:
+        write_shards(folder, tensors, shard_bytes)
+        copy_side_files(folder, source)
+        _write_config(folder, source, contract, levels, transposed)
+        for name, text in extra_files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A hidden folder to write into, which becomes `destination`, complete and durable, or goes if anything fails."""
     partial = destination.absolute().with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    _check_space(partial.parent, source, levels, contract)
     partial.mkdir()
     try:
-        _write_tensors(partial, source, packed, contract, transposed, shard_bytes)
-        _write_side_files(partial, source, contract, levels, transposed, extra_files)
+        yield partial
         for path in sorted(partial.rglob("*")):
             _sync(path)
         _sync(partial)
@@ -75,7 +89,7 @@ def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: froz
     facts = {
         name: {
             "level": level.name,
-            "dtype": str(plain_dtype(source, name)).removeprefix("torch."),
+            "dtype": str(source.dtype(name)).removeprefix("torch."),
             "transposed": name in transposed,
         }
         for name, level in sorted(levels.items())
@@ -91,14 +105,13 @@ def output_tensors(
         result = packed[name]()
         if contract.layout != "plain":
             return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
-        weight = result.decode().to(plain_dtype(source, name))
+        weight = result.decode().to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
-        weight = source.read(name)
-        half = weight.to(torch.bfloat16)
-        return {name: half if torch.equal(half.to(weight.dtype), weight) else weight}
-    stored = dict(source.iter_raw(source.parts(name)))
-    return _lossless(name, stored[name]) if contract.layout == "assay" and name in stored else stored
+        stored = {name: source.read(name).to(source.kept_dtype(name))}
+    else:
+        stored = dict(source.iter_raw([name]))
+    return _lossless(name, stored[name]) if contract.layout == "assay" else stored
 
 
 def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -113,21 +126,20 @@ def _lossless(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def kept_nbytes(source: Checkpoint, name: str, contract: Contract) -> int:
     """Bytes of a tensor that is not compressed, as it will be stored."""
     if contract.layout != "assay":
-        return source.nbytes(name)
+        return source.kept_nbytes(name)
     return sum(t.nbytes for t in output_tensors(source, name, {}, contract, frozenset()).values())
 
 
-def plain_dtype(source: Checkpoint, name: str) -> torch.dtype:
-    """Dtype of a decoded weight."""
-    return source.dtype(name)
+def plain_nbytes(source: Checkpoint, name: str) -> int:
+    """Bytes of a decoded weight."""
+    return math.prod(source.shape(name)) * source.dtype(name).itemsize
 
 
-def _write_tensors(
-    folder: Path, source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
-) -> None:
+def write_shards(folder: Path, tensors: Iterable[Mapping[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors as they come, in as many safetensors files as needed, with an index where there are several."""
     shards: list[list[str]] = []
     total = 0
-    for shard in _shards(source, packed, contract, transposed, limit):
+    for shard in _shards(tensors, shard_bytes):
         save_file(shard, folder / f"part-{len(shards):05d}", {"format": "pt"})
         shards.append(sorted(shard))
         total += sum(t.nbytes for t in shard.values())
@@ -143,13 +155,10 @@ def _write_tensors(
     (folder / INDEX).write_text(json.dumps(index_text, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
-    source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str], limit: int
-) -> Iterator[dict[str, Tensor]]:
+def _shards(parts: Iterable[Mapping[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
-    for name in source.names:
-        tensors = output_tensors(source, name, packed, contract, transposed)
+    for tensors in parts:
         extra = sum(t.nbytes for t in tensors.values())
         if shard and size + extra > limit:
             yield shard
@@ -159,16 +168,19 @@ def _shards(
     yield shard
 
 
-def _write_side_files(
-    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str],
-    extra_files: Mapping[str, str],
-) -> None:  # fmt: skip
+def copy_side_files(folder: Path, source: Checkpoint) -> None:
+    """Copy all that belongs to a model beside weights and config; not what assay said about an earlier step."""
     for path in source.side_files():
         target = folder / path.relative_to(source.folder)
         if target.parts[len(folder.parts)] == "assay":
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _write_config(
+    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str]
+) -> None:
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if contract.layout == "assay":
         config["quantization_config"] = own_config(source, levels, transposed)
@@ -177,20 +189,27 @@ def _write_side_files(
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
         config["quantization_config"] = quantization_config(levels, kept)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name, text in extra_files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
 
 
-def _check_space(folder: Path, source: Checkpoint, levels: Mapping[str, Level], contract: Contract) -> None:
-    need = HEADROOM
+def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: Contract, transposed: frozenset[str]) -> int:
+    need = 0
     for name in source.names:
-        rows_columns = source.shape(name)
-        small = name in levels and contract.layout != "plain"
-        need += levels[name].nbytes(rows_columns[0], rows_columns[1], 4) if small else source.nbytes(name)
-    free = shutil.disk_usage(folder).free
+        if name not in levels:
+            need += source.kept_nbytes(name)
+        elif contract.layout == "plain":
+            need += plain_nbytes(source, name)
+        else:
+            rows, columns = source.shape(name)[:: -1 if name in transposed else 1]
+            need += levels[name].nbytes(rows, columns, 4)
+    return need
+
+
+def check_space(folder: Path, nbytes: int) -> None:
+    """Refuse a disk that can't take `nbytes` of weights and some side files. Raises InputError."""
+    need, free = nbytes + HEADROOM, shutil.disk_usage(folder).free
     if free < need:
-        raise InputError(f"{folder}: {free / 1e9:.2f} GB free where the result needs {need / 1e9:.2f} GB")
+        wanted = f"{free / 1e6:,.0f} MB free where the result needs {need / 1e6:,.0f} MB"
+        raise InputError(f"{folder}: {wanted}; free some or choose a folder on another disk")
 
 
 def _sync(path: Path) -> None:

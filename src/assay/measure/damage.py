@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -20,13 +19,15 @@ class Curvature:
     """Statistics of one site.
 
     h: [in, in], or [in] for a diagonal; g: [out, out], or [out] for a diagonal; share in (0, 1];
-    tokens: how many tokens h and g are averages over.
+    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for.
     """
 
     h: Tensor
     g: Tensor
     share: float
     tokens: int
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
 
     def damage(self, change: Tensor) -> float:
         """Nats per token of a change [out, in], float32."""
@@ -38,25 +39,3 @@ class Curvature:
 def diagonal(matrix: Tensor) -> Tensor:
     """Diagonal of a matrix, or the vector that stands for one."""
     return matrix if matrix.ndim == 1 else matrix.diagonal()
-
-
-def pivots(matrix: Tensor, damping: float = 0.01) -> Tensor:
-    """What is left of each diagonal entry once error feedback has used all the others after it.
-
-    The D of the factorisation L D Lᵀ in the order of falling diagonal: with error feedback the expected
-    loss of rounding has these in the place of the diagonal (QuIP: 2-Bit Quantization of Large Language
-    Models With Guarantees, 2023). matrix: [n, n] or a diagonal [n], float32. Returns [n], float32.
-    """
-    if matrix.ndim == 1:
-        return matrix
-    mean = matrix.diagonal().mean().clamp_min(1e-30)
-    damped = matrix + damping * mean * torch.eye(len(matrix))
-    order = damped.diagonal().argsort(descending=True, stable=True)
-    for step in range(12):
-        factor, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
-        if not failed:
-            result = torch.empty(len(matrix))
-            result[order] = factor.diagonal().square().flip(0)
-            return result
-        damped = damped + damping * 2**step * mean * torch.eye(len(matrix))
-    return matrix.diagonal().clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +14,21 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from assay.measure.capture import Capture
+from assay.measure import tokens
+from assay.measure.capture import Capture, OnProduct
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
-from assay.measure.stream import Activations, StreamedModel, batches, micro
+from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
 from assay.measure.text import Windows
+from assay.measure.weightwise import WeightSums
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
 from assay.model.files import load_tensors, save_json, save_tensors
 from assay.model.progress import Progress
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
 
-VERSION = 1
+VERSION = 2
+WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 _EMPTY = "none"
 
@@ -56,16 +59,21 @@ class Profile:
         """Size of the profile on disk."""
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
 
-    def curvatures(self, block: int | None) -> Curvatures:
+    def curvatures(self, block: int | None, weightwise: Sequence[str] = ()) -> Curvatures:
         """Statistics of every site of one block, or of those outside the blocks, by site name."""
-        return Curvatures(self.folder, block, int(self.index["calibration"]["tokens"]))
+        return Curvatures(self.folder, block, int(self.index["calibration"]["tokens"]), weightwise)
 
 
 class Curvatures(Mapping[str, Curvature]):
-    """Statistics on disk as averages per token, read one site at a time. total: calibration tokens."""
+    """Statistics on disk as averages per token, read one site at a time.
 
-    def __init__(self, folder: Path, block: int | None, total: int) -> None:
+    total: calibration tokens; weightwise: which of `WEIGHTWISE` to read as well, where they were measured.
+    """
+
+    def __init__(self, folder: Path, block: int | None, total: int, weightwise: Sequence[str] = ()) -> None:
         name = _block_name(block)
+        files = {kind: folder / f"{name}.{kind}.safetensors" for kind in weightwise}
+        self._weightwise = {kind: path for kind, path in files.items() if path.exists()}
         self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
         self._total = total
         with safe_open(self._gradients, framework="pt") as file:
@@ -78,7 +86,11 @@ class Curvatures(Mapping[str, Curvature]):
             h = file.get_tensor(reads) / max(seen, 1)
         with safe_open(self._gradients, framework="pt") as file:
             g = file.get_tensor(f"{site}|{reads}") / max(seen, 1)
-        return Curvature(h, g, seen / self._total, seen)
+        more = {}
+        for kind, path in self._weightwise.items():
+            with safe_open(path, framework="pt") as file:
+                more[kind] = file.get_tensor(site)
+        return Curvature(h, g, seen / self._total, seen, **more)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -87,9 +99,15 @@ class Curvatures(Mapping[str, Curvature]):
         return len(self._keys)
 
 
-def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress) -> None:
+def measure(
+    model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress,
+    weightwise: Sequence[str] = (), token_weights: str = "none",
+) -> None:  # fmt: skip
     """Two sweeps over the model: inputs (H) forwards, output gradients (G) backwards.
 
+    weightwise: further statistics with a number for every weight of the blocks: "fisher", the mean over tokens of
+    squared gradients, labels sampled from the model as for G; "gradient", of the mean loss on the text itself.
+    token_weights: how much the tokens count in the H of the blocks, see `tokens`.
     Every finished block is durable, and a second call continues where the first was cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,21 +117,26 @@ def measure(model: StreamedModel, windows: Windows, folder: Path, seed: int, pro
         return
     parts = batches(windows.ids)
     with stored_precision(model.checkpoint):
-        _sweep(model, parts, folder, work, seed, progress)
+        _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()
     shutil.rmtree(work.folder)
 
 
-def _sweep(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, progress: Progress) -> None:
+def _sweep(
+    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, progress: Progress,
+    weightwise: Sequence[str], token_weights: str,
+) -> None:  # fmt: skip
     with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
-        _forward(model, parts, folder, work, advance)
+        _forward(model, parts, folder, work, advance, token_weights)
     with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
-        _tail(model, parts, folder, work, seed)
+        _tail(model, parts, folder, work, seed, weightwise)
         advance()
-        _backward(model, parts, folder, work, advance)
+        _backward(model, parts, folder, work, advance, weightwise)
 
 
-def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
+def _forward(
+    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
+) -> None:
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))
@@ -126,6 +149,7 @@ def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
+                    sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b)
                     work.put(f"h{index + 1}", b, hidden)
@@ -134,12 +158,16 @@ def _forward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
         advance()
 
 
-def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int) -> None:
+def _tail(
+    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, weightwise: Sequence[str]
+) -> None:
     """Gradients of the sampled-label loss at the last block's output, and the head's statistics."""
     depth = len(model.blocks)
     target = folder / "head.partial.safetensors"
     if target.exists():
         return
+    if "gradient" in weightwise:
+        _text_tail(model, parts, work)
     head = [s for s in model.anatomy.sites.values() if s.role == "head"]
     inputs, outputs = Sums(), torch.zeros(model.vocabulary)
     with model.outside(tail=True):
@@ -161,6 +189,21 @@ def _tail(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activat
     save_tensors(target, inputs.values or {_EMPTY: torch.zeros(1)})
 
 
+def _text_tail(model: StreamedModel, parts: list[Tensor], work: Activations) -> None:
+    """Gradients of the loss on the text at the last block's output."""
+    depth = len(model.blocks)
+    with model.outside(tail=True):
+        for b, ids in enumerate(parts):
+            hidden = work.get(f"h{depth}", b)
+            pieces = micro(hidden, model.vocabulary)
+            gradients = []
+            for piece, labels in zip(pieces, ids.split([len(p) for p in pieces]), strict=True):
+                piece.requires_grad_(True)
+                token_losses(model.logits(piece), labels).sum().backward()
+                gradients.append(piece.grad if piece.grad is not None else torch.zeros_like(piece))
+            work.put(f"t{depth}", b, torch.cat(gradients))
+
+
 def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
     """One label per row of probabilities [tokens, vocabulary], by inversion (twenty times multinomial's speed)."""
     sums = p.cumsum(-1)
@@ -168,25 +211,48 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(sums, draws)[:, 0].clamp(max=p.shape[1] - 1)
 
 
-def _backward(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any) -> None:
+def _backward(
+    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
+) -> None:
+    total = sum(p.numel() for p in parts)
+    counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{_block_name(index)}.G.safetensors"
         if not target.exists():
-            sums = Sums()
-            sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
-            with model.block(index) as block:
+            sums, more = Sums(), {kind: WeightSums() for kind in weightwise}
+            sites = model.anatomy.block_sites(index)
+            flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
+            if "fisher" in more:
+                flows["g"].append(more["fisher"].fisher)
+            if "gradient" in more:
+                flows["t"] = [more["gradient"].gradient]
+            with model.block(index):
                 for b in range(len(parts)):
-                    hidden = work.get(f"h{index}", b).requires_grad_(True)
-                    with Capture(block, name, sites, sums.gradients):
-                        out = model.run_block(index, hidden, b)
-                    out.backward(work.get(f"g{index + 1}", b))
-                    work.put(f"g{index}", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
+                    for flow, watchers in flows.items():
+                        _descend(model, index, b, work, flow, watchers)
             sums.unreached(sites)
+            for kind, found in more.items():
+                found.untouched(sites)
+                save_tensors(folder / f"{_block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
             save_tensors(target, sums.values)
-        work.drop(f"h{index + 1}")
-        work.drop(f"g{index + 1}")
+        for flow in ("h", "g", "t"):
+            work.drop(f"{flow}{index + 1}")
         advance()
     _outside(model, parts, folder, work)
+
+
+def _descend(model: StreamedModel, index: int, b: int, work: Activations, flow: str, watchers: Sequence[OnProduct]) -> None:
+    """One batch's gradients through a loaded block: from its output to its input."""
+
+    def watch(sites: list[Site], x: Tensor, y: Tensor) -> None:
+        for watcher in watchers:
+            watcher(sites, x, y)
+
+    hidden = work.get(f"h{index}", b).requires_grad_(True)
+    with Capture(model.blocks[index], model.anatomy.block_names[index], model.anatomy.block_sites(index), watch):
+        out = model.run_block(index, hidden, b)
+    out.backward(work.get(f"{flow}{index + 1}", b))
+    work.put(f"{flow}{index}", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
 
 
 def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations) -> None:
@@ -209,25 +275,31 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
 
 
 class Sums:
-    """Sums over tokens, float32: second moments by key, and the tokens they cover."""
+    """Sums over tokens, float32: second moments by key, and the tokens they cover.
+
+    weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
+    """
 
     def __init__(self) -> None:
+        self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
 
-    def add(self, key: str, rows: Tensor) -> None:
-        """Add the second moment of rows [..., n] to the sum at `key`."""
+    def add(self, key: str, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add the second moment of rows [..., n], each times its weight, to the sum at `key`."""
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if key not in self.values:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
-        self.values[key].addmm_(flat.T, flat)
+        self.values[key].addmm_(flat.T, flat if weights is None else flat * weights.reshape(-1, 1))
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""
         reads = sites[0].reads
         owner = self._latest.setdefault(f"owner|{reads}", hash(sites[0].name))
         if owner == hash(sites[0].name):
-            self.add(reads, x)
+            if self.weights is not None and self.weights.numel() != x.numel() // x.shape[-1]:
+                raise InputError(f"{sites[0].name} sees some tokens only; profile models with experts without token weights")
+            self.add(reads, x, self.weights)
             key = f"n|{reads}"
             self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
             self._latest[reads] = x.data_ptr()
@@ -255,11 +327,6 @@ class Sums:
         """Sites that no gradient reached get zeros."""
         for site in sites:
             self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros(site.shape[0], site.shape[0]))
-
-
-def key_of(site: Site) -> str:
-    """Name of a site in profiles and plans: the tensor, and the part of it for stacked experts."""
-    return site.name if not site.stacked else f"{site.name}[{site.expert},{site.rows}]"
 
 
 def save_index(folder: Path, index: Mapping[str, Any]) -> Profile:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.sites import Anatomy, Site, empty_model, survey
@@ -162,6 +163,7 @@ class StreamedModel:
                 store = module._parameters if leaf in module._parameters else module._buffers
                 store[leaf] = _emptied(store[leaf])
             self.model.tie_weights()
+            memory.release()
 
     def _home(self, path: str) -> tuple[nn.Module, str]:
         module, _, leaf = path.rpartition(".")

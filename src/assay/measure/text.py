@@ -38,10 +38,14 @@ class Windows:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises InputError when it is missing or larger than the model's vocabulary."""
+    """The checkpoint's tokenizer. Raises InputError when it is missing, empty, or code of its own."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            problem = f"{checkpoint.folder}: the tokenizer is code, which assay never runs"
+            wanted = "remove auto_map and tokenizer_class from tokenizer_config.json if tokenizer.json does without it"
+            raise InputError(f"{problem}; {wanted}") from error
         raise InputError(f"{checkpoint.folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
     if len(tokenizer) == 0:
         raise InputError(f"{checkpoint.folder}: the tokenizer is empty; copy tokenizer.json from the original model")
@@ -94,7 +98,12 @@ def _documents(source: str, split: Split) -> Iterator[str]:
     if source == BUILTIN:
         from assay.builtin.corpus import corpus
 
-        yield from (document.text for document in corpus(split))
+        try:
+            documents = corpus(split)
+        except FileNotFoundError as error:
+            option = "--calibration" if split == "calibration" else "--text"
+            raise InputError(f"{error}; give a text file with {option}") from error
+        yield from (document.text for document in documents)
         return
     path = Path(source)
     if path.is_dir():

@@ -6,7 +6,8 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,59 +18,81 @@ from assay.model.level import Level
 from assay.model.packed import Packed
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of a batch of equal-shaped matrices, float32; None for what was not measured or not asked for.
+
+    h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients;
+    gradient: [batch, out, in] of the mean loss on the text; fisher: [batch, out, in] mean over tokens of its square,
+    labels sampled from the model.
+    """
+
+    h: Tensor | None = None
+    g: Tensor | None = None
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
+
+
 @runtime_checkable
 class Method(Protocol):
     """Facts that every method states about itself.
 
-    verb: score, encode, combine, attach or train; needs: statistics it reads ("H", "G");
-    prices: which price of the profile predicts it; paper: title and year of its source; formats: of the levels
-    that it can be asked for; levels: those that it offers a plan, for rows of so many weights.
+    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
+    paper: title and year of its source.
     """
 
     verb: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
-    prices: ClassVar[str]
     paper: ClassVar[str]
+
+
+class Encoder(Method, Protocol):
+    """A method that turns weights into their compressed form.
+
+    prices: which price of the profile predicts it; formats: of the levels that it can be asked for; levels:
+    those that it offers a plan, for rows of so many weights.
+    """
+
+    prices: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
 
     def levels(self, columns: int) -> list[Level]:
         """See above; menus.py holds what most methods share."""
         ...
 
-
-class Encoder(Method, Protocol):
-    """A method that turns weights into their compressed form."""
-
-    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """Compress a batch of equal-shaped matrices.
 
-        weight: float32 [batch, out, in]; h: float32 [batch, in, in] second moment of the inputs;
-        g: float32 [batch, out, out] second moment of the output gradients; either may be None.
+        weight: float32 [batch, out, in]; scale_dtype: of scales, tables, factors and exact weights; stats: those of
+        `needs` that were measured.
         """
         ...
 
 
-_FOLDERS = ("quantize",)
-
-
-def names() -> list[str]:
-    """Every method, in alphabetical order."""
-    return sorted(_homes())
+def names(folder: str = "quantize") -> list[str]:
+    """Every method of a folder, in alphabetical order."""
+    return sorted(_files(folder))
 
 
 def get(name: str) -> type[Encoder]:
-    """The class of a method by its file name. Raises InputError naming the nearest."""
-    homes = _homes()
-    if name not in homes:
-        near = difflib.get_close_matches(name, homes, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(homes))}"
-        raise InputError(f"unknown method {name!r}; {hint}")
-    found: type[Encoder] = importlib.import_module(f"assay.methods.{homes[name]}.{name}").METHOD
+    """The class of an encoder by its file name. Raises InputError naming the nearest."""
+    found: type[Encoder] = load(name, "quantize")
     return found
 
 
-def _homes() -> dict[str, str]:
-    return {file: folder for folder in _FOLDERS for file in _files(folder)}
+def weightwise(*methods: str) -> list[str]:
+    """Statistics with a number for every weight that these methods need."""
+    return sorted({need for name in methods for need in get(name).needs} - {"H", "G"})
+
+
+def load(name: str, folder: str) -> Any:
+    """The class of a method of a folder by its file name. Raises InputError naming the nearest."""
+    known = names(folder)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"unknown method {name!r}; {hint}")
+    return importlib.import_module(f"assay.methods.{folder}.{name}").METHOD
 
 
 def _files(folder: str) -> Iterator[str]:

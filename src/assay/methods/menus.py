@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from assay.model.level import FORMATS, Level
 
@@ -19,6 +20,11 @@ def integers(columns: int) -> list[Level]:
     return _fitting(found, columns)
 
 
+def symmetric(columns: int) -> list[Level]:
+    """Evenly spaced levels around zero."""
+    return _fitting((Level(b, g, True) for b in INTEGER_BITS for g in GROUPS), columns)
+
+
 def of_format(name: str, columns: int) -> list[Level]:
     """Every level of a format."""
     if name == "int":
@@ -29,3 +35,13 @@ def of_format(name: str, columns: int) -> list[Level]:
 
 def _fitting(levels: Iterable[Level], columns: int) -> list[Level]:
     return [x for x in levels if x.group_size is None or (columns % x.group_size == 0 and x.group_size < columns)]
+
+
+def with_sparse(levels: Iterable[Level], share: float) -> list[Level]:
+    """The same levels with a share of the weights kept exactly."""
+    return [replace(x, sparse=share) for x in levels]
+
+
+def with_rank(levels: Iterable[Level], rank: int) -> list[Level]:
+    """The same levels with a low-rank product added."""
+    return [replace(x, rank=rank) for x in levels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ SINGLE = "model.safetensors"
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _MAX_HEADER = 100_000_000
@@ -124,6 +126,20 @@ class Checkpoint:
         """Stored bytes of a logical tensor, its scales included."""
         return sum(self.stored[part].nbytes for part in self.parts(name))
 
+    def kept_dtype(self, name: str) -> torch.dtype:
+        """Dtype in which a logical tensor is written when it stays as it is: one that holds its values exactly."""
+        scale = self._fp8_scale(name) if name in self.stored else None
+        if scale is None:
+            return self.dtype(name)
+        mantissas = torch.frexp(self._raw(scale).float()).mantissa
+        return torch.bfloat16 if bool((mantissas.abs() == 0.5).all()) else torch.float32
+
+    def kept_nbytes(self, name: str) -> int:
+        """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
+        if len(self.parts(name)) == 1:
+            return self.nbytes(name)
+        return math.prod(self.shape(name)) * self.kept_dtype(name).itemsize
+
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that make up a logical one."""
         if name in self.stored:
@@ -162,6 +178,12 @@ class Checkpoint:
     def weight_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(p.stat().st_size for p in {i.shard for i in self.stored.values()})
+
+    @cached_property
+    def kept_file_bytes(self) -> int:
+        """Bytes of all weight files if every tensor stays."""
+        headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
+        return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
         """Every file a user needs beside the weights: all but weights, indexes and hidden files."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from assay.model.errors import InputError
 
 
 def save_text(path: Path, text: str) -> None:
@@ -29,6 +33,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     partial = path.with_name(path.name + ".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, dict(metadata or {}))
     _settle(partial, path)
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Removes a folder that wasn't there before when the work on it ends in an InputError."""
+    fresh = not folder.exists()
+    try:
+        yield
+    except InputError:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,6 @@ from assay.model.trellis import Trellis
 
 _NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
 SHAPE_BYTES = 16
-LONGEST = 1024
-"""Weights in one trellis sequence: longer ones gain below 0.01 bit, shorter ones can be encoded side by side."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,10 @@ class Format:
     bits: code widths that exist; group_sizes: None is one group per output row; scale_bytes: of one
     group's scale, None for the model's dtype; symmetric: whether levels with and without zero points exist;
     table: whose values are listed beside the codes, in float32 once a matrix or in the model's dtype once a row;
-    matrix_bytes: further bytes of a matrix;
-    by_column: whether the codes of a column, not of a row, are one stream of bits.
+    matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
+    are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
+    `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
+    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`.
     """
 
     bits: tuple[float, ...]
@@ -32,7 +32,9 @@ class Format:
     symmetric: tuple[bool, ...] = (True,)
     table: Literal["none", "matrix", "row"] = "none"
     matrix_bytes: int = 0
-    by_column: bool = False
+    input_bytes: int = 0
+    one_stream: bool = False
+    layout: Literal["codes", "planes", "salient", "vectors"] = "codes"
 
 
 ANY_GROUP = (32, 64, 128, None)
@@ -45,8 +47,15 @@ FORMATS = {
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
     "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
-    "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=8, by_column=True),
+    "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),
+    "planes": Format((2, 3, 4, 5, 6), ANY_GROUP, layout="planes"),
+    "salient": Format((1.35, 1.7, 2.4, 3.1), ANY_GROUP, layout="salient"),
+    "vector": Format((1, 1.5, 2, 2.5, 3, 4), (None,), layout="vectors"),
 }
+PLANES_BASE = 2
+VECTOR = 4
+STAGES: dict[float, tuple[int, ...]] = {1: (4,), 1.5: (6,), 2: (8,), 2.5: (6, 4), 3: (6, 6), 4: (8, 8)}
+"""Of a vector format's bits: the widths of the indices, one codebook of vectors of `VECTOR` weights each."""
 
 
 @dataclass(frozen=True)
@@ -124,26 +133,42 @@ class Level:
 
     def nbytes(self, rows: int, columns: int, scale_itemsize: int = 2) -> int:
         """Exact bytes of a [rows, columns] weight: codes, parameters, padding, shape, exact weights, low-rank factors."""
+        factors = self.rank * (rows + columns) * scale_itemsize
+        exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
+        body = {"codes": self._codes, "planes": self._planes, "salient": self._salient, "vectors": self._vectors}
+        return body[FORMATS[self.format].layout](rows, columns, scale_itemsize) + SHAPE_BYTES + factors + exact
+
+    def salient(self, rows: int, columns: int) -> int:
+        """How many weights a salient format stores in 8 bits."""
+        return round((self.bits - 1) / 7 * rows * columns)
+
+    def _codes(self, rows: int, columns: int, scale_itemsize: int) -> int:
         kind, groups = FORMATS[self.format], self.groups(columns)
-        line = sum(Trellis.of_rate(self.bits).words(n) for n in sequences(rows)) if kind.by_column else words(columns, self.bits)
-        codes = (columns if kind.by_column else rows) * line * 4
+        codes = 4 * (Trellis.of_rate(self.bits).words(rows * columns) if kind.one_stream else rows * words(columns, self.bits))
         scales = rows * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
         zeros = 0 if self.symmetric else words(rows, self.bits) * groups * 4
         tables = {"none": 0, "matrix": 4, "row": rows * scale_itemsize}[kind.table] * 2 ** int(self.bits)
-        factors = self.rank * (rows + columns) * scale_itemsize
-        exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
-        return codes + scales + zeros + tables + kind.matrix_bytes + SHAPE_BYTES + factors + exact
+        return codes + scales + zeros + tables + kind.matrix_bytes + kind.input_bytes * columns
+
+    def _planes(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        groups, planes = self.groups(columns), int(self.bits) - PLANES_BASE
+        codes = rows * words(columns, PLANES_BASE) * 4 + words(rows, PLANES_BASE) * groups * 4
+        return codes + planes * rows * words(columns, 1) * 4 + (1 + planes) * rows * groups * scale_itemsize
+
+    def _salient(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        kept = self.salient(rows, columns)
+        places, signs = rows * words(columns, 1) * 4, words(rows * columns - kept, 1) * 4
+        return places + signs + kept + 2 * rows * self.groups(columns) * scale_itemsize + rows * (scale_itemsize + 1)
+
+    def _vectors(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        indices = sum(columns * words(-(-rows // VECTOR), width) * 4 for width in STAGES[self.bits])
+        books = sum(VECTOR * 2**width for width in STAGES[self.bits])
+        return indices + (books + 2 * columns) * scale_itemsize
 
 
 def words(count: int, bits: float) -> int:
     """32-bit words that hold `count` codes of a whole number of bits."""
     return -(-count * int(bits) // 32)
-
-
-def sequences(rows: int) -> list[int]:
-    """How a column is cut into sequences of a trellis: as few as keep within LONGEST, as equal as can be."""
-    count = -(-rows // LONGEST)
-    return [rows * (i + 1) // count - rows * i // count for i in range(count)]
 
 
 def sparse_nbytes(kept: int, rows: int, columns: int, itemsize: int) -> int:

@@ -114,7 +114,7 @@ class PackedTable:
         """What the table is multiplied with, float32 [out, groups]."""
         assert self.scale is not None
         if self.scale.dtype == torch.uint8:
-            return torch.ldexp(torch.ones(()), self.scale.int() - 127)
+            return torch.ldexp(torch.ones_like(self.scale, dtype=torch.float32), self.scale.int() - 127)
         return self.scale.float() if self.global_scale is None else self.scale.float() * self.global_scale
 
     def tensors(self) -> dict[str, Tensor]:

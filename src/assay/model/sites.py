@@ -51,6 +51,11 @@ class Site:
         return self.shape[0] * self.shape[1]
 
 
+def key_of(site: Site) -> str:
+    """Name of a site in profiles and plans: the tensor, and the part of it for stacked experts."""
+    return site.name if not site.stacked else f"{site.name}[{site.expert},{site.rows}]"
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What is in a model: its blocks, its sites, and why every other tensor stays as it is."""
@@ -73,25 +78,27 @@ def facts() -> dict[str, Any]:
     return json.loads(resources.files("assay.model.arch").joinpath("families.json").read_text())
 
 
-def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """transformers' config of a checkpoint, any quantization of the files left out. Raises InputError."""
     kind = checkpoint.config.get("model_type")
     if kind is None:
         raise InputError(f"{checkpoint.folder}: config.json has no model_type; not a transformers model")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         if "trust_remote_code" in str(error):
-            raise InputError(f"{kind} runs code from its folder; allow it with --trust-remote-code") from error
+            problem = f"{checkpoint.folder}: {kind} needs code from its folder, which assay never runs"
+            wanted = f"give a version of the model that transformers {transformers.__version__} opens by itself"
+            raise InputError(f"{problem}; {wanted}") from error
         raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model with real buffers and parameters that take no memory. Raises InputError."""
-    config = load_config(checkpoint, trust_remote_code)
+    config = load_config(checkpoint)
     config.use_cache = False
     wanted = (checkpoint.config.get("architectures") or [None])[0]
     kinds = [
@@ -106,7 +113,7 @@ def empty_model(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreT
             kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
             if kind is None:
                 raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.config._experts_implementation = "eager"
     return model.eval()
 

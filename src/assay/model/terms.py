@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedInteger, PackedTable
 from assay.model.packed_trellis import PackedTrellis
+from assay.model.vectors import PackedVectors
 
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
-    "weight_signs", "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
+    "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
+    "weight_table_rest", "weight_low", "weight_places",
+    "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
 
@@ -96,4 +100,10 @@ def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtyp
         return PackedInteger.from_tensors(stored, level)
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
+    if level.format == "planes":
+        return PackedPlanes.from_tensors(stored, level)
+    if level.format == "salient":
+        return PackedSalient.from_tensors(stored, level)
+    if level.format == "vector":
+        return PackedVectors.from_tensors(stored, level)
     return PackedTable.from_tensors(stored, level, dtype)

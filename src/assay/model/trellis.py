@@ -24,6 +24,37 @@ STATE_BITS = 12
 """Default L: within 0.1 bit of the rate-distortion bound at 2, 3 and 4 bits."""
 WORD = 32
 _STATES_AT_ONCE = 1 << 20
+# By L and then k, from 1: what `permuted_quantiles` takes. Part of the stored format, so they never change.
+# Found by scripts/search_trellis.py.
+_TABLES: dict[int, tuple[tuple[int, int, int, int], ...]] = {
+    4: (
+        (9, 3, 1, 93), (13, 1, 2, 119), (3, 3, 1, 135), (1, 1, 1, 148),
+    ),
+    6: (
+        (33, 11, 2, 95), (15, 7, 2, 108), (45, 7, 3, 116), (41, 1, 5, 133),
+        (49, 15, 2, 139), (1, 27, 1, 148),
+    ),
+    8: (
+        (119, 5, 5, 90), (191, 21, 3, 105), (225, 11, 4, 113), (45, 1, 4, 115),
+        (143, 7, 5, 129), (95, 7, 5, 141), (105, 31, 3, 150), (1, 1, 5, 161),
+    ),
+    10: (
+        (389, 3, 8, 90), (793, 19, 5, 104), (121, 13, 6, 107), (959, 21, 4, 111),
+        (331, 1, 5, 117), (543, 13, 6, 123), (575, 1, 9, 134), (989, 127, 1, 142),
+    ),
+    12: (
+        (1799, 13, 8, 89), (927, 25, 7, 103), (3599, 243, 4, 105), (3847, 5, 8, 109),
+        (1665, 17, 7, 111), (1235, 29, 6, 111), (3451, 15, 8, 119), (3455, 13, 8, 128),
+    ),
+    14: (
+        (8503, 11, 10, 88), (12147, 39, 7, 101), (6169, 61, 7, 104), (9215, 379, 5, 107),
+        (1537, 109, 6, 110), (12341, 1989, 3, 110), (6527, 79, 7, 109), (11569, 5, 8, 116),
+    ),
+    16: (
+        (30149, 15, 12, 88), (17069, 133, 6, 102), (24209, 5, 9, 105), (39985, 41, 10, 107),
+        (38361, 9, 10, 109), (27223, 1, 13, 110), (5675, 127, 8, 110), (38887, 13, 12, 110),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,10 +80,9 @@ class Trellis:
     @classmethod
     def of_rate(cls, rate: float, state_bits: int = STATE_BITS) -> Trellis:
         """The trellis of `rate` bits a weight, a multiple of 0.25 from 1 to 8: 2.25 has steps of 2, 2, 2, 3 bits."""
-        quarters = round(4 * rate)
-        if 4 * rate != quarters or not 4 <= quarters <= 32:
+        if not 1 <= rate <= 8 or rate % 0.25:
             raise InputError(f"a trellis can't have {rate:g} bits a weight; use 1 to 8 in steps of 0.25")
-        low, above = divmod(quarters, 4)
+        low, above = divmod(int(4 * rate), 4)
         patterns = ((low,), (low, low, low, low + 1), (low, low + 1), (low, low + 1, low + 1, low + 1))
         return cls(patterns[above], state_bits)
 
@@ -112,21 +142,21 @@ class Trellis:
 
 @cache
 def _table(state_bits: int, k: int) -> Tensor:
-    """Values of the states after a step of k bits, float32 [2^L].
+    return permuted_quantiles(state_bits, *_TABLES[state_bits][k - 1])
 
-    State low + 2^h high has rank a low + 2^h b high + c modulo 2^L among 2^L quantiles of a Gaussian; a, b are odd, so
-    each rank is taken once, and c makes the complement of a state its negative. States that come from the same one,
-    or lead to the same one, get values spread over the whole range. Values are multiples of 2^-16, so that
-    the last bit of a quantile function can't change them.
+
+def permuted_quantiles(state_bits: int, a: int, b: int, split: int, percent: int) -> Tensor:
+    """A table of values of the states, float32 [2^L]: quantiles of a Gaussian of deviation `percent` / 100.
+
+    State low + 2^split high has rank a low + 2^split b high + c modulo 2^L; a and b are odd, so each rank is taken once,
+    and c makes the complement of a state its negative. With good a and b the states that come from one state, and
+    those that lead to one, have values spread over the whole range. Values are multiples of 2^-16, so that the last
+    bit of a quantile function can't change them.
     """
-    a, b, h, percent = _TABLES[state_bits][k - 1]
     count = 1 << state_bits
     states = torch.arange(count)
-    low, high = states & ((1 << h) - 1), states >> h
-    centre = -(1 + (a * ((1 << h) - 1) - (b << h)) % count) // 2
-    ranks = (a * low + (b * high << h) + centre) % count
+    low, high = states & ((1 << split) - 1), states >> split
+    c = -(1 + (a * ((1 << split) - 1) - (b << split)) % count) // 2
+    ranks = (a * low + (b * high << split) + c) % count
     quantiles = torch.special.ndtri((ranks.double() + 0.5) / count) * (percent / 100)
     return ((quantiles * 65536).round() / 65536).float()
-
-
-_TABLES = {12: tuple((1597, 2531, 6, 100) for _ in range(8))}

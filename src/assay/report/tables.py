@@ -90,10 +90,22 @@ def profiled(found: Facts) -> Group:
 
 def methods(rows: Sequence[Facts]) -> Table:
     """The methods, one a row."""
-    table = Table("name", "verb", "needs", "levels", "paper")
+    table = Table("name", "verb", "needs", "formats", "paper")
     for row in rows:
-        table.add_row(row["name"], row["verb"], ", ".join(row["needs"]) or UNKNOWN, str(row["levels"]), row["paper"])
+        table.add_row(
+            row["name"],
+            row["verb"],
+            ", ".join(row["needs"]) or UNKNOWN,
+            ", ".join(row.get("formats", ())) or UNKNOWN,
+            row["paper"],
+        )
     return table
+
+
+def transformed(found: Facts) -> Group:
+    """The end of `transform`."""
+    lines = [f"{step['name']}: {note}" for step in found["steps"] for note in step["notes"] or ("done",)]
+    return Group(f"{found['out']}: {size(found['source_bytes'])} -> {size(found['bytes'])}", *lines)
 
 
 def facts(found: Facts) -> Group:

@@ -108,13 +108,13 @@ def _trace(bits: int, steps: Any, tables: Any, phases: Any, after: int, x: Any, 
 
 
 @njit(nogil=True)
-def _search(bits: int, steps: Any, tables: Any, phases: Any, after: int, x: Any, root: Any, start: int, window: int,
-            states: Any) -> bool:  # fmt: skip
+def _search(bits: int, steps: Any, tables: Any, phases: Any, after: int, x: Any, root: Any, start: int, closed: bool,
+            window: int, states: Any) -> bool:  # fmt: skip
     """Fill `states` with the path of least sum of (root (x - value))^2; whether it is surely that path.
 
-    start: the group that the first step leaves and that the last one must end in; -1: both are free.
+    start: the group that the first step leaves, -1: any; closed: the last step must end in it too.
     after: bits of the step after the last. Only 2 `window` rows of costs are kept: from the best state so far the
-    older half of them is decided. That was right if the way back from later states joins it, which is checked.
+    older half of them is decided. That is right if the way back from later states joins it, which is checked.
     """
     n = len(x)
     rows = np.empty((min(2 * window, n) + 1, 1 << (bits - steps.min())), dtype=np.float32)
@@ -122,7 +122,7 @@ def _search(bits: int, steps: Any, tables: Any, phases: Any, after: int, x: Any,
     rows[0] = np.float32(0 if start < 0 else np.inf)
     if start >= 0:
         rows[0, start] = 0
-    decided, sure = 0, True
+    decided = 0
     for t in range(n):
         k, following = steps[phases[t]], steps[phases[t + 1]] if t + 1 < n else after
         groups = rows[(t + 1) % len(rows)][: 1 << (bits - following)]
@@ -130,32 +130,33 @@ def _search(bits: int, steps: Any, tables: Any, phases: Any, after: int, x: Any,
         _merge(cost, groups)
         if t % 16 == 15:
             groups -= _least(groups)
-        if t + 1 == decided + 2 * window and t + 1 < n:
-            joint, width = states[decided], steps[phases[decided]]
-            _trace(bits, steps, tables, phases, after, x, root, rows, decided, t + 1, np.argmin(groups), states)
-            sure = sure and (decided == 0 or states[decided] >> width == joint >> width)
-            decided += window
-    end = start if start >= 0 else np.argmin(rows[n % len(rows)][: 1 << (bits - after)])
-    joint, width = states[decided], steps[phases[decided]]
-    _trace(bits, steps, tables, phases, after, x, root, rows, decided, n, end, states)
-    return sure and (decided == 0 or states[decided] >> width == joint >> width)
+        if t + 1 < n and t + 1 < decided + 2 * window:
+            continue
+        end = start if t + 1 == n and closed else int(np.argmin(groups))
+        left, width = states[decided], steps[phases[decided]]
+        _trace(bits, steps, tables, phases, after, x, root, rows, decided, t + 1, end, states)
+        if decided and states[decided] >> width != left >> width:
+            return False
+        decided += window
+    return True
 
 
 @njit(nogil=True)
-def _best_path(bits: int, steps: Any, tables: Any, phases: Any, x: Any, root: Any, start: int, window: int,
-               states: Any) -> None:  # fmt: skip
+def best_path(bits: int, steps: Any, tables: Any, phases: Any, x: Any, root: Any, start: int, closed: bool,
+              window: int, states: Any) -> None:  # fmt: skip
     """`_search` with windows as long as it takes. Steps go round: the first one follows the last."""
-    while not _search(bits, steps, tables, phases, steps[phases[0]], x, root, start, window, states):
+    while not _search(bits, steps, tables, phases, steps[phases[0]], x, root, start, closed, window, states):
         window *= 4
 
 
 @njit(nogil=True, cache=True)
-def encode_rows(bits: int, steps: Any, tables: Any, window: int, reach: int, x: Any, weight: Any, words: Any, values: Any) -> None:
+def encode_rows(bits: int, steps: Any, tables: Any, window: int, reach: int, x: Any, weight: Any, words: Any,
+                values: Any) -> None:  # fmt: skip
     """Encode each row of x [rows, n] alone; fills words [rows, words] and the decoded values [rows, n].
 
     steps: bits of the steps in turn; tables [turns, 2^L]: the values of their states. weight [rows, n], or no columns:
-    all equal. Two searches: one around the seam finds the state where the end should meet the start, the other
-    encodes the whole row through it.
+    all equal. Two searches: one from `reach` before the end on into the start finds the group where they should
+    meet, the other encodes the whole row through it. window: of `_search`, to begin with.
     """
     n = x.shape[1]
     phases = np.arange(n) % len(steps)
@@ -167,8 +168,8 @@ def encode_rows(bits: int, steps: Any, tables: Any, window: int, reach: int, x: 
         if weight.shape[1]:
             top = weight[r].max()
             root[:] = np.sqrt(weight[r] / (top if top > 0 else np.float32(1)))
-        _best_path(bits, steps, tables, phases[seam], x[r][seam], root[seam], -1, window, nearby)
-        _best_path(bits, steps, tables, phases, x[r], root, nearby[side] >> steps[0], window, states)
+        best_path(bits, steps, tables, phases[seam], x[r][seam], root[seam], -1, False, window, nearby)
+        best_path(bits, steps, tables, phases, x[r], root, nearby[side] >> steps[0], True, window, states)
         _write(steps, phases, states, words[r])
         for t in range(n):
             values[r, t] = tables[phases[t], states[t]]

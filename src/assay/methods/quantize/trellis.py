@@ -1,4 +1,4 @@
-"""Rotated weights in a trellis code, columns in order, each error fed back into the columns to come."""
+"""Rotated weights in a trellis code along the antidiagonals, errors fed back through H and G."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import menus
+from assay.methods.base import Statistics
 from assay.methods.solve import trellis
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -19,14 +20,14 @@ from assay.model.trellis import Trellis
 
 @dataclass(frozen=True)
 class TrellisCoded:
-    """Rotated weights in a trellis code, columns in order, each error fed back into the columns to come.
+    """Rotated weights in a trellis code along the antidiagonals, errors fed back through H and G.
 
-    seed: of the rotation's signs.
+    seed: of the rotations' signs.
     """
 
     verb: ClassVar[str] = "encode"
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
-    prices: ClassVar[str] = "gptq"
+    prices: ClassVar[str] = "two_sided"
     paper: ClassVar[str] = "Q-Palette (2025); QTIP: Quantization with Trellises and Incoherence Processing (2024)"
     formats: ClassVar[tuple[str, ...]] = ("trellis",)
 
@@ -36,15 +37,12 @@ class TrellisCoded:
         """Every quarter of a bit."""
         return menus.of_format("trellis", columns)
 
-    def encode(
-        self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-    ) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        columns = weight.shape[-1]
-        inputs = torch.eye(columns).expand(len(weight), -1, -1) if h is None else rotate_both(h, self.seed)
-        code = Trellis.of_rate(level.bits)
-        streams, scales = trellis.solve(rotate(weight, self.seed), code, scale_dtype, inputs, g)
-        return [PackedTrellis(level, s, scale, columns, self.seed) for s, scale in zip(streams, scales, strict=True)]
+        turned = rotate(rotate(weight, self.seed).mT, self.seed).mT
+        moments = (None if m is None else rotate_both(m, self.seed) for m in (stats.h, stats.g))
+        found = trellis.solve(turned, Trellis.of_rate(level.bits), scale_dtype, *moments)
+        return [PackedTrellis(level, w, s, p, self.seed, bool(up)) for w, s, p, up in zip(*found, strict=True)]
 
 
 METHOD = TrellisCoded

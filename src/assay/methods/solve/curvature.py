@@ -49,27 +49,30 @@ def damp(moment: Tensor, amount: float | Tensor) -> Tensor:
     return set_diagonal(moment, diagonal(moment) + (amount * mean_diagonal(moment))[..., None])
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
     """(U, damping used): U upper triangular with inv(moment + damping) = U^T U, [..., n, n] float32.
 
     Damping is a fraction of the mean diagonal; for the matrices that are still not positive
     definite it is doubled (from 1e-6 at least) until they are. Reversing rows and columns turns the
     lower Cholesky factor into an upper one, whose inverse is U: one factorisation, one triangular solve,
-    and the inverse itself, which would square the condition number, is never formed. In float64,
-    because the loss of a few digits here would be paid in every weight.
+    and the inverse itself, which would square the condition number, is never formed. In float64 for solvers,
+    because the loss of a few digits here would be paid in every weight. Holds three matrices of `dtype` at most.
     """
-    moment = moment.double()
-    amount = torch.full(moment.shape[:-2], float(damping), dtype=torch.float64, device=moment.device)
+    reversed_ = moment.to(dtype).flip(-1, -2)
+    amount = torch.full(moment.shape[:-2], float(damping), dtype=dtype, device=moment.device)
     while True:
-        factor, info = torch.linalg.cholesky_ex(damp(moment, amount).flip(-1, -2))
+        factor, info = torch.linalg.cholesky_ex(damp(reversed_, amount))
         failed = info != 0
         if not bool(failed.any()):
             break
         if float(amount.max()) > MAX_DAMPING:
             raise ValueError("a second moment has no Cholesky factor even when damped tenfold; is it one?")
         amount = torch.where(failed, (2 * amount).clamp(min=1e-6), amount)
-    identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    upper = torch.linalg.solve_triangular(factor.flip(-1, -2), identity.expand_as(factor), upper=True)
+    del reversed_
+    factor = factor.flip(-1, -2)
+    upper = torch.zeros_like(factor)
+    upper.diagonal(dim1=-2, dim2=-1).fill_(1)
+    torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
     return upper.float(), float(amount.max())
 
 
@@ -80,6 +83,22 @@ def conditional_importance(factor: Tensor, order: Tensor) -> Tensor:
     the weight with which the error of column j enters the sum that error feedback minimises.
     """
     return factor.diagonal(dim1=-2, dim2=-1).square().reciprocal().gather(-1, order.argsort(-1))
+
+
+def feedback_cost(moment: Tensor, shrinkage: float, damping: float, falling: bool = True) -> Tensor:
+    """What a unit squared rounding error at each place costs once feedback has spread it, [n] in order of index.
+
+    With the factor U of the shrunken and damped moment M, an error r at place i becomes D = r U_i / U_ii, which
+    costs D M D^T: the D of L D L^T if nothing is shrunken (QuIP: 2-Bit Quantization of Large Language Models With
+    Guarantees, 2023). moment: [n, n], or a diagonal [n] that no feedback goes through.
+    """
+    if moment.ndim == 1:
+        return moment
+    order = falling_order(moment) if falling else torch.arange(len(moment))
+    moment = permute(moment, order)
+    factor, _ = inverse_factor(shrink(moment, shrinkage), damping, torch.float32)
+    spread = ((factor @ moment) * factor).sum(-1) / factor.diagonal().square()
+    return torch.empty_like(spread).index_copy_(0, order, spread)
 
 
 def falling_order(moment: Tensor) -> Tensor:

@@ -1,62 +1,71 @@
-"""Error feedback over the columns of a rotated weight, each column encoded by a trellis along its rows."""
+"""Two-sided error feedback in which every antidiagonal of the matrix is one sequence of a trellis.
+
+With D = A^T E U (see `wavefront`) the target of a weight depends on errors above it and to its left only, so the
+weights of an antidiagonal don't move each other: a Viterbi search may treat them as one sequence, each with its own
+cost 1 / (A_ii U_jj)^2, and feedback through H and G stays exact. The trellis goes on from one antidiagonal to the
+next; the first weights of each have fewer choices, so it starts at the end where errors cost less.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from assay.methods.grid import trellis
+from assay.methods.grid.trellis import MEMORIES_DECIDED
+from assay.methods.solve._trellis_waves import encode_waves
 from assay.methods.solve.curvature import damp, falling_order, inverse_factor, permute, shrink, take_columns
-from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.refine import row_scales
-from assay.model.level import sequences
+from assay.model.packed_trellis import place_of, visiting_order
+from assay.model.threads import spread
 from assay.model.trellis import Trellis
 
 
-class TrellisColumns:
-    """Column quantizer: rows are divided by their scale and weighted by what an error of theirs costs."""
+class Streams(NamedTuple):
+    """A batch of matrices as one stream each."""
 
-    def __init__(self, code: Trellis, scale: Tensor, cost: Tensor, order: Tensor) -> None:
-        """scale, cost: [batch, out], float32; order: the inputs in order of visit, [batch, in]."""
-        batch, rows = scale.shape
-        self.code, self.scale, self.order = code, scale, order
-        self.weight = cost * scale.square()
-        self.lengths = sequences(rows)
-        words = sum(code.words(n) for n in self.lengths)
-        self.streams = torch.empty(batch, order.shape[1], words, dtype=torch.int32)
-        self.values = torch.empty(batch, rows, order.shape[1])
-
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: scales are fixed."""
-
-    def __call__(self, column: int, values: Tensor) -> Tensor:
-        parts = zip((values / self.scale).split(self.lengths, 1), self.weight.split(self.lengths, 1), strict=True)
-        found = [trellis.encode(self.code, part, weight) for part, weight in parts]
-        places = self.order[:, column]
-        batch = torch.arange(len(values))
-        self.streams[batch, places] = torch.cat([f.stream for f in found], 1)
-        decoded = torch.cat([f.values for f in found], 1)
-        self.values[batch, :, places] = decoded
-        return decoded * self.scale
+    words: Tensor
+    """int32 [batch, words]"""
+    scale: Tensor
+    """[batch, out], in the scales' dtype"""
+    places: Tensor
+    """uint8 [batch, in], see `PackedTrellis`"""
+    upwards: Tensor
+    """bool [batch]"""
 
 
 def solve(
-    weight: Tensor, code: Trellis, scale_dtype: torch.dtype, H: Tensor, G: Tensor | None, *, shrinkage: float = 0.02,
-    damping: float = 0.01,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(streams int32 [batch, in, words], scales [batch, out] in `scale_dtype`) of a rotated weight [batch, out, in].
+    weight: Tensor, code: Trellis, scale_dtype: torch.dtype, H: Tensor | None, G: Tensor | None, *,
+    shrinkage: float = 0.02, output_shrinkage: float = 0.1, damping: float = 0.01,
+) -> Streams:  # fmt: skip
+    """Encode weights [batch, out, in], rotated on both sides, under H [batch, in, in] and G [batch, out, out], rotated too.
 
-    H: [batch, in, in] in the rotated basis; G: [batch, out, out] or None. Scales start at the rows' root mean square
-    and end at their least-squares optimum under H and G.
+    None for either: all weigh the same. Columns are visited by falling H_jj. Scales start at the rows' root
+    mean square and end at their least-squares optimum for the codes.
     """
-    inputs = shrink(H, shrinkage)
-    order = falling_order(inputs)
-    factor, used = inverse_factor(permute(inputs, order), damping)
+    batch, rows, columns = weight.shape
+    inputs = shrink(torch.eye(columns).expand(batch, -1, -1) if H is None else H, shrinkage)
+    outputs = shrink(torch.eye(rows).expand(batch, -1, -1) if G is None else G, output_shrinkage)
+    places = torch.stack([place_of(order.argsort()) for order in falling_order(inputs)])
+    order = torch.stack([visiting_order(p) for p in places])
+    weight, inputs = take_columns(weight, order), permute(inputs, order)
+    (right, used), (left, used_outputs) = inverse_factor(inputs, damping), inverse_factor(outputs, damping)
     scale = weight.square().mean(-1).sqrt()
-    scale = torch.where(scale > 0, scale, 1.0).to(scale_dtype)
-    cost = torch.ones_like(scale, dtype=torch.float32) if G is None else G.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-    columns = TrellisColumns(code, scale.float(), cost / cost.mean(1, keepdim=True), order)
-    column_feedback(take_columns(weight, order), factor, columns)
-    outputs = torch.eye(weight.shape[1]).expand(len(weight), -1, -1) if G is None else damp(shrink(G, 0.1), damping)
-    fitted = row_scales(weight, damp(inputs, used), outputs, columns.values, scale.float())
-    return columns.streams, fitted.to(scale_dtype)
+    empty = scale == 0
+    scale = scale.masked_fill(empty, 1.0).to(scale_dtype).float()
+    upwards = _costs_less_upwards(left, right)
+    words = torch.zeros(batch, code.words(rows * columns), dtype=torch.int32)
+    values = torch.empty_like(weight)
+    memory = -(-code.state_bits // min(code.steps))
+    shared = (code.state_bits, torch.tensor(code.steps).numpy(), code.tables().numpy(), MEMORIES_DECIDED * memory)
+    factors = (left.mT.contiguous(), right.mT.contiguous())
+    spread(encode_waves, batch, shared, (weight.contiguous(), scale, *factors, upwards, words, values))
+    fitted = row_scales(weight, damp(inputs, used), damp(outputs, used_outputs), values, scale)
+    return Streams(words, fitted.masked_fill(empty, 0.0).to(scale_dtype), places, upwards)
+
+
+def _costs_less_upwards(left: Tensor, right: Tensor) -> Tensor:
+    """Whether errors cost less in the first column than in the first row, bool [batch]: there the antidiagonals end."""
+    by_row, by_column = (f.diagonal(dim1=1, dim2=2).square().reciprocal() for f in (left, right))
+    return by_column[:, 0] / by_column.mean(1) < by_row[:, 0] / by_row.mean(1)

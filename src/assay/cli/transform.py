@@ -1,0 +1,33 @@
+"""assay transform: other weights, the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from assay.cli.answer import Answer, command
+from assay.cli.options import Json, Model, Output
+
+With = Annotated[
+    list[str],
+    typer.Option("--with", metavar="NAME", help="A transform, like rotate or awq:bits=3; may be repeated.", show_default=False),
+]
+ProfileFolder = Annotated[
+    Path | None, typer.Option("--profile", metavar="PROFILE", help="A profile of MODEL, for those that read one.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random rotations.")]
+
+
+@command()
+def run(
+    model: Model, wanted: With, output: Output, profile: ProfileFolder = None, seed: Seed = 0, as_json: Json = False
+) -> Answer:
+    """Change the weights of a model and not its function, so that it compresses better."""
+    import assay
+    from assay.cli.progress import Bars
+    from assay.report import tables
+
+    report = assay.transform(model, output, wanted, profile=profile, seed=seed, progress=Bars())
+    return Answer(report, lambda: tables.transformed(report))

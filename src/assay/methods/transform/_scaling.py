@@ -1,0 +1,141 @@
+"""Scales of input channels: which matrices share them, what takes their inverse, and what rounding costs under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.measure.damage import Curvature, diagonal
+from assay.methods.grid.integer import IntegerGrid
+from assay.methods.transform._subject import Subject
+from assay.methods.transform.norm_fold import gain_of
+from assay.model.sites import key_of
+from assay.model.streams import Inner, Linear, Norm
+from assay.model.weights import Edits, Weights
+
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Round to nearest on groups of inputs, as a score sees it.
+
+    rows: of a matrix with more rows, so many evenly spaced ones stand for all.
+    """
+
+    bits: int
+    group_size: int
+    dtype: torch.dtype
+    rows: int = 512
+
+    def grid(self, columns: int) -> IntegerGrid:
+        """The grid for rows of `columns` weights: the asked group size, else the next that divides them."""
+        sizes = (self.group_size, 64, 32)
+        size = next((g for g in sizes if g <= self.group_size and columns % g == 0), None)
+        return IntegerGrid(self.bits, size, symmetric=False, scale_dtype=self.dtype)
+
+    def damage(self, matrices: Sequence[tuple[Tensor, Curvature]], scale: Tensor) -> float:
+        """Nats per token that rounding costs when the columns are multiplied by `scale` [in] first.
+
+        matrices: weights [out, in], float32, with their curvature.
+        """
+        total = 0.0
+        for weight, curvature in matrices:
+            grid = self.grid(weight.shape[1])
+            scaled = (weight * scale).to(self.dtype).float()
+            affine = grid.fit(scaled)
+            total += curvature.damage(grid.decode(grid.encode(scaled, affine), affine).float() / scale - weight)
+        return total
+
+    def sampled(self, weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
+        """A matrix and its curvature, or some evenly spaced rows of both with a share raised to stand for all."""
+        if len(weight) <= self.rows:
+            return weight, curvature
+        picked = torch.linspace(0, len(weight) - 1, self.rows).round().long()
+        g = curvature.g[picked] if curvature.g.ndim == 1 else curvature.g[picked][:, picked]
+        raised = curvature.share * float(diagonal(curvature.g).sum() / diagonal(g).sum().clamp_min(1e-30))
+        return weight[picked], Curvature(curvature.h, g, raised, curvature.tokens)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices whose input channels can be multiplied by scales, since what writes them can be divided.
+
+    Exactly one of norm and inner is set.
+    """
+
+    block: int
+    readers: tuple[Linear, ...]
+    norm: Norm | None = None
+    inner: Inner | None = None
+
+    def matrices(
+        self, weights: Weights, statistics: Mapping[str, Curvature], rounding: Rounding
+    ) -> list[tuple[Tensor, Curvature]]:
+        """Weights and curvatures of those readers that are sites and that a token met."""
+        found, name, tensor = [], "", torch.empty(0)
+        for reader in self.readers:
+            curvature = statistics.get(key_of(reader.site)) if reader.site is not None else None
+            if curvature is None or not curvature.tokens:
+                continue
+            if reader.inputs.tensor != name:
+                name, tensor = reader.inputs.tensor, weights.read(reader.inputs.tensor)
+            found.append(rounding.sampled(reader.matrix(tensor).float().contiguous(), curvature))
+        return found
+
+    def shared(self, values: Tensor, largest: bool = False) -> Tensor:
+        """Values by input channel [in] made equal over the channels that are written once and read several times."""
+        if self.inner is None or self.inner.heads[1] == 1:
+            return values
+        each = self.inner.gathered(values)
+        return self.inner.spread(each.amax(0) if largest else each.mean(0))
+
+    def fold(self, weights: Weights, scale: Tensor, edits: Edits) -> None:
+        """Multiply the readers' columns by `scale` [in] and divide what writes them."""
+        if self.norm is not None:
+            scale = _into_norm(self.norm, weights, scale, edits)
+        elif self.inner is not None:
+            own = self.inner.gathered(scale)[0]
+            edits.add(self.inner.divided, lambda rows: rows / own)
+        edits.add((reader.inputs for reader in self.readers), lambda columns: columns * scale)
+
+
+def groups(subject: Subject) -> Iterator[Group]:
+    """Every group of a model, block by block."""
+    residual = subject.streams.residual
+    norms = [norm for norm in residual.norms if norm.block is not None] if residual else []
+    found = [Group(norm.block, norm.readers, norm=norm) for norm in norms if norm.block is not None]
+    found += [Group(stream.block, stream.readers, inner=stream) for stream in subject.streams.inner if stream.divided]
+    yield from sorted(found, key=lambda group: group.block)
+
+
+def mean_square(matrices: Sequence[tuple[Tensor, Curvature]]) -> Tensor:
+    """Mean square of each input channel [in] over the matrices that read it, weighted by the tokens that meet them."""
+    weights = [curvature.share for _, curvature in matrices]
+    return sum((diagonal(c.h) * w for (_, c), w in zip(matrices, weights, strict=True)), torch.zeros(1)) / sum(weights)
+
+
+def centred(scale: Tensor) -> Tensor:
+    """`scale` with its largest and smallest entry around 1: rounding doesn't mind a common factor."""
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def _into_norm(norm: Norm, weights: Weights, scale: Tensor, edits: Edits) -> Tensor:
+    """Divide a norm's gains and biases by `scale`; returns what they were divided by in truth.
+
+    A stored gain is rounded, and every weight that reads the channel would be off by that. So the readers are
+    multiplied by the old gain over the new one as it is stored.
+    """
+    gain = gain_of(norm, weights)
+    if norm.weight:
+        dtype = weights.source.dtype(weights.origin(norm.weight))
+        stored = (gain / scale - norm.offset).to(dtype).to(gain.dtype)
+        new = stored + norm.offset
+        scale = torch.where((new == 0) | (gain == 0), scale, gain / new)
+        edits.whole(norm.weight, lambda _: stored.clone())
+    if norm.bias:
+        edits.whole(norm.bias, lambda bias: bias / scale)
+    return scale

@@ -1,0 +1,57 @@
+"""Contracts: what an engine refuses, and the page that says so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from assay import engines
+from assay.model.errors import InputError
+from assay.model.level import Level
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (64, 64)
+
+
+@pytest.mark.parametrize("name", engines.NAMES)
+def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
+    contract = engines.get(name)
+    assert contract.name == name
+    assert contract.layout in ("plain", "pack-quantized", "assay")
+    assert contract.refuses("attn.q", SHAPE, False, None) is None
+    assert contract.refusal("llama", False) is None
+
+
+def test_an_unknown_engine_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean transformers"):
+        engines.get("transfomers")
+    with pytest.raises(InputError, match="there are assay, plain"):
+        engines.get("xyz")
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_packed_layouts_refuse_what_their_readers_lose(name: str) -> None:
+    contract = engines.get(name)
+    assert "Conv1D" in str(contract.refuses("attn.q", SHAPE, True, None))
+    assert "embedding" in str(contract.refuses("embedding", SHAPE, False, None))
+    assert "fewer than 9" in str(contract.refuses("attn.k", (8, 64), False, None))
+    assert contract.refuses("attn.k", (9, 64), False, None) is None
+    assert (contract.refuses("mlp.up", SHAPE, False, 0) is None) is (name == "vllm")
+    assert (contract.refusal("mixtral", True) is None) is (name == "vllm")
+    assert (contract.refuses("head", SHAPE, False, None) is None) is (name == "transformers")
+    assert not contract.takes(Level(4, 64), 96), "64 does not divide 96"
+    assert contract.takes(Level(4, 32), 96)
+    assert contract.takes(Level(3, 32), 96) is (name == "transformers")
+
+
+def test_the_page_names_every_limit_of_the_contracts() -> None:
+    page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
+    limits = page[page.index("## What an engine can't hold") :]
+    for name in engines.NAMES:
+        contract = engines.get(name)
+        assert all(family in limits for family in contract.unreadable)
+        assert contract.least_outputs == 1 or f"fewer than {contract.least_outputs} outputs" in limits
+    first_wrong = re.search(r'"transformers>=[\d.]+,<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert first_wrong and f"below {first_wrong[1]}" in limits

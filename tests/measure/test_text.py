@@ -1,0 +1,47 @@
+"""Texts and tokenizers that can't be used are refused in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from tiny import save
+
+from assay.measure.text import Split, load_tokenizer, windows
+from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+
+
+@pytest.mark.parametrize(("split", "option"), [("calibration", "--calibration"), ("evaluation", "--text")])
+@pytest.mark.parametrize("missing", ["library's source files", "pydoc_data.topics"])
+def test_a_python_without_the_builtin_text_names_the_option_that_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, split: Split, option: str
+) -> None:
+    model = Checkpoint.open(save("llama", tmp_path / "m"))
+    if missing == "pydoc_data.topics":
+        monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(InputError, match=f"{missing}.*{option}") as caught:
+        windows(model, None, split, 64, 32, 64)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_code_is_not_run_and_the_way_out_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save("llama", tmp_path / "m")
+    path = folder / "tokenizer_config.json"
+    plain = json.loads(path.read_text())
+    path.write_text(json.dumps(plain | {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}))
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    capfd.readouterr()
+    with pytest.raises(InputError, match="code, which assay never runs; remove auto_map and tokenizer_class") as caught:
+        load_tokenizer(Checkpoint.open(folder))
+    assert "\n" not in str(caught.value)
+    assert "y/N" not in "".join(capfd.readouterr())
+    path.write_text(json.dumps({k: v for k, v in plain.items() if k != "tokenizer_class"}))
+    assert load_tokenizer(Checkpoint.open(folder)).get_vocab()["a"] == 1
