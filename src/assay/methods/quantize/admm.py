@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import menus
+from assay.methods.base import Statistics
 from assay.methods.quantize._scalar import pack
 from assay.methods.solve import admm
 from assay.model.level import Level
@@ -26,9 +27,9 @@ class Admm:
     formats: ClassVar[tuple[str, ...]] = menus.SCALARS
     levels = staticmethod(menus.integers)
 
-    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(admm.solve, weight, level, scale_dtype, h, g)
+        return pack(admm.solve, weight, level, scale_dtype, stats.h, stats.g)
 
 
 METHOD = Admm
