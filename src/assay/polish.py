@@ -25,7 +25,7 @@ from assay.execute import Results
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
-from assay.measure.text import Windows, windows
+from assay.measure.text import windows
 from assay.model import memory
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
