@@ -151,7 +151,7 @@ def test_what_does_not_help_is_dropped_and_said_so(made: Path, monkeypatch: pyte
     assert digests(made / "dropped")[weights] == digests(made / "rough")[weights]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
+@pytest.mark.parametrize("stop", [0, 2, 3])
 def test_a_run_cut_off_ends_with_the_same_bytes(made: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     real, left = polishing.save_tensors, [stop]
 
@@ -194,6 +194,18 @@ def test_the_gradient_is_that_of_the_kl(made: Path, tmp_path: Path, monkeypatch:
         direction = gradient / gradient.norm()
         ends = [text.mean_kl(tuning.weights(d + sign * 1e-2 * direction)) for sign in (1, -1)]
         assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.02)
+
+
+def test_new_text_is_drawn_from_what_the_original_predicts() -> None:
+    ids = torch.zeros(1, 20_001, dtype=torch.long)
+    p = torch.tensor([0.0, 0.2, 0.8])
+    drawn = polishing._resampled(ids, p.log().expand(1, 20_001, 3), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn[0, 1:], minlength=3) / 20_000
+    expected = polishing.RESAMPLED * p + (1 - polishing.RESAMPLED) * torch.eye(3)[0]
+    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
+    sure = torch.eye(3).log()[[1, 2, 1, 0]][None]
+    kept = polishing._resampled(torch.tensor([[0, 1, 2, 1]]), sure, torch.Generator().manual_seed(0))
+    assert kept.tolist() == [[0, 1, 2, 1]]
 
 
 @pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])

@@ -2,8 +2,10 @@
 
 Rounding treats one matrix at a time, so errors that could cancel across matrices remain. Here all scales and all
 vectors that stay (norms, biases) are multiplied by 1 + d, and d follows the gradient of the KL divergence from the
-original's predictions, on the text that the profile was made from. Text held out of it decides which of the states
-on the way is used, and whether any is. (Distillation into quantized weights: LLM-QAT, 2023; of scales and norms
+original's predictions, on the text that the profile was made from. After the first pass over that text a share of
+its tokens is drawn anew in each pass from what the original predicts there: new text of the same kind, without which
+the few tokens of a calibration are learned by heart. Text held out of it decides which of the states on the way is
+used, and whether any is. (Distillation into quantized weights: LLM-QAT, 2023; of scales and norms
 only: Norm Tweaking, 2023.)
 """
 
@@ -39,10 +41,10 @@ CACHED_BYTES = 1 << 28
 BYTES_PER_WEIGHT = 24
 """In memory at once: original, decoded and tunable forms and gradients in float32, and what decoding needs on its way."""
 CHECK_EVERY = 8
-PASSES = 10
+PASSES = 24
 RATE = 3e-3
-DECAY = 0.0
-AVERAGE = 0.0
+RESAMPLED = 0.3
+"""Measured on pebble, 16,384 tokens, 96 steps at 3 bits in groups: 0.889 of the KL on other text, 0.934 without."""
 BETAS = (0.9, 0.98)
 WARM_UP = 10
 
@@ -191,11 +193,19 @@ class Text:
         self.batch = max(1, BATCH_TOKENS // (size * ids.shape[1]))
         self.batches = -(-len(self.pieces) // self.batch)
 
-    def kl(self, piece: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """KL in nats from the original to the model with these weights, summed over the predicted tokens of a piece."""
+    @torch.no_grad()
+    def seen(self, piece: int, turn: int) -> tuple[Tensor, Tensor]:
+        """Ids [b, t] of a piece and the original's log-probabilities [b, t, v] for them; drawn anew in each turn but 0."""
         ids = self.pieces[piece]
-        with torch.no_grad():
-            p = self._tuning.log_p(ids) if self._cache is None else self._cache[piece].float().log_softmax(-1)
+        log_p = self._tuning.log_p(ids) if self._cache is None else self._cache[piece].float().log_softmax(-1)
+        if turn == 0:
+            return ids, log_p
+        drawn = _resampled(ids, log_p, torch.Generator().manual_seed(turn * 1_000_003 + piece))
+        return drawn, self._tuning.log_p(drawn)
+
+    def kl(self, piece: int, weights: Mapping[str, Tensor], turn: int = 0) -> Tensor:
+        """KL in nats from the original to the model with these weights, summed over the predicted tokens of a piece."""
+        ids, p = self.seen(piece, turn)
         return (p.exp() * (p - self._tuning.log_p(ids, weights)))[:, :-1].sum()
 
     @torch.no_grad()
@@ -204,19 +214,29 @@ class Text:
         total = sum(float(self.kl(i, weights)) for i in range(len(self.pieces)))
         return total / sum(p.numel() - len(p) for p in self.pieces)
 
-    def gradient(self, batch: int, d: Tensor) -> Tensor:
-        """Gradient of the mean KL of one batch with respect to d [size]."""
+    def gradient(self, step: int, d: Tensor) -> Tensor:
+        """Gradient with respect to d [size] of the mean KL of the batch that is due at a step."""
         leaf = d.detach().requires_grad_()
         weights = self._tuning.weights(leaf)
         ends = {path: weight.detach().requires_grad_() for path, weight in weights.items()}
+        turn, batch = divmod(step, self.batches)
         places = range(batch * self.batch, min((batch + 1) * self.batch, len(self.pieces)))
         count = sum(self.pieces[i].numel() - len(self.pieces[i]) for i in places)
         for i in places:
-            (self.kl(i, ends) / count).backward()
+            (self.kl(i, ends, turn) / count).backward()
         reached = [path for path, end in ends.items() if end.grad is not None]
         torch.autograd.backward([weights[path] for path in reached], [ends[path].grad for path in reached])
         assert leaf.grad is not None
         return leaf.grad
+
+
+def _resampled(ids: Tensor, log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """Ids [b, t], a share of which is drawn from log-probabilities [b, t, v] that the token before gives them."""
+    sums = log_p[:, :-1].exp().cumsum(-1)
+    draws = torch.rand(*sums.shape[:2], 1, generator=generator) * sums[..., -1:]
+    drawn = torch.searchsorted(sums, draws)[..., 0].clamp(max=log_p.shape[-1] - 1)
+    picked = torch.rand(drawn.shape, generator=generator) < RESAMPLED
+    return torch.cat([ids[:, :1], torch.where(picked, drawn, ids[:, 1:])], 1)
 
 
 def _decoded(results: Results) -> Callable[[Site, Tensor], Tensor]:
@@ -252,9 +272,9 @@ def _tune(
     with progress.task("polishing the whole model", steps) as advance:
         advance(state.step)
         while state.step < steps:
-            state.advance(text.gradient(state.step % text.batches, state.d), RATE * _pace(state.step, steps))
+            state.advance(text.gradient(state.step, state.d), RATE * _pace(state.step, steps))
             if state.step % CHECK_EVERY == 0 or state.step == steps:
-                state.judge(judge.mean_kl(tuning.rounded(state.mean())))
+                state.judge(judge.mean_kl(tuning.rounded(state.d)))
                 state.save(folder)
             advance()
     report = {
@@ -276,7 +296,7 @@ def _steps(tuning: Tuning, text: Text, judge: Text, minutes: float, folder: Path
         start = torch.zeros(tuning.size)
         text.gradient(0, start)
         begin = perf_counter()
-        text.gradient(0, start)
+        text.gradient(text.batches, start)
         middle = perf_counter()
         judge.mean_kl(tuning.rounded(start))
         seconds = (middle - begin) + (perf_counter() - middle) / CHECK_EVERY
@@ -285,10 +305,10 @@ def _steps(tuning: Tuning, text: Text, judge: Text, minutes: float, folder: Path
 
 
 class _State:
-    """Where the search is: d, Adam's moments of its gradient, the running mean of d, and the best met so far."""
+    """Where the search is: d, Adam's moments of its gradient, and the best d met so far."""
 
     def __init__(self, vectors: Mapping[str, Tensor], step: int, best_step: int, before: float, best_kl: float) -> None:
-        self.d, self.first, self.second, self.average, self.best = (vectors[n] for n in _VECTORS)
+        self.d, self.first, self.second, self.best = (vectors[n] for n in _VECTORS)
         self.step, self.best_step, self.before, self.best_kl = step, best_step, before, best_kl
 
     @classmethod
@@ -305,27 +325,22 @@ class _State:
 
     def save(self, folder: Path) -> None:
         """Write durably."""
-        vectors = (self.d, self.first, self.second, self.average, self.best)
+        vectors = (self.d, self.first, self.second, self.best)
         facts = {"step": self.step, "best_step": self.best_step, "before": self.before, "best_kl": self.best_kl}
         save_tensors(folder / "state.safetensors", dict(zip(_VECTORS, vectors, strict=True)), {"facts": json.dumps(facts)})
 
     def advance(self, gradient: Tensor, rate: float) -> None:
-        """One step of Adam (2014), with d itself pulled to zero (decoupled weight decay, 2017)."""
+        """One step of Adam (A Method for Stochastic Optimization, 2014)."""
         self.step += 1
         self.first = torch.lerp(gradient, self.first, BETAS[0])
         self.second = torch.lerp(gradient.square(), self.second, BETAS[1])
         mean, square = self.first / (1 - BETAS[0] ** self.step), self.second / (1 - BETAS[1] ** self.step)
-        self.d = self.d - rate * (mean / (square.sqrt() + 1e-8) + DECAY * self.d)
-        self.average = torch.lerp(self.d, self.average, AVERAGE)
-
-    def mean(self) -> Tensor:
-        """The running mean, which a start at zero doesn't bias."""
-        return self.average / (1 - AVERAGE**self.step)
+        self.d = self.d - rate * mean / (square.sqrt() + 1e-8)
 
     def judge(self, kl: float) -> None:
-        """Note the KL of the running mean."""
+        """Note the KL of d on held-out text."""
         if kl < self.best_kl:
-            self.best, self.best_step, self.best_kl = self.mean().clone(), self.step, kl
+            self.best, self.best_step, self.best_kl = self.d.clone(), self.step, kl
 
 
-_VECTORS = ("d", "first", "second", "average", "best")
+_VECTORS = ("d", "first", "second", "best")
