@@ -196,6 +196,17 @@ def test_the_gradient_is_that_of_the_kl(made: Path, tmp_path: Path, monkeypatch:
         assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(float(gradient.norm()), rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "bloom"])
+def test_other_families_end_at_the_kl_that_is_told(tmp_path: Path, family: str) -> None:
+    enliven(family, tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    assay.profile(tmp_path / "m", tmp_path / "p", calibration=text_file(tmp_path), **SMALL)
+    compress(tmp_path, "out", polish=5)
+    told = recipe(tmp_path / "out")["polish"]
+    assert told["after"] < told["before"]
+    assert held_out_kl(tmp_path, "out") == pytest.approx(told["after"], rel=1e-3)
+
+
 def test_new_text_is_drawn_from_what_the_original_predicts() -> None:
     ids = torch.zeros(1, 20_001, dtype=torch.long)
     p = torch.tensor([0.0, 0.2, 0.8])
@@ -208,7 +219,7 @@ def test_new_text_is_drawn_from_what_the_original_predicts() -> None:
     assert kept.tolist() == [[0, 1, 2, 1]]
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), float("inf")])
 def test_no_time_is_refused_before_anything_is_written(made: Path, minutes: float) -> None:
     with pytest.raises(InputError, match="--polish .*above zero"):
         compress(made, "never", polish=minutes)

@@ -12,6 +12,7 @@ only: Norm Tweaking, 2023.)
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Polished(Results):
 
 def check(model: StreamedModel, minutes: float) -> None:
     """Refuse a polish that can't be done. Raises InputError."""
-    if not minutes > 0:
+    if not 0 < minutes < math.inf:
         raise InputError(f"--polish {minutes:g}: give a number of minutes above zero, or leave it out")
     weights = sum(torch.Size(model.checkpoint.shape(name)).numel() for name in model.checkpoint.names)
     need, free = BYTES_PER_WEIGHT * weights, memory.available()
@@ -89,9 +90,8 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
         with model.whole(), stored_precision(model.checkpoint):
             tuning = Tuning(model, results)
             tensors, report = _tune(tuning, text, torch.tensor(profile.index["held_out"]), minutes, folder, progress)
-        save_tensors(target, tensors or {"empty": torch.zeros(1)})
-        save_json(folder / "report.json", report)
-    report = read_json(folder / "report.json", "unfinished")
+        save_tensors(target, tensors or {"empty": torch.zeros(1)}, _noted(report))
+    report = _notes(target)
     before, after = report["before"], report["after"]
     if not report["used"]:
         progress.log(f"polish: {before:.4f} nats/token on held-out text, and not better after {report['steps']} steps; dropped")
@@ -239,6 +239,16 @@ def _resampled(ids: Tensor, log_p: Tensor, generator: torch.Generator) -> Tensor
     return torch.cat([ids[:, :1], torch.where(picked, drawn, ids[:, 1:])], 1)
 
 
+def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as the metadata of a file, so that they are durable together with its tensors."""
+    return {"facts": json.dumps(facts)}
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return dict(json.loads(file.metadata()["facts"]))
+
+
 def _decoded(results: Results) -> Callable[[Site, Tensor], Tensor]:
     def override(site: Site, weight: Tensor) -> Tensor:
         return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
@@ -316,9 +326,7 @@ class _State:
         """Where an earlier call stopped, or the start."""
         path = folder / "state.safetensors"
         if path.exists():
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-            return cls(load_tensors(path), **facts)
+            return cls(load_tensors(path), **_notes(path))
         vectors = {name: torch.zeros(tuning.size) for name in _VECTORS}
         before = judge.mean_kl(tuning.rounded(vectors["d"]))
         return cls(vectors, 0, 0, before, before)
@@ -327,7 +335,7 @@ class _State:
         """Write durably."""
         vectors = (self.d, self.first, self.second, self.best)
         facts = {"step": self.step, "best_step": self.best_step, "before": self.before, "best_kl": self.best_kl}
-        save_tensors(folder / "state.safetensors", dict(zip(_VECTORS, vectors, strict=True)), {"facts": json.dumps(facts)})
+        save_tensors(folder / "state.safetensors", dict(zip(_VECTORS, vectors, strict=True)), _noted(facts))
 
     def advance(self, gradient: Tensor, rate: float) -> None:
         """One step of Adam (A Method for Stochastic Optimization, 2014)."""
