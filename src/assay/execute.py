@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -44,7 +46,13 @@ class Solved:
 
 
 class Results:
-    """The finished blocks in a folder, by source tensor."""
+    """The finished blocks in a folder, by source tensor.
+
+    plain: tensors that were changed but not compressed; polish: what tuning the whole model did, for the recipe.
+    """
+
+    plain: Mapping[str, Tensor] = MappingProxyType({})
+    polish: Mapping[str, Any] | None = None
 
     def __init__(self, folder: Path, blocks: list[int | None]) -> None:
         self.files = {block: folder / f"{_name(block)}.safetensors" for block in blocks}

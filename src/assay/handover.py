@@ -29,14 +29,15 @@ def hand_over(
     model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
 ) -> dict[str, Any]:
     """Write the folder, reopen it with another reader, and close the ledger."""
-    loaders = results.loaders()
-    ledger = _ledger(model, plan, results, contract)
+    loaders, source = results.loaders(), model.checkpoint.replaced(results.plain)
+    ledger = _ledger(model, source, plan, results, contract)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
         "calibration": dict(profile.index["calibration"]),
         "predicted": {"kl": plan.predicted, "low": plan.predicted_low, "high": plan.predicted_high,
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
+        "polish": results.polish,
         "seed": profile.index["settings"]["seed"],
         "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -47,9 +48,9 @@ def hand_over(
     }  # fmt: skip
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    write.write(destination, model.checkpoint, loaders, contract, extra, levels, turned)
+    write.write(destination, source, loaders, contract, extra, levels, turned)
     try:
-        reopen.compare(destination, model.checkpoint, loaders, contract, turned)
+        reopen.compare(destination, source, loaders, contract, turned)
     except ShortfallError:
         shutil.rmtree(destination)
         raise
@@ -64,9 +65,8 @@ def hand_over(
     }  # fmt: skip
 
 
-def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contract) -> Ledger:
-    ledger = Ledger()
-    checkpoint, sites = model.checkpoint, model.anatomy.sites
+def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: Results, contract: Contract) -> Ledger:
+    ledger, sites = Ledger(), model.anatomy.sites
     for name in checkpoint.names:
         before = checkpoint.nbytes(name)
         if name in results.solved:
@@ -74,6 +74,8 @@ def _ledger(model: StreamedModel, plan: Plan, results: Results, contract: Contra
             after = results.packed(name).nbytes if contract.layout != "plain" else write.plain_nbytes(checkpoint, name)
             fate: Fate = "fell_back" if solved.fell_back else "done"
             ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
+        elif name in results.plain:
+            ledger.add(Entry(name, None, "done", "polished", before, write.kept_nbytes(checkpoint, name, contract)))
         else:
             planned = plan.choices[name].level if name in plan.choices else None
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why

@@ -34,6 +34,8 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site, key_of
+from assay.polish import check as check_polish
+from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 from assay.transforming import steps_of
@@ -109,10 +111,11 @@ def compress(
     size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    progress: Progress | None = None,
+    polish: float | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
+    polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
     is there, `out` itself was not read back yet, and is written again.
     """
@@ -130,6 +133,8 @@ def compress(
     method = _method(given.method, given.engine) if given else _method(method, engine)
     budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
     streamed = StreamedModel(checkpoint)
+    if polish is not None:
+        check_polish(streamed, polish)
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
@@ -144,6 +149,9 @@ def compress(
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
     chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    if polish is not None:
+        results = polish_whole(streamed, results, measured, polish, _blocks(work, chosen) / f"polish-{polish:g}", progress)
+        chosen = plans.polished(chosen, results.polish or {})
     if unproven:
         shutil.rmtree(destination)
     report = hand_over(streamed, chosen, measured, contract, results, destination)

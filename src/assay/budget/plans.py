@@ -272,3 +272,19 @@ def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan
     return dataclasses.replace(
         plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence
     )
+
+
+def polished(plan: Plan, polish: Mapping[str, Any]) -> Plan:
+    """The plan with its promise scaled as tuning the whole model changed the KL on held-out text.
+
+    polish: `before` and `after` in nats per token, and whether the tuned model is `used`.
+    """
+    before, after = polish["before"], polish["after"]
+    if not polish["used"]:
+        return dataclasses.replace(plan, sentence=f"{plan.sentence}; polishing didn't lower {before:.4f} on held-out text")
+    ratio = after / before
+    return dataclasses.replace(
+        plan, predicted=ratio * plan.predicted, predicted_low=ratio * plan.predicted_low,
+        predicted_high=ratio * plan.predicted_high,
+        sentence=f"{plan.sentence}; polished on held-out text from {before:.4f} to {after:.4f}",
+    )  # fmt: skip

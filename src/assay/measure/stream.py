@@ -57,6 +57,12 @@ class StreamedModel:
         with self._loaded(paths, override or self.override):
             yield self.blocks[index]
 
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The model with all of its weights loaded."""
+        with self._loaded(list(self.anatomy.parameters), self.override):
+            yield self.model
+
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [batch, length] -> input of the first block [batch, length, hidden], float32.
@@ -150,7 +156,7 @@ class StreamedModel:
     def _loaded(self, paths: list[str], override: Override | None = None) -> Iterator[None]:
         homes = [(self._home(path), path) for path in paths if self.anatomy.parameters[path]]
         for (module, leaf), path in homes:
-            value = self._value(path, override)
+            value = self.value(path, override)
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
@@ -177,7 +183,8 @@ class StreamedModel:
             raise InputError(f"{name} holds NaN or infinite weights; the source model is damaged")
         return value.float()
 
-    def _value(self, path: str, override: Override | None) -> Tensor:
+    def value(self, path: str, override: Override | None = None) -> Tensor:
+        """A parameter as the running model holds it, float32."""
         stored = self.anatomy.parameters[path]
         sites = self._sites_by_parameter.get(path, [])
         parts = [self._read(name) for name in stored]

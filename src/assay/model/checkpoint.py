@@ -7,7 +7,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +58,7 @@ class Checkpoint:
         self.stored = stored
         self._levels = _packed_levels(config)
         self._own: dict[str, dict[str, Any]] = _own_weights(config)
+        self._replaced: Mapping[str, Tensor] = {}
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -74,6 +75,12 @@ class Checkpoint:
         if lost := sorted(set(index) - set(stored)):
             raise InputError(f"{folder}: {INDEX} names {lost[0]}, which no shard holds; download the model again")
         return cls(folder, config, stored)
+
+    def replaced(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
+        """This checkpoint as if some stored tensors had other values of the same shape and dtype."""
+        other = Checkpoint(self.folder, self.config, self.stored)
+        other._replaced = tensors
+        return other
 
     @cached_property
     def names(self) -> list[str]:
@@ -213,6 +220,8 @@ class Checkpoint:
         return name not in self.stored and f"{name}.{PARTS[0]}" in self.stored
 
     def _raw(self, name: str) -> Tensor:
+        if name in self._replaced:
+            return self._replaced[name].clone()
         info = self.stored[name]
         try:
             with safe_open(info.shard, framework="pt") as file:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,23 @@ class Packed(Protocol):
         ...
 
 
+Tunable = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Scales float32, and the differentiable function from such scales to the weight [out, in], float32."""
+
+
+@runtime_checkable
+class TunablePacked(Packed, Protocol):
+    """A compressed weight whose scales can be tuned while its codes stay."""
+
+    def tunable(self) -> Tunable | None:
+        """None where this weight has no scales in floating point."""
+        ...
+
+    def with_scales(self, scales: Tensor) -> Packed:
+        """The same codes with other scales, float32 in the shape of the tunable ones, rounded to their stored dtype."""
+        ...
+
+
 @dataclass(frozen=True)
 class PackedInteger:
     """Codes on an integer grid.
@@ -53,10 +70,21 @@ class PackedInteger:
 
     def decode(self) -> Tensor:
         """Weight [out, in] in the scale's dtype, one rounding after the product."""
-        rows, columns = self.codes.shape
-        groups = self.scale.shape[1]
-        offset = self.codes.view(rows, groups, -1).to(torch.int16) - self.zero_point.to(torch.int16)[..., None]
-        return (offset.to(self.scale.dtype) * self.scale[..., None]).view(rows, columns)
+        return (self._offsets().to(self.scale.dtype) * self.scale[..., None]).flatten(1)
+
+    def tunable(self) -> Tunable:
+        """See `TunablePacked`; scales [out, groups]."""
+        offsets = self._offsets().float()
+        return self.scale.float(), lambda scales: (offsets * scales[..., None]).flatten(1)
+
+    def with_scales(self, scales: Tensor) -> PackedInteger:
+        """See `TunablePacked`."""
+        return replace(self, scale=scales.to(self.scale.dtype))
+
+    def _offsets(self) -> Tensor:
+        """Codes above their zero point, int16 [out, groups, group size]."""
+        codes = self.codes.view(*self.scale.shape, -1)
+        return codes.to(torch.int16) - self.zero_point.to(torch.int16)[..., None]
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {
@@ -109,6 +137,17 @@ class PackedTable:
         scale = self.float_scale()
         values = self.table[self.codes.long()].unflatten(1, (scale.shape[1], -1))
         return (values * scale[..., None]).flatten(1).to(self.dtype)
+
+    def tunable(self) -> Tunable | None:
+        """See `TunablePacked`; scales [out, groups], where they are in the model's dtype."""
+        if self.scale is None or self.scale.dtype != self.dtype:
+            return None
+        values = self.table[self.codes.long()].unflatten(1, (self.scale.shape[1], -1))
+        return self.scale.float(), lambda scales: (values * scales[..., None]).flatten(1)
+
+    def with_scales(self, scales: Tensor) -> PackedTable:
+        """See `TunablePacked`."""
+        return replace(self, scale=scales.to(self.dtype))
 
     def float_scale(self) -> Tensor:
         """What the table is multiplied with, float32 [out, groups]."""

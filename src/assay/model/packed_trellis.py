@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from assay.model.level import Level
+from assay.model.packed import Tunable
 from assay.model.rotation import unrotate
 from assay.model.trellis import Trellis
 
@@ -47,6 +48,15 @@ class PackedTrellis:
         """Weight [out, in] in the scale's dtype, one rounding at the end."""
         turned = self.values() * self.scale.float()[:, None]
         return unrotate(unrotate(turned, self.seed).mT, self.seed).mT.to(self.scale.dtype).contiguous()
+
+    def tunable(self) -> Tunable:
+        """See `TunablePacked`; scales [out]."""
+        rows = unrotate(self.values(), self.seed)
+        return self.scale.float(), lambda scales: unrotate((rows * scales[:, None]).mT, self.seed).mT
+
+    def with_scales(self, scales: Tensor) -> PackedTrellis:
+        """See `TunablePacked`."""
+        return replace(self, scale=scales.to(self.scale.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.level import Level
-from assay.model.packed import Packed, PackedInteger, PackedTable
+from assay.model.packed import Packed, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
 
@@ -73,6 +73,30 @@ class PackedSum:
         if self.exact is not None:
             weight[self.exact.mask(weight.shape)] = self.exact.values
         return weight
+
+    def tunable(self) -> Tunable | None:
+        """See `TunablePacked`; scales of the base."""
+        inner = self.base.tunable() if isinstance(self.base, TunablePacked) else None
+        if inner is None:
+            return None
+        scales, decode = inner
+        added = None if self.factors is None else self.factors[0].float() @ self.factors[1].float()
+        weight = decode(scales)
+        mask, kept = torch.zeros(weight.shape, dtype=torch.bool), torch.zeros_like(weight)
+        if self.exact is not None:
+            mask = self.exact.mask(weight.shape)
+            kept[mask] = self.exact.values.float()
+
+        def summed(scales: Tensor) -> Tensor:
+            base = decode(scales)
+            return torch.where(mask, kept, base if added is None else base + added)
+
+        return scales, summed
+
+    def with_scales(self, scales: Tensor) -> PackedSum:
+        """See `TunablePacked`."""
+        assert isinstance(self.base, TunablePacked)
+        return replace(self, base=self.base.with_scales(scales))
 
     def tensors(self) -> dict[str, Tensor]:
         stored = self.base.tensors()
