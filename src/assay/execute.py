@@ -28,7 +28,7 @@ from assay.model.packed import Packed
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 from assay.model.terms import restore
-from assay.model.threads import threads_for
+from assay.model.threads import side_by_side
 
 BATCH_WEIGHTS = 1 << 25
 
@@ -100,20 +100,24 @@ def _solve_block(
     model: StreamedModel, plan: Plan, profile: Profile, block: int | None, method: base.Encoder
 ) -> tuple[dict[str, Tensor], list[Solved]]:
     curvatures = profile.curvatures(block, base.weightwise(plan.method))
-    tensors: dict[str, Tensor] = {}
-    solved: list[Solved] = []
-    for level, sites in _batches(model, plan, block):
-        weights = [read_weight(model, site) for site in sites]
+
+    def solve(batch: tuple[Level, list[Site]]) -> tuple[dict[str, Tensor], list[Solved]]:
+        level, sites = batch
+        weights, stats = [read_weight(model, site) for site in sites], [curvatures[key_of(site)] for site in sites]
         scale_dtype = _scale_dtype(model, sites[0])
-        stats = [curvatures[key_of(site)] for site in sites]
-        with threads_for(weights[0].numel()):
-            packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
+        packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
+        tensors: dict[str, Tensor] = {}
+        solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             dtype = str(scale_dtype).removeprefix("torch.")
             solved.append(Solved(key_of(site), result.level.name, plan.method, damage, dtype, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
-    return tensors, solved
+        return tensors, solved
+
+    batches = list(_batches(model, plan, block))
+    parts = side_by_side(solve, batches, max((sites[0].count for _, sites in batches), default=0))
+    return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
 
 def _encode(

@@ -248,6 +248,20 @@ def test_a_batch_is_solved_as_its_members_alone(learner: str) -> None:
 
 
 @pytest.mark.parametrize("learner", LEARNED)
+def test_the_number_of_threads_changes_nothing(learner: str) -> None:
+    weight, H, G = weights(60, 1, 256, 256), moment(61, 256, (1,)), moment(62, 256, (1,))
+    grid, before = IntegerGrid(2, 64, symmetric=False), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(LEARNED[learner].solve(weight, grid, H, G, steps=20))
+    finally:
+        torch.set_num_threads(before)
+    assert same(*found)
+
+
+@pytest.mark.parametrize("learner", LEARNED)
 def test_missing_and_broken_curvature(learner: str) -> None:
     grid, weight, H = GRIDS["int2"], weights(50, 8, 8), moment(51, 8)
     assert same(LEARNED[learner].solve(weight, grid), clip.solve(weight, grid))

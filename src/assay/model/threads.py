@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 WORTH_SHARING = 1 << 20
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -22,6 +24,27 @@ def threads_for(weights: int) -> Iterator[None]:
     torch.set_num_threads(threads if weights >= WORTH_SHARING else 1)
     try:
         yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weights: int) -> list[Result]:
+    """`function` of each item: one after another where matrices of `weights` use all threads, else a thread for each.
+
+    Either way every item is treated alone, so the number of threads doesn't change the results.
+    """
+    threads = torch.get_num_threads()
+    if weights >= WORTH_SHARING or threads == 1 or len(items) < 2:
+        with threads_for(weights):
+            return [function(item) for item in items]
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return function(item)
+
+    try:
+        with ThreadPoolExecutor(min(threads, len(items)), "assay-items") as pool:
+            return list(pool.map(alone, items))
     finally:
         torch.set_num_threads(threads)
 

@@ -46,7 +46,7 @@ def solve(
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
     start: the grid whose ranges shrink; ranges: whether they do. polish: finish with `refine.polish`. Never worse
-    than the start. Codes of a solver are no option: from there no step was ever found to help.
+    than the start. Codes of a solver are no option: from there no step helped on `pebble`.
     """
     if H is None:
         return clip.solve(weight, grid)
