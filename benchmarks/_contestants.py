@@ -70,7 +70,8 @@ def ours(method: str, uniform: bool) -> Contestant:
 
 
 BEST = ours("best", uniform=False)
-OURS = (*(ours(method, uniform) for uniform in (True, False) for method in ("gptq", "two_sided")), BEST)
+METHODS = ("gptq", "two_sided", "admm")
+OURS = (*(ours(method, uniform) for uniform in (True, False) for method in METHODS), BEST)
 
 
 def chosen(everyone: Iterable[Contestant], words: list[str] | None) -> list[Contestant]:
