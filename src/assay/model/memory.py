@@ -6,17 +6,13 @@ import ctypes
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
+
+import psutil
 
 
-def available() -> int | None:
-    """Bytes that can be taken without swapping; None where the system doesn't tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else int(found) * 1024
+def available() -> int:
+    """Bytes that can be taken without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def release() -> None:

@@ -49,9 +49,6 @@ class ColumnGroups:
         self.grid, self.importance, self.shrinks = grid, importance, shrinks
         self.columns: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: columns are fitted one at a time."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         row = values[:, None].contiguous()  # [batch, 1, out]: to the grid a column is a matrix of one row
         affine = self.grid.fit(row) if self.shrinks is None else self.grid.fit_clipped(row, self.importance, self.shrinks)

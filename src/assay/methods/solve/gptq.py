@@ -30,9 +30,6 @@ class FixedGrid:
         self.scale, self.low, self.high = (p.mT.contiguous() for p in parameters)
         self.codes = torch.empty_like(self.scale, dtype=torch.uint8)
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the grid is fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         scale, low = self.scale[:, column], self.low[:, column]
         steps = self.grid.snap(values, scale, low, self.high[:, column])
