@@ -72,9 +72,10 @@ def solve(
     flat = flatten_batch(weight)
     inputs = shrink(flatten_batch(H), shrink_inputs)
     outputs = _identity(flat) if G is None else shrink(flatten_batch(G), shrink_outputs)
-    problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
     columns, used_inputs = _order(inputs, damping)
     rows, used_outputs = _order(outputs, damping)
+    problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
+    del inputs, outputs
     tile = tile or (64 if flat.device.type == "cpu" else 16)
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
@@ -120,7 +121,6 @@ def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile:
     def restored(matrix: Tensor) -> Tensor:
         return take_rows(take_columns(matrix, columns.back), rows.back)
 
-    scale, low, high = problem.grid.per_weight(affine, problem.weight.shape[-1])
-    parameters = (ordered(scale), ordered(low), ordered(high))
+    parameters = map(ordered, problem.grid.per_weight(affine, problem.weight.shape[-1]))
     wave = wavefront(ordered(problem.weight), columns.factor, rows.factor, problem.grid, parameters, tile)
     return Rounding(restored(wave.centred), affine), restored(wave.targets)
