@@ -221,16 +221,16 @@ def load(out: str | Path) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    encoders = [(name, base.get(name)()) for name in base.names()]
-    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
-    return [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
-         "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
-        for n, m in encoders
-    ] + [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in transforms
-    ]  # fmt: skip
+    found = []
+    for folder in ("quantize", "transform"):
+        for name in base.names(folder):
+            m = base.load(name, folder)
+            facts = {"name": name, "verb": m.verb, "paper": m.paper, "needs": list(m.needs)}
+            facts["summary"] = (m.__doc__ or "").splitlines()[0]
+            if m.verb == "encode":
+                facts |= {"formats": list(m.formats), "levels": [x.name for x in m().levels(256)]}
+            found.append(facts)
+    return found
 
 
 def _solve_better(

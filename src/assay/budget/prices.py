@@ -17,7 +17,7 @@ from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
-from assay.methods.solve.curvature import feedback_cost
+from assay.methods.solve.curvature import DAMPING, INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, feedback_cost
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
@@ -111,12 +111,12 @@ def _rotated_prices(
 
 def _inputs(moment: Tensor) -> Tensor:
     """Cost of rounding errors at each input under feedback as the solvers do it."""
-    return feedback_cost(moment, 0.02, 0.01)
+    return feedback_cost(moment, INPUT_SHRINKAGE, DAMPING)
 
 
 def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
     """The same at each output."""
-    return feedback_cost(moment, 0.1, 0.01, falling)
+    return feedback_cost(moment, OUTPUT_SHRINKAGE, DAMPING, falling)
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:

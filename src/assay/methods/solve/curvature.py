@@ -8,6 +8,18 @@ what a sample gets most wrong. Shrinkage and damping take that trust back.
 import torch
 from torch import Tensor
 
+INPUT_SHRINKAGE = 0.02
+"""How far H moves towards its diagonal where errors are fed back along the inputs."""
+
+JOINT_INPUT_SHRINKAGE = 0.05
+"""The same where codes are then moved one by one as well: they would fit what the sample got wrong."""
+
+OUTPUT_SHRINKAGE = 0.1
+"""How far G moves: its samples are noisier than H's."""
+
+DAMPING = 0.01
+"""What is added to the diagonal, as a fraction of its mean; the usual value since GPTQ."""
+
 MAX_DAMPING = 10.0
 """Ten times the mean diagonal: with that, any finite symmetric second moment has a Cholesky factor."""
 

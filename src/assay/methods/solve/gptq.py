@@ -9,6 +9,8 @@ from torch import Tensor
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
     conditional_importance,
     falling_order,
     inverse_factor,
@@ -65,8 +67,8 @@ def solve(
     act_order: bool = True,
     clipped: bool = True,
     shrinks: Sequence[float] = SHRINKS,
-    shrinkage: float = 0.02,
-    damping: float = 0.01,
+    shrinkage: float = INPUT_SHRINKAGE,
+    damping: float = DAMPING,
     block: int = 32,
 ) -> Rounded:
     """Round `weight` [..., out, in] to keep tr(D H D^T) small; without H, `clip` is what is left of it.

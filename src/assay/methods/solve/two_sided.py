@@ -17,6 +17,9 @@ from torch import Tensor
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
+    DAMPING,
+    JOINT_INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
     conditional_importance,
     damp,
     falling_order,
@@ -26,7 +29,7 @@ from assay.methods.solve.curvature import (
     take_columns,
     take_rows,
 )
-from assay.methods.solve.refine import Problem, Rounding, better, polish
+from assay.methods.solve.refine import Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 from assay.methods.solve.wavefront import wavefront
 
@@ -49,9 +52,9 @@ def solve(
     G: Tensor | None = None,
     *,
     shrinks: Sequence[float] = SHRINKS,
-    shrink_inputs: float = 0.05,
-    shrink_outputs: float = 0.1,
-    damping: float = 0.01,
+    shrink_inputs: float = JOINT_INPUT_SHRINKAGE,
+    shrink_outputs: float = OUTPUT_SHRINKAGE,
+    damping: float = DAMPING,
     second_grid: bool | None = None,
     refits: int = 2,
     sweeps: int = 3,
@@ -80,10 +83,7 @@ def solve(
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
     best = polish(problem, best, refits, sweeps)
-    codes = grid.codes(best.centred, grid.per_weight(best.affine, flat.shape[-1])[1])
-    shape = weight.shape[:-1]
-    affine = Affine(*(p.reshape(*shape, -1) for p in best.affine))
-    return Rounded(codes.reshape(weight.shape), affine, max(used_inputs, used_outputs))
+    return rounded(problem, best, weight.shape, max(used_inputs, used_outputs))
 
 
 def _identity(weight: Tensor) -> Tensor:
