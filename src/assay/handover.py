@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
+from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
@@ -45,6 +47,7 @@ def hand_over(
     extra = {
         "assay/plan.yaml": plan.to_text(), "assay/recipe.json": json.dumps(recipe, indent=1, sort_keys=True) + "\n",
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
+        "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
@@ -81,6 +84,19 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
             ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
     return ledger
+
+
+def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
+    """The plan site by site, for the report; a matrix that is part of a larger tensor has its share of the bytes."""
+    rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
+    for name, choice in plan.choices.items():
+        site = sites[name]
+        weights, entry = math.prod(site.shape), ledger.entries.get(name)
+        before = entry.bytes_before if entry else weights * model.checkpoint.dtype(site.name).itemsize
+        after = entry.bytes_after if entry else choice.nbytes
+        level = choice.level or "keep"
+        rows.append(Row(name, site.block, site.role, weights, level, before, after, choice.damage, choice.why))
+    return rows
 
 
 def _contract_reason(contract: Contract, site: Site | None) -> str | None:

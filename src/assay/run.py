@@ -38,6 +38,7 @@ from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
+from assay.report.page.render import write as write_report
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 
@@ -155,6 +156,7 @@ def compress(
     if unproven:
         shutil.rmtree(destination)
     report = hand_over(streamed, chosen, measured, contract, results, destination)
+    write_report(destination)
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
@@ -187,7 +189,9 @@ def verify(
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit,
     }  # fmt: skip
-    save_json(result.folder / "assay" / "verdict.json", verdict) if recipe else None
+    if recipe:
+        save_json(result.folder / "assay" / "verdict.json", verdict)
+        write_report(result.folder)
     return verdict
 
 
@@ -212,6 +216,12 @@ def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
     _check_destination(Path(destination))
     assay.engines.load.export(Path(out), to, Path(destination))
     return {"out": str(destination), "to": to, "bytes": Checkpoint.open(destination).weight_bytes}
+
+
+def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
+    """Write one page about a result, which opens in any browser without a network."""
+    page = write_report(out, destination)
+    return {"report": str(page), "bytes": page.stat().st_size}
 
 
 def load(out: str | Path) -> Any:
