@@ -26,9 +26,7 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     refuse_impossible(decisions, budget)
     table = Table.of(decisions)
     choice, left = _climb(table, budget)
-    choice = _fill(decisions, table, choice, left)
-    flat = uniform.best(table, budget)
-    return (choice if table.damage_of(choice) <= table.damage_of(flat) else flat).tolist()
+    return uniform.or_better(table, fill(decisions, table, choice, left), budget).tolist()
 
 
 def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
@@ -132,8 +130,8 @@ def _climb(table: Table, budget: int) -> tuple[Ints, int]:
     return choice, left
 
 
-def _fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:
-    """Spend the bytes left on the single upgrades that gain most per byte, off the hull as well."""
+def fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:
+    """`choice` with `left` bytes spent on the single upgrades that gain most per byte, off the hull as well."""
     choice, rows = choice.copy(), table.rows
     following = np.minimum(choice + 1, table.count - 1)
     extra = table.nbytes[rows, following] - table.nbytes[rows, choice]
