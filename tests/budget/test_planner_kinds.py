@@ -222,7 +222,8 @@ def test_stages_measure_fewer_plans_on_more_text() -> None:
 
     start = tuple(lagrange.plan(decisions, budget))
     next(evolve(decisions, budget, fitness, Parent(start, 1e9, 0), 0))
-    assert seen == [(128, 1 / 64), (16, 1 / 8), (4, 1.0)]
+    assert seen[:2] == [(128, 1 / 64), (17, 1 / 8)], "the parent joins the stage before the last"
+    assert all(count <= 4 and share == 1.0 for count, share in seen[2:])
 
 
 @few

@@ -93,6 +93,7 @@ def evolve(
 ) -> Iterator[Parent]:  # fmt: skip
     """The parent after each further generation, without end; its loss never rises, its bytes stay within `budget`.
 
+    The last stage is for offspring that beat the parent in the one before it; its share is the whole text.
     Generation n depends on its parent, `seed` and n only, so a search continues from any parent as if it never stopped.
     """
     sizes = [[option.nbytes for option in d.options] for d in decisions]
@@ -102,10 +103,11 @@ def evolve(
         alive = _offspring(sizes, parent.choice, room, offspring, random.Random(f"{seed}:{number}"))
         losses: Sequence[float] = []
         for index, stage in enumerate(stages):
-            if not alive:
-                break
-            losses = fitness(alive, stage.share, len(stages) * number + index)
-            kept = np.argsort(losses, kind="stable")[: stage.survivors].tolist()
+            rival = [parent.choice] if index == len(stages) - 2 and stage.share else []
+            losses = fitness([*alive, *rival], stage.share, len(stages) * number + index) if alive else []
+            kept = [k for k in np.argsort(losses, kind="stable").tolist() if not rival or losses[k] < losses[-1]][
+                : stage.survivors
+            ]
             alive, losses = [alive[k] for k in kept], [losses[k] for k in kept]
         better = bool(alive) and losses[0] < parent.loss
         parent = Parent(alive[0], float(losses[0]), number) if better else Parent(parent.choice, parent.loss, number)
