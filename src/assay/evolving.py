@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from assay.budget import plans
+from assay.budget import planners, plans
 from assay.budget.menu import Decision
 from assay.budget.plan import Plan
 from assay.budget.planners import lagrange
@@ -49,16 +49,20 @@ STAGES = (Stage(24, 0.0), Stage(6, 1 / 32), Stage(1, 1 / 4), Stage(1, 1.0))
 DEFAULT_MINUTES = 10.0
 
 
-def check(planner: str, minutes: float | None, has_plan: bool, level: str | None) -> float | None:
-    """Minutes to search for, None where nothing is searched. Raises InputError for what contradicts."""
+def check(planner: str, minutes: float | None, fixed: str | None) -> float | None:
+    """Minutes to search for, None where nothing is searched. fixed: the option that leaves nothing to plan, if one does.
+
+    Raises InputError for what contradicts, and for an unknown planner.
+    """
+    planners.get(planner)
+    if fixed and planner != "lagrange":
+        raise InputError(f"--planner {planner} divides a budget, and {fixed} leaves nothing to divide; give one of the two")
     if planner != "evolution":
         if minutes is not None:
             raise InputError(f"--minutes bounds the search of --planner evolution, not of {planner}; leave one out")
         return None
     if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"--minutes {minutes:g}: give a number of minutes above zero")
-    if has_plan or level:
-        raise InputError(f"--planner evolution needs a budget to divide; {'--plan' if has_plan else '--level'} leaves no choice")
     return DEFAULT_MINUTES if minutes is None else minutes
 
 

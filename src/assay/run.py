@@ -132,7 +132,7 @@ def compress(
     unproven = work.exists() and _recipe(destination) is not None
     if not unproven:
         _check_destination(destination)
-    searched = check_search(planner, minutes, plan is not None, level)
+    searched = check_search(planner, minutes, "--plan" if plan else "--level" if level else "--uniform" if uniform else None)
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)

@@ -127,7 +127,10 @@ def make(
     options = decisions(profile, contract, method, budget.size is not None, keep, only)
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
-        choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        search = planners.get("lagrange" if uniform else planner)
+        if not hasattr(search, "plan_for_loss"):
+            raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
+        choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     elif only:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
