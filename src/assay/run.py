@@ -23,6 +23,8 @@ from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
 from assay.engines.write import check_space
+from assay.evolving import check as check_search
+from assay.evolving import evolved
 from assay.execute import Results, execute
 from assay.handover import hand_over
 from assay.measure.profile import Profile
@@ -102,6 +104,8 @@ def plan(
     planner: str = "lagrange", uniform: bool = False,
 ) -> Plan:  # fmt: skip
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
+    if planner == "evolution":
+        raise InputError("evolution measures the running model; use assay compress MODEL --planner evolution --minutes N")
     chosen = _method(method, engine)
     budget = _budget(size, bits, max_loss, level, chosen)
     return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
@@ -112,10 +116,11 @@ def compress(
     size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    polish: float | None = None, progress: Progress | None = None,
+    polish: float | None = None, planner: str = "lagrange", minutes: float | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
+    planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
     is there, `out` itself was not read back yet, and is written again.
@@ -128,6 +133,7 @@ def compress(
     unproven = work.exists() and _recipe(destination) is not None
     if not unproven:
         _check_destination(destination)
+    searched = check_search(planner, minutes, "--plan" if plan else "--level" if level else "--uniform" if uniform else None)
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
@@ -145,7 +151,8 @@ def compress(
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
     _check_profile(measured, streamed, method)
     if given is None:
-        chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
+        chosen = plans.make(measured, budget, contract, method, keep, "lagrange" if searched else planner, uniform)
+        chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None

@@ -127,7 +127,10 @@ def make(
     options = decisions(profile, contract, method, budget.size is not None, keep, only)
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
-        choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        search = planners.get("lagrange" if uniform else planner)
+        if not hasattr(search, "plan_for_loss"):
+            raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
+        choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     elif only:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
@@ -236,6 +239,25 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     if budget.size is not None or budget.bits is not None:
         limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
     return _assemble(profile, budget, contract, plan.method, options, choice, limit)
+
+
+Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
+"""From a menu, the bytes that may be taken and the chosen options to other ones, and what they make of the KL."""
+
+
+def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
+    """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
+    budget = Budget(**plan.budget)
+    options = decisions(profile, contract, plan.method, budget.size is not None, keep)
+    choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
+    limit = _totals(options, choice)[1]
+    if budget.max_loss is None:
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+    found, ratio = search(options, limit, choice)
+    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
+    low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
+    return dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
+                               sentence=_sentence(expected, low, high, made.uniform))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:

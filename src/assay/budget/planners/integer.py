@@ -57,7 +57,7 @@ def solve(decisions: Sequence[Decision], budget: int, seconds: float) -> tuple[l
 
 def _solve(table: Table, best: Ints, limit: int, price: float, gap: float, seconds: float) -> tuple[Ints | None, float]:
     """(choice or None, lower bound on the damage) of the program without hopeless options."""
-    owner, option = _hopeful(table, best, price, gap)
+    owner, option = hopeful(table, best, price, gap)
     base = table.nbytes.min(1)
     room = max(limit - int(base.sum()), 1)
     least = table.damage.min(1)
@@ -72,7 +72,7 @@ def _solve(table: Table, best: Ints, limit: int, price: float, gap: float, secon
     return (None if found.x is None else _choice(found, owner, option, best)), proven
 
 
-def _hopeful(table: Table, best: Ints, price: float, gap: float) -> tuple[Ints, Ints]:
+def hopeful(table: Table, best: Ints, price: float, gap: float) -> tuple[Ints, Ints]:
     """(decision, option) of whatever can be in a plan better than `best`, and of `best` itself."""
     cost = table.damage + price * table.nbytes
     reduced = cost - cost.min(1, keepdims=True)
