@@ -19,8 +19,9 @@ import torch
 
 import assay.engines.load
 from assay import engines
-from assay.budget import plans, presets
+from assay.budget import plans, presets, sensitivity
 from assay.budget.plan import Plan
+from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
 from assay.engines.write import check_space
 from assay.execute import Results, execute
@@ -79,6 +80,19 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "bytes": checkpoint.weight_bytes, "tied": anatomy.tied, "sites": rows, "kept": anatomy.kept,
         "inside": {"sites": len(inside), "parameters": sum(math.prod(r["shape"]) for r in inside)},
     }  # fmt: skip
+
+
+def rank(
+    profile: str | Path, by: Sequence[str] = ("kfac",), *, model: str | Path | None = None, bits: int = sensitivity.BITS,
+    progress: Progress | None = None,
+) -> list[Ranking]:  # fmt: skip
+    """Which weight matrices matter most, with error bars, and which to keep; a ranking for each sensitivity.
+
+    by: names that `assay methods` lists with the verb score; all but kfac run the model. Raises InputError.
+    """
+    streamed = None if model is None else StreamedModel(open_model(model))
+    measured = Profile.open(profile)
+    return [sensitivity.rank(measured, name, streamed, progress or Silent(), bits) for name in by]
 
 
 def profile(
@@ -222,14 +236,14 @@ def load(out: str | Path) -> Any:
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
     encoders = [(name, base.get(name)()) for name in base.names()]
-    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
+    others = [(name, base.load(name, folder)) for folder in ("transform", "sensitivity", "select") for name in base.names(folder)]
     return [
         {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
          "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
         for n, m in encoders
     ] + [
         {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in transforms
+        for n, m in others
     ]  # fmt: skip
 
 
