@@ -19,7 +19,7 @@ import torch
 
 import assay.engines.load
 from assay import engines
-from assay.budget import plans, presets, sensitivity
+from assay.budget import plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
@@ -200,6 +200,7 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit,
+        "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe else [],
     }  # fmt: skip
     save_json(result.folder / "assay" / "verdict.json", verdict) if recipe else None
     return verdict
