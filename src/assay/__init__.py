@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "report",
-    "transform", "verify",
+    "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "rank",
+    "report", "transform", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         load,
         plan,
         profile,
+        rank,
         report,
         transform,
         verify,

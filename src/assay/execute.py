@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import read_weight, statistics
+from assay.budget.probe import statistics
 from assay.measure.damage import Curvature
 from assay.measure.profile import Profile
-from assay.measure.stream import StreamedModel
+from assay.measure.stream import StreamedModel, read_weight
 from assay.methods import base
 from assay.model import memory
 from assay.model.files import save_tensors

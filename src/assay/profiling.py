@@ -15,6 +15,7 @@ from torch import Tensor
 from assay import engines
 from assay.budget import plans, probe
 from assay.budget.size import Budget
+from assay.budget.spread import spreads
 from assay.measure import tokens as token_kinds
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
@@ -108,6 +109,7 @@ def _finish(
     menus.append(lambda columns: [x for x in levels if columns % (x.group_size or 1) == 0])
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
+    spread = spreads(model, folder, text.tokens)
     points = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
@@ -119,6 +121,7 @@ def _finish(
         "names": names,
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
+        "spread": spread,
     }  # fmt: skip
     return save_index(folder, index)
 

@@ -19,8 +19,9 @@ import torch
 
 import assay.engines.load
 from assay import engines
-from assay.budget import plans, presets
+from assay.budget import plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
+from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
 from assay.engines.write import check_space
 from assay.evolving import check as check_search
@@ -82,6 +83,19 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "bytes": checkpoint.weight_bytes, "tied": anatomy.tied, "sites": rows, "kept": anatomy.kept,
         "inside": {"sites": len(inside), "parameters": sum(math.prod(r["shape"]) for r in inside)},
     }  # fmt: skip
+
+
+def rank(
+    profile: str | Path, by: Sequence[str] = ("kfac",), *, model: str | Path | None = None, bits: int = sensitivity.BITS,
+    progress: Progress | None = None,
+) -> list[Ranking]:  # fmt: skip
+    """Which weight matrices matter most, with error bars, and which to keep; a ranking for each sensitivity.
+
+    by: names that `assay methods` lists with the verb score; all but kfac run the model. Raises InputError.
+    """
+    streamed = None if model is None else StreamedModel(open_model(model))
+    measured = Profile.open(profile)
+    return [sensitivity.rank(measured, name, streamed, progress or Silent(), bits) for name in by]
 
 
 def profile(
@@ -195,6 +209,7 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit,
+        "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe else [],
     }  # fmt: skip
     if recipe:
         save_json(result.folder / "assay" / "verdict.json", verdict)
@@ -239,7 +254,7 @@ def load(out: str | Path) -> Any:
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
     found = []
-    for folder in ("quantize", "transform"):
+    for folder in ("quantize", "transform", "sensitivity", "select"):
         for name in base.names(folder):
             m = base.load(name, folder)
             facts = {"name": name, "verb": m.verb, "paper": m.paper, "needs": list(m.needs)}

@@ -70,10 +70,15 @@ def build(
     """
     rows = list(rows)
     kept = _kept([row.name for row in rows], keep)
-    together: dict[tuple[object, ...], list[SiteRow]] = {}
+    return [_decision(group, prices, levels, treat_outside, kept) for group in together(rows, fused)]
+
+
+def together(rows: Iterable[SiteRow], fused: Sequence[frozenset[str]]) -> list[list[SiteRow]]:
+    """Sites that are decided together. fused: roles that must share a level."""
+    found: dict[tuple[object, ...], list[SiteRow]] = {}
     for row in rows:
-        together.setdefault(_key(row, fused), []).append(row)
-    return [_decision(group, prices, levels, treat_outside, kept) for group in together.values()]
+        found.setdefault(_key(row, fused), []).append(row)
+    return list(found.values())
 
 
 def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:

@@ -15,7 +15,7 @@ from assay.budget.prices import InputCosts, price, rotates
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Curvatures
-from assay.measure.stream import Override, StreamedModel
+from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
@@ -30,14 +30,6 @@ PROBED_BITS = (4, 3, 2)
 GROUP = 64
 REHEARSED_SITES = 16
 REHEARSED_ROWS = 1024
-
-
-def read_weight(model: StreamedModel, site: Site) -> Tensor:
-    """Weight of a site as float32 [out, in], whatever its storage order."""
-    value = model.checkpoint.read(site.name).float()
-    if site.stacked and site.expert is not None and site.rows is not None:
-        return value[site.expert, slice(*site.rows)]
-    return value.T.contiguous() if site.transposed else value
 
 
 def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[Callable[[int], list[Level]]],
@@ -124,13 +116,13 @@ def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[s
     points = []
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
-        damage = sum(prices[key_of(s)][_probed(s.shape[1], bits).name]["nearest"] for s in blocks)
+        damage = sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in blocks)
         points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
     return points
 
 
 def _rounded_to(bits: int) -> Override:
-    return nearest(lambda site: _probed(site.shape[1], bits))
+    return nearest(lambda site: probed_level(site.shape[1], bits))
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:
@@ -149,9 +141,10 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
 
 def probed_levels(columns: int) -> list[Level]:
     """The levels that `probe` rounds matrices to, which need prices."""
-    return [_probed(columns, bits) for bits in PROBED_BITS]
+    return [probed_level(columns, bits) for bits in PROBED_BITS]
 
 
-def _probed(columns: int, bits: int) -> Level:
+def probed_level(columns: int, bits: int) -> Level:
+    """The level of `probed_levels` of one width."""
     size = next((g for g in (GROUP, 32) if columns % g == 0), None)
     return Level(bits, None if size == columns else size)

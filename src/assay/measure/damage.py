@@ -20,7 +20,8 @@ class Curvature:
     """Statistics of one site.
 
     h: [in, in], or [in] for a diagonal; g: [out, out], or [out] for a diagonal; share in (0, 1];
-    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for.
+    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for;
+    parts: of how many tokens each part of the text gave [parts], and the diagonals of h and g on it [parts, in], [parts, out].
     """
 
     h: Tensor
@@ -29,6 +30,7 @@ class Curvature:
     tokens: int
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+    parts: tuple[Tensor, Tensor, Tensor] | None = None
 
     def damage(self, change: Tensor) -> float:
         """Nats per token of a change [out, in], float32."""

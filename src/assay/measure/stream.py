@@ -261,6 +261,20 @@ def micro(hidden: Tensor, vocabulary: int) -> list[Tensor]:
     return list(hidden.split(max(1, LOGITS_AT_ONCE // (hidden.shape[1] * vocabulary))))
 
 
+def read_weight(model: StreamedModel, site: Site) -> Tensor:
+    """Weight of a site as float32 [out, in], whatever its storage order."""
+    value = model.checkpoint.read(site.name).float()
+    if site.stacked and site.expert is not None and site.rows is not None:
+        return value[site.expert, slice(*site.rows)]
+    return value.T.contiguous() if site.transposed else value
+
+
+def token_divergences(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL in nats from reference to candidate at each predicting token: logits [b, t, v] of both -> [b, t - 1]."""
+    p, q = reference[:, :-1].log_softmax(-1), candidate[:, :-1].log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     """Loss in nats of each predicted token: logits [b, t, v], ids [b, t] -> [b, t - 1]."""
     return functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")

@@ -14,6 +14,7 @@ from assay.budget.plan import Plan
 
 Facts = Mapping[str, Any]
 UNKNOWN = "-"
+RESTORED = 5
 
 
 def closing(report: Facts, model: str, verdict: Facts | None = None) -> Group:
@@ -46,8 +47,19 @@ def verdict(found: Facts) -> Group:
     table.add_row("bytes of the weight files", "", size(found["bytes"]))
     table.add_row("bits per weight, in the blocks", "", number(found["bits"]))
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
+    undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(table, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+    return Group(table, *undo, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+
+
+def _restorations(found: Sequence[Facts]) -> Table:
+    """What full precision would bring back first, by loss per byte."""
+    title = "worth most per byte at full precision (--keep)"
+    table = Table("group", "level", "bytes added", "KL expected less", "share", "per MB", title=title, title_justify="left")
+    for row in found[:RESTORED]:
+        each = number(row["kl"] / row["bytes"] * 1e6)
+        table.add_row("\n".join(row["tensors"]), row["level"], size(row["bytes"]), number(row["kl"]), f"{row['share']:.1%}", each)
+    return table
 
 
 def inspection(found: Facts) -> Group:
