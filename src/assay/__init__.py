@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "rank",
-    "report", "transform", "verify",
+    "benchmark", "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile",
+    "rank", "report", "sweep", "transform", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from assay.run import (
+        benchmark,
         builtin_model,
         compress,
         export,
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
         profile,
         rank,
         report,
+        sweep,
         transform,
         verify,
-    )
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -23,14 +23,13 @@ from assay.budget.menu import Decision
 from assay.budget.plan import Plan
 from assay.budget.planners import lagrange
 from assay.budget.planners.evolution import Choice, Parent, Stage, evolve
-from assay.budget.probe import read_weight
 from assay.budget.table import Table
 from assay.engines.contract import Contract
 from assay.execute import encode, scale_dtype
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
-from assay.measure.stream import Override, StreamedModel
+from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.methods import base
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError

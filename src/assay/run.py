@@ -23,6 +23,9 @@ from assay.budget import plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
+from assay.budget.speed import Speeds
+from assay.budget.speed import benchmark as measure_speeds
+from assay.budget.sweep import STEP, frontier
 from assay.engines.write import check_space
 from assay.evolving import check as check_search
 from assay.evolving import evolved
@@ -35,6 +38,7 @@ from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
+from assay.model.level import Level
 from assay.model.progress import Progress, Silent
 from assay.model.sites import Site, key_of
 from assay.polish import check as check_polish
@@ -113,27 +117,48 @@ def profile(
 
 
 def plan(
-    source: str | Path, *, size: str | int | None = None, bits: float | None = None, max_loss: float | None = None,
-    level: str | None = None, engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (),
-    planner: str = "lagrange", uniform: bool = False,
+    source: str | Path, *, engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (),
+    planner: str = "lagrange", uniform: bool = False, speeds: str | Path | None = None, **budget: Any,
 ) -> Plan:  # fmt: skip
-    """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
+    """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets.
+
+    budget: see `Budget`; speeds: what `benchmark` wrote, for a budget of time.
+    """
     if planner == "evolution":
         raise InputError("evolution measures the running model; use assay compress MODEL --planner evolution --minutes N")
     chosen = _method(method, engine)
-    budget = _budget(size, bits, max_loss, level, chosen)
-    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
+    limits, table = _budget(chosen, **budget), Speeds.load(speeds) if speeds else None
+    return plans.make(Profile.open(source), limits, engines.get(engine), chosen, keep, planner, uniform, table)
+
+
+def sweep(
+    source: str | Path, low: float, high: float, step: float = STEP, *, engine: str = "transformers", method: str = "auto",
+    keep: Sequence[str] = (), planner: str = "lagrange",
+) -> dict[str, Any]:  # fmt: skip
+    """Size and predicted loss of the best plan at every `step` of average bits, the uniform one beside it."""
+    return frontier(Profile.open(source), low, high, step, engines.get(engine), _method(method, engine), keep, planner)
+
+
+def benchmark(source: str | Path, out: str | Path) -> Speeds:
+    """Measure how fast this machine multiplies by the matrices of a profile, and write the table to a new file."""
+    _check_destination(Path(out))
+    measured = Profile.open(source)
+    names = {name for prices in measured.prices.values() for name in prices}
+    found = measure_speeds(plans.rows_of(measured), sorted(Level.parse(name) for name in names))
+    found.save(Path(out))
+    return found
 
 
 def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
-    size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
     polish: float | None = None, planner: str = "lagrange", minutes: float | None = None, progress: Progress | None = None,
+    **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
+    budget: see `Budget`; none where a plan is given.
     planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
@@ -147,25 +172,27 @@ def compress(
     unproven = work.exists() and _recipe(destination) is not None
     if not unproven:
         _check_destination(destination)
-    searched = check_search(planner, minutes, "--plan" if plan else "--level" if level else "--uniform" if uniform else None)
+    searched = check_search(
+        planner, minutes, "--plan" if plan else "--level" if budget.get("level") else "--uniform" if uniform else None
+    )
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
     method = _method(given.method, given.engine) if given else _method(method, engine)
-    budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
+    limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
         check_polish(streamed, polish)
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, method, keep)
+    expected = given.nbytes_tensors if given else plans.outlook(streamed, limits, contract, method, keep)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
-    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
+    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
     _check_profile(measured, streamed, method)
     if given is None:
-        chosen = plans.make(measured, budget, contract, method, keep, "lagrange" if searched else planner, uniform)
+        chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
         chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
     else:
         chosen = plans.checked(measured, given, contract)
@@ -295,7 +322,8 @@ def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress:
     def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
         return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
 
-    scores = compare(model, {"plan": Candidate(model, override)}, windows, progress)["plan"]
+    changed = StreamedModel(model.checkpoint, override)
+    scores = compare(model, {"plan": Candidate(changed)}, windows, progress)["plan"]
     return float(torch.cat(scores.kl).double().mean())
 
 
@@ -345,12 +373,12 @@ def _method(name: str, engine: str) -> str:
     return name
 
 
-def _budget(size: str | int | None, bits: float | None, max_loss: float | None, level: str | None, method: str) -> Budget:
+def _budget(method: str, **given: Any) -> Budget:
     """Raises InputError for none, for two, and for a level that the method can't make."""
-    wanted = presets.level(level) if level else None
+    wanted = presets.level(given["level"]) if given.get("level") else None
     if wanted:
         presets.fit(method, wanted)
-    return Budget(size=size, bits=bits, max_loss=max_loss, level=wanted.name if wanted else None)
+    return Budget(**(given | {"level": wanted.name if wanted else None}))
 
 
 def _digest(text: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from assay.budget.menu import Option
 from assay.budget.prices import MEASURED_BITS
 from assay.methods.grid.gaussian import gaussian_distortion
 from assay.model.level import Level
@@ -36,6 +37,10 @@ PROBED_SPREAD = 0.10
 """The same after a whole-model probe with the method itself."""
 
 
+def _strain(level: Level) -> float:
+    return math.exp(STRAIN * gaussian_distortion(level.bits)) if level.format == "trellis" else 1.0
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Corrections of one profile.
@@ -56,8 +61,12 @@ class Forecast:
         """Damage that `method` is expected to leave at `level`, nats per token."""
         rehearsed = self.ratios.get(method) or {MEASURED_BITS: 1.0}
         ratio = rehearsed[min(rehearsed, key=lambda bits: abs(bits - level.bits))]
-        strain = STRAIN * gaussian_distortion(level.bits) if level.format == "trellis" else 0.0
-        return price * ratio * math.exp(strain)
+        return price * ratio * _strain(level)
+
+    def total(self, options: Iterable[Option]) -> float:
+        """Damage that a plan's options are expected to leave together, nats per token: without what keeps planners from
+        straining single matrices."""
+        return sum(o.damage / (_strain(Level.parse(o.level)) if o.level else 1.0) for o in options)
 
     def kl(self, method: str, damage: float) -> tuple[float, float, float]:
         """(low, expected, high) KL in nats per token for a total damage; the interval covers 95%."""

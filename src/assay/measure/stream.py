@@ -98,11 +98,11 @@ class StreamedModel:
         head = self.model.get_output_embeddings()
         head_name = next((n for n, m in self.model.named_modules() if m is head), "-")
         if tail and not self.anatomy.tied:
-            with self._loaded([p for p in self._outside if not p.startswith(name + ".")]), self._blind(embedding):
+            with self._loaded([p for p in self._outside if not p.startswith(name + ".")], self.override), self._blind(embedding):
                 yield
         else:
             skip = head_name + "." if not tail and not self.anatomy.tied else "-"
-            with self._loaded([p for p in self._outside if not p.startswith(skip)]):
+            with self._loaded([p for p in self._outside if not p.startswith(skip)], self.override):
                 yield
 
     def forget(self) -> None:
