@@ -1,0 +1,64 @@
+"""A weight in one of ggml's block formats, byte for byte as a GGUF file stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from assay.model import ggml
+from assay.model.errors import InputError
+from assay.model.level import Level
+
+
+@dataclass(frozen=True)
+class PackedBlocks:
+    """Rows of blocks.
+
+    kind: the type's name in ggml in lower case, see `ggml.KINDS`; rows: uint8 [out, bytes per row]; shape: (out, in).
+    Raises InputError where the bytes are not those of such a weight.
+    """
+
+    kind: str
+    rows: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        wanted = (self.shape[0], Level.parse(self.kind).nbytes(1, self.shape[1]))
+        if self.rows.dtype != torch.uint8 or tuple(self.rows.shape) != wanted:
+            raise InputError(
+                f"{self.kind} of shape {self.shape} is uint8 {wanted}, not {self.rows.dtype} {tuple(self.rows.shape)}"
+            )
+
+    @classmethod
+    def of(cls, kind: str, parts: ggml.Parts) -> PackedBlocks:
+        """From what the blocks of a weight [out, in] hold."""
+        rows = ggml.pack(kind, parts)
+        return cls(kind, rows, (len(rows), rows.shape[1] // ggml.KINDS[kind].nbytes * ggml.KINDS[kind].weights))
+
+    @property
+    def level(self) -> Level:
+        return Level.parse(self.kind)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+    def parts(self) -> ggml.Parts:
+        """Scales, codes and signs."""
+        return ggml.unpack(self.kind, self.rows)
+
+    def decode(self) -> Tensor:
+        """Weight [out, in], float32, as ggml's own reader makes it."""
+        return ggml.values(self.kind, self.parts())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight_blocks": self.rows.contiguous()}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], level: Level) -> PackedBlocks:
+        """Inverse of `tensors`."""
+        facts, rows = ggml.KINDS[level.format], stored["weight_blocks"]
+        return cls(level.format, rows, (len(rows), rows.shape[1] // facts.nbytes * facts.weights))
