@@ -130,9 +130,7 @@ class Level:
         """Number of groups in a row of `columns` weights. Raises InputError if they don't divide."""
         size = self.group_size or columns
         if FORMATS[self.format].layout == "blocks" and columns % size:
-            raise InputError(
-                f"{self.format} cuts rows into blocks of {size} weights, which do not divide {columns} inputs"
-            )
+            raise InputError(f"{self.format} cuts rows into blocks of {size} weights, which do not divide {columns} inputs")
         if columns % size:
             fits = [g for g in (32, 64, 128) if columns % g == 0]
             hint = f"sizes that fit: {', '.join(map(str, fits)) or 'none'}, or channel"
