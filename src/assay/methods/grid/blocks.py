@@ -24,11 +24,11 @@ from assay.model import ggml
 from assay.model.ggml import KINDS, Parts
 from assay.model.threads import spread
 
-REACH = 24
+REACH = 32
 """Vectors of a codebook that a search tries, of those nearest to the rounded magnitudes; see `Codebook`."""
-TRIES = 8
+TRIES = 4
 """Sub-scales that the group with the largest scale of a block is offered."""
-STRETCHES = tuple(0.6 + 0.05 * i for i in range(14))
+STRETCHES = tuple(0.6 + 0.1 * i for i in range(7))
 RANGES = (1.0, 0.9, 0.8, 0.7, 0.6)
 TINY = 1e-30
 """Stands for a scale of 0, so that nothing is divided by it."""
@@ -140,7 +140,7 @@ def squared_errors(kind: str, weight: Tensor, importance: Tensor | None = None) 
 
 def _block_errors(kind: str, weight: Tensor, frame: Parts, importance: Tensor | None) -> Tensor:
     """Weighted squared error of rounding to nearest, [..., out, blocks]."""
-    error = (level(kind, frame, nearest(kind, frame, weight, importance)) - weight).square()
+    error = (level(kind, frame, nearest(kind, frame, weight, importance, REACH)) - weight).square()
     if importance is not None:
         error = error * importance[..., None, :]
     return error.unflatten(-1, (frame.d.shape[-1], -1)).sum(-1)
@@ -170,11 +170,22 @@ def _fit(
         both = -low != high or sub[2] < 0
         factors = np.array(stretches if tries > 1 else (1.0,), dtype=np.float32)
         table = scalar_grid(kind).table if book is None else None
-        given = (low, high, table, None if book is None else book.parts, both, sub, np.float32(facts.unit), tries, factors)
+        given = (
+            low,
+            high,
+            table,
+            None if book is None else book.parts,
+            both,
+            kind == "mxfp4",
+            sub,
+            np.float32(facts.unit),
+            tries,
+            factors,
+        )
         spread(_blocks.fit_scales, rows, (*given, facts.group, price), (costs.weight[n], d[n], subs[n]))
     shape = weight.shape[:-1]
     if kind == "mxfp4":
-        d = torch.exp2(torch.log2(d.clamp_min(2.0**-100)).round())
+        d = d.clamp_min(2.0**-100)
     return Parts(
         d.reshape(*shape, blocks), d.new_empty(0),
         facts.min_sign * -m.reshape(*shape, blocks) if "m" in facts.fields else None,
