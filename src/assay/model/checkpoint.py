@@ -19,6 +19,7 @@ from torch import Tensor
 
 from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.terms import SUFFIXES, restore
@@ -112,7 +113,11 @@ class Checkpoint:
             return self.stored[name].shape
         if self._lossless(name):
             return tuple(int(n) for n in self._raw(f"{name}.shape"))
-        shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
+        if f"{name}_shape" not in self.stored:
+            rows, nbytes = self.stored[f"{name}_packed"].shape
+            shape: tuple[int, ...] = (rows, KINDS[self.levels[name].format].columns(nbytes))
+        else:
+            shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
         return shape[::-1] if self.turned(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -122,7 +127,7 @@ class Checkpoint:
         if self._lossless(name):
             return torch.bfloat16
         if name in self._own:
-            return _torch_dtype(self._own[name]["dtype"])
+            return torch.float32 if self._own[name]["level"] in KINDS else _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
 
     def turned(self, name: str) -> bool:
