@@ -307,7 +307,10 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 def _method(name: str, engine: str) -> str:
     """What a name stands for: auto is the quick default, best what measured best in the engine's formats."""
     if name in ("auto", "best"):
-        best = "trellis" if "trellis" in engines.get(engine).formats else "admm"
+        held = engines.get(engine).formats
+        if "int" not in held:
+            return "ggml"
+        best = "trellis" if "trellis" in held else "admm"
         return best if name == "best" else "two_sided"
     base.get(name)
     return name

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
+from assay.methods.grid import blocks
 from assay.methods.grid.formats import grid_of
 from assay.methods.grid.gaussian import gaussian_distortion
 from assay.methods.solve.curvature import feedback_cost
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
@@ -108,6 +110,8 @@ def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[T
         method = base.get(OWN[level.format])()
         made = method.encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
         return (made - weight).square(), (made - weight).square()
+    if level.format in KINDS:
+        return blocks.squared_errors(level.format, weight), blocks.squared_errors(level.format, weight, importance)
     grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)
