@@ -93,7 +93,7 @@ def _menu(
         offered[row.name] = [x for x in levels if contract.takes(x, columns)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep)  # fmt: skip
+                         contract.fused, outside, keep, contract.experts_by_role)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
     asked = [row.name for row in found if outside or row.block is not None]

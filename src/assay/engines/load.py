@@ -15,12 +15,13 @@ from assay.model.errors import InputError
 def load(folder: Path) -> Any:
     """The model of a folder through stock transformers, which decodes packed weights at the first forward pass.
 
-    Assay's own layout is decoded first, into a temporary folder.
+    Assay's own layout and GGUF are decoded first, into a temporary folder.
     """
     from transformers import AutoModelForCausalLM
 
     source = Checkpoint.open(folder)
-    if (source.config.get("quantization_config") or {}).get("quant_method") != "assay":
+    own = (source.config.get("quantization_config") or {}).get("quant_method") == "assay"
+    if not own and all(info.read is None for info in source.stored.values()):
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
     with tempfile.TemporaryDirectory(prefix="assay-") as work:
         export(folder, "plain", Path(work) / "plain")

@@ -26,7 +26,6 @@ from assay.model.level import Level
 from assay.model.sites import load_config
 
 FILE = "model.gguf"
-NO_LOADERS: Loaders = {}
 PLAIN = {torch.bfloat16: GGMLQuantizationType.BF16, torch.float16: GGMLQuantizationType.F16}
 
 
@@ -84,6 +83,12 @@ def _entry(source: Checkpoint, target: Target, levels: Mapping[str, Level]) -> E
     if len(shape) < 2 or target.whole or target.offset:
         return Entry(target, GGMLQuantizationType.F32, stack)
     return Entry(target, PLAIN.get(source.kept_dtype(target.sources[0]), GGMLQuantizationType.F32), stack)
+
+
+def sizes(source: Checkpoint, levels: Mapping[str, Level]) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes that each tensor of the source takes in the file, and why some are left out."""
+    found = {name: e.nbytes // len(e.target.sources) for e in layout(source, levels) for name in e.target.sources}
+    return found, targets(load_config(source).to_dict(), source.names)[1]
 
 
 def write_file(path: Path, source: Checkpoint, packed: Loaders, entries: list[Entry]) -> None:
