@@ -36,7 +36,7 @@ class PackedBlocks:
     def of(cls, kind: str, parts: ggml.Parts) -> PackedBlocks:
         """From what the blocks of a weight [out, in] hold."""
         rows = ggml.pack(kind, parts)
-        return cls(kind, rows, (len(rows), rows.shape[1] // ggml.KINDS[kind].nbytes * ggml.KINDS[kind].weights))
+        return cls(kind, rows, (len(rows), ggml.KINDS[kind].columns(rows.shape[1])))
 
     @property
     def level(self) -> Level:
@@ -55,10 +55,10 @@ class PackedBlocks:
         return ggml.values(self.kind, self.parts())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weight_blocks": self.rows.contiguous()}
+        return {"weight_packed": self.rows.contiguous()}
 
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor], level: Level) -> PackedBlocks:
         """Inverse of `tensors`."""
-        facts, rows = ggml.KINDS[level.format], stored["weight_blocks"]
-        return cls(level.format, rows, (len(rows), rows.shape[1] // facts.nbytes * facts.weights))
+        rows = stored["weight_packed"]
+        return cls(level.format, rows, (len(rows), ggml.KINDS[level.format].columns(rows.shape[1])))

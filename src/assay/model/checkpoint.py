@@ -19,6 +19,7 @@ from torch import Tensor
 from assay.model import gguf_file
 from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.stored import TensorInfo
@@ -107,7 +108,11 @@ class Checkpoint:
             return self.stored[name].shape
         if self._lossless(name):
             return tuple(int(n) for n in self._raw(f"{name}.shape"))
-        shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
+        if f"{name}_shape" not in self.stored:
+            rows, nbytes = self.stored[f"{name}_packed"].shape
+            shape: tuple[int, ...] = (rows, KINDS[self.levels[name].format].columns(nbytes))
+        else:
+            shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
         return shape[::-1] if self.turned(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:

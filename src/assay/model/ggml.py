@@ -69,6 +69,10 @@ class Kind:
         """Stored bits per weight."""
         return 8 * self.nbytes / self.weights
 
+    def columns(self, nbytes: int) -> int:
+        """Weights of a row of so many bytes."""
+        return nbytes // self.nbytes * self.weights
+
 
 class Parts(NamedTuple):
     """What blocks of [..., in] weights hold. Groups and blocks are counted along whole rows.

@@ -18,7 +18,7 @@ from assay.model.vectors import PackedVectors
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
     "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
-    "weight_table_rest", "weight_low", "weight_places", "weight_blocks",
+    "weight_table_rest", "weight_low", "weight_places",
     "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
