@@ -13,12 +13,13 @@ from typing import Any
 from assay import engines
 from assay.budget import plans, probe
 from assay.budget.size import Budget
+from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
-from assay.model.checkpoint import read_json
+from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError
 from assay.model.files import save_text, unless_refused
 from assay.model.level import Level
@@ -106,9 +107,19 @@ def _finish(
         "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
         "names": names,
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
+        "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
+        "prices": prices, "ratios": ratios, "probes": points,
     }  # fmt: skip
     return save_index(folder, index)
+
+
+def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a GGUF file takes if every tensor stays, or why there is none."""
+    try:
+        file_bytes, tensor_bytes = whole_bytes(checkpoint)
+    except InputError as error:
+        return {"refused": str(error)}
+    return {"file_bytes": file_bytes, "tensor_bytes": tensor_bytes}
 
 
 def _texts(model: StreamedModel, calibration: str | Path | None, count: int, window: int | None) -> tuple[Windows, Windows]:

@@ -13,6 +13,7 @@ from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
+from assay.engines.gguf.write import whole_bytes
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
@@ -69,7 +70,8 @@ def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: st
     found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
     outside = budget.size is not None
     options = _menu(found, model.anatomy.family, contract, method, outside, keep, only, lambda row, level: 0.0)
-    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
+    whole = whole_bytes(model.checkpoint)[0] if contract.layout == "gguf" else model.checkpoint.kept_file_bytes
+    fixed = _fixed_bytes(whole, options, contract)
     if budget.max_loss is not None or only:
         return fixed + sum(d.options[0].nbytes for d in options)
     return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
@@ -133,19 +135,33 @@ def make(
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
-        limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
+        limit = budget.limit_for(options, _fixed_bytes(_whole(profile, contract)[0], options, contract))
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
     return _assemble(profile, budget, contract, method, options, choice, limit)
 
 
-def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
+def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
+    """Bytes of the files and of the tensors in them if every tensor stays. Raises InputError where there are none."""
+    if contract.layout != "gguf":
+        return int(profile.index["file_bytes"]), sum(profile.index["names"].values())
+    found = profile.index.get("gguf", {"refused": f"{profile.folder} says nothing about GGUF; run assay profile again"})
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return int(found["file_bytes"]), int(found["tensor_bytes"])
+
+
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision], contract: Contract) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
+    if contract.layout == "gguf":
+        return file_bytes - decided + ALIGNMENT * sum(len(d.sites) for d in options)
     names = sum(len(site) for d in options for site in d.sites)
     return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
+ALIGNMENT = 32
+"""Of the tensors in a GGUF file, whose headers are as long for any level."""
 
 
 def _assemble(
@@ -157,7 +173,7 @@ def _assemble(
     damage, nbytes = _totals(options, choice)
     low, expected, high = forecast.kl(method, damage)
     plain_damage, plain_bytes = _totals(options, plain)
-    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
+    fixed = _whole(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
     own = {row.name: row for row in _rows(profile)}
     choices = {}
@@ -234,7 +250,7 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     limit = _totals(options, choice)[1]
     if budget.size is not None or budget.bits is not None:
-        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(_whole(profile, contract)[0], options, contract)))
     return _assemble(profile, budget, contract, plan.method, options, choice, limit)
 
 

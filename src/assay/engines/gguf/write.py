@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from assay.engines.contract import Contract
@@ -91,26 +93,47 @@ def sizes(source: Checkpoint, levels: Mapping[str, Level]) -> tuple[dict[str, in
     return found, targets(load_config(source).to_dict(), source.names)[1]
 
 
+def whole_bytes(source: Checkpoint) -> tuple[int, int]:
+    """Bytes of the file, and of the tensors in it, if every tensor stays. Raises InputError."""
+    entries = layout(source, {})
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        writer, extra = _begin(Path(folder) / FILE, source, entries)
+        writer.close()
+        head = (Path(folder) / FILE).stat().st_size
+    data = [a.nbytes for a in extra.values()] + [e.nbytes for e in entries]
+    return _padded(head) + sum(map(_padded, data)), sum(data)
+
+
+def _padded(nbytes: int) -> int:
+    return GGUFWriter.ggml_pad(nbytes, GGUF_DEFAULT_ALIGNMENT)
+
+
 def write_file(path: Path, source: Checkpoint, packed: Loaders, entries: list[Entry]) -> None:
     """The file itself, one tensor in memory at a time."""
-    config = load_config(source).to_dict()
-    writer = GGUFWriter(path, str(family(config)["arch"]))
+    writer, extra = _begin(path, source, entries)
     try:
-        _add_metadata(writer, source, entries)
-        extra = {name: t.numpy() for name, t in rope_tensors(config).items()}
-        for name, array in extra.items():
-            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
-        for entry in entries:
-            block, size = GGML_QUANT_SIZES[entry.kind]
-            shape = (*entry.shape[:-1], entry.shape[-1] // block * size)
-            writer.add_tensor_info(entry.target.name, shape, np.dtype(np.uint8), entry.nbytes, entry.kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for array in (*extra.values(), *_arrays(source, packed, entries)):
+        for array in chain(extra.values(), _arrays(source, packed, entries)):
             writer.write_tensor_data(array)
     finally:
         writer.close()
+
+
+def _begin(path: Path, source: Checkpoint, entries: list[Entry]) -> tuple[GGUFWriter, dict[str, np.ndarray]]:
+    """A file with all that comes before the tensors, and those tensors that the source hasn't."""
+    config = load_config(source).to_dict()
+    writer = GGUFWriter(path, str(family(config)["arch"]))
+    _add_metadata(writer, source, entries)
+    extra = {name: t.numpy() for name, t in rope_tensors(config).items()}
+    for name, array in extra.items():
+        writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
+    for entry in entries:
+        block, size = GGML_QUANT_SIZES[entry.kind]
+        shape = (*entry.shape[:-1], entry.shape[-1] // block * size)
+        writer.add_tensor_info(entry.target.name, shape, np.dtype(np.uint8), entry.nbytes, entry.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer, extra
 
 
 def _add_metadata(writer: GGUFWriter, source: Checkpoint, entries: list[Entry]) -> None:
