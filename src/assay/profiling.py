@@ -17,13 +17,14 @@ from assay import engines
 from assay.budget import plans, probe
 from assay.budget.size import Budget
 from assay.budget.spread import spreads
+from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
-from assay.model.checkpoint import read_json
+from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError
 from assay.model.files import save_text, unless_refused
 from assay.model.level import Level
@@ -123,10 +124,19 @@ def _finish(
         "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
         "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
-        "spread": spread,
+        "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
+        "prices": prices, "ratios": ratios, "probes": points, "spread": spread,
     }  # fmt: skip
     return save_index(folder, index)
+
+
+def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a GGUF file takes if every tensor stays, or why there is none."""
+    try:
+        file_bytes, tensor_bytes = whole_bytes(checkpoint)
+    except InputError as error:
+        return {"refused": str(error)}
+    return {"file_bytes": file_bytes, "tensor_bytes": tensor_bytes}
 
 
 def _texts(model: StreamedModel, calibration: str | Path | None, count: int, window: int | None) -> tuple[Windows, Windows]:

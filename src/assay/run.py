@@ -30,6 +30,7 @@ from assay.engines.write import check_space
 from assay.evolving import check as check_search
 from assay.evolving import evolved
 from assay.execute import Results, execute
+from assay.exporting import export as export_as
 from assay.handover import hand_over
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -261,10 +262,9 @@ def transform(
 
 
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
-    """Write a result in another layout: plain (decoded) or compressed-tensors."""
+    """Write a result in another layout: plain (decoded), compressed-tensors or gguf; or a profile as an imatrix file."""
     _check_destination(Path(destination))
-    assay.engines.load.export(Path(out), to, Path(destination))
-    return {"out": str(destination), "to": to, "bytes": Checkpoint.open(destination).weight_bytes}
+    return export_as(Path(out), to, Path(destination))
 
 
 def report(out: str | Path, destination: str | Path) -> dict[str, Any]:

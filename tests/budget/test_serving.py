@@ -90,7 +90,7 @@ def test_contexts_that_are_none(text: str) -> None:
 
 
 def test_engines_that_decode_are_refused_with_those_that_do_not() -> None:
-    with pytest.raises(InputError, match="decodes the weights .* use --engine vllm"):
+    with pytest.raises(InputError, match="decodes the weights .*--engine vllm"):
         room(PLAIN, Load(1024), "transformers", 10**9)
     with pytest.raises(InputError, match="--cache int4: vllm has fp16, fp8"):
         room(PLAIN, Load(1024, cache="int4"), "vllm", 10**9)

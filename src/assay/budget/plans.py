@@ -14,6 +14,7 @@ from assay.budget.planners import lagrange
 from assay.budget.size import Budget, parse_size
 from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
+from assay.engines.gguf.write import whole_bytes
 from assay.engines.serving import GIB
 from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
@@ -71,28 +72,36 @@ def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: st
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
     options = _menu(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
-    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
+    whole = _stored(model, contract)
+    fixed = _fixed_bytes(whole[0], options, contract)
     if not budget.bounds_bytes:
         return fixed + sum(d.options[0].nbytes for d in options)
-    held = sum(model.checkpoint.kept_nbytes(name) for name in model.checkpoint.names)
-    limit = _limit(budget, contract, options, model.checkpoint.kept_file_bytes, held, footprint(model))
+    limit = _limit(budget, contract, options, whole, footprint(model))
     return fixed + min(limit, sum(d.options[-1].nbytes for d in options))
 
 
-def _limit(budget: Budget, contract: Contract, options: Sequence[Decision], file_bytes: int, held: int, needs: Footprint) -> int:
-    """Bytes that the decisions may take together. file_bytes, held: of all weight files and of all tensors, if they stay."""
+def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
+    """Bytes of the files and of the tensors in them if every tensor stays. Raises InputError where there are none."""
+    checkpoint = model.checkpoint
+    if contract.layout == "gguf":
+        return whole_bytes(checkpoint)
+    return checkpoint.kept_file_bytes, sum(checkpoint.kept_nbytes(name) for name in checkpoint.names)
+
+
+def _limit(budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint) -> int:
+    """Bytes that the decisions may take together. whole: see `_stored`."""
     if budget.memory is None:
-        return budget.limit_for(options, _fixed_bytes(file_bytes, options))
+        return budget.limit_for(options, _fixed_bytes(whole[0], options, contract))
     assert budget.load is not None, "a budget of memory says for what"
     total = parse_size(budget.memory)
     beside = total - serving.room(needs, budget.load, contract.name, total)
-    return budget.limit_for(options, held - sum(d.options[-1].nbytes for d in options), beside)
+    return budget.limit_for(options, whole[1] - sum(d.options[-1].nbytes for d in options), beside)
 
 
 def _limit_of(profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision]) -> int:
     index = profile.index
     needs = Footprint.from_json(index.get("footprint")) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
-    return _limit(budget, contract, options, int(index["file_bytes"]), sum(index["names"].values()), needs)
+    return _limit(budget, contract, options, _whole(profile, contract), needs)
 
 
 def _only(budget: Budget) -> Level | None:
@@ -113,7 +122,7 @@ def _menu(
         offered[row.name] = [x for x in levels if contract.takes(x, columns)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep)  # fmt: skip
+                         contract.fused, outside, keep, contract.experts_by_role)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
     asked = [row.name for row in found if outside or row.block is not None]
@@ -173,14 +182,28 @@ def make(
     return _assemble(profile, budget, contract, method, options, choice, limit, flat)
 
 
-def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
+def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
+    """`_stored` of the model that was profiled. Raises InputError where there is no such file."""
+    if contract.layout != "gguf":
+        return int(profile.index["file_bytes"]), sum(profile.index["names"].values())
+    found = profile.index.get("gguf", {"refused": f"{profile.folder} says nothing about GGUF; run assay profile again"})
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return int(found["file_bytes"]), int(found["tensor_bytes"])
+
+
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision], contract: Contract) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
+    if contract.layout == "gguf":
+        return file_bytes - decided + ALIGNMENT * sum(len(d.sites) for d in options)
     names = sum(len(site) for d in options for site in d.sites)
     return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
+ALIGNMENT = 32
+"""Of the tensors in a GGUF file, whose headers are as long for any level."""
 
 
 def _assemble(
@@ -192,7 +215,7 @@ def _assemble(
     damage, nbytes = _totals(options, choice)
     low, expected, high = forecast.kl(method, forecast.total(_picked(options, choice)))
     plain_bytes = _totals(options, plain)[1]
-    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
+    fixed = _whole(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
     own = {row.name: row for row in rows_of(profile)}
     choices = {}
@@ -308,7 +331,7 @@ def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     limit = _totals(options, choice)[1]
     if budget.max_loss is None:
-        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(_whole(profile, contract)[0], options, contract)))
     found, ratio = search(options, limit, choice)
     made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))

@@ -38,7 +38,9 @@ Level = Annotated[
     typer.Option("--level", metavar="LEVEL", help="One level everywhere: a preset like W4A16 or NF4, or like int4-g64-asym."),
 ]
 Method = Annotated[str, typer.Option("--method", metavar="NAME", help="A name that assay methods lists, auto (quick) or best.")]
-Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, assay or plain.")]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.")
+]
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Leave matching tensors as they are; may be repeated.")
 ]
