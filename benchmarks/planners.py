@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=planners.names())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    lagrange.plan(menu(2, given.options), 1 << 30)  # compiles
     decisions = menu(given.groups, given.options)
     rows = [measure(name, decisions, bits) for name in given.only for bits in given.bits]
     lines = [

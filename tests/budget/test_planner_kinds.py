@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from assay.budget.menu import Decision, Option
-from assay.budget.planners import baq, bisection, dynamic, evolution, lagrange, ranked
+from assay.budget.planners import baq, bisection, dynamic, evolution, integer, lagrange, ranked
 from assay.budget.planners.evolution import Parent, Stage, evolve
 from assay.budget.table import Table
 from assay.model.errors import InputError
@@ -233,3 +233,11 @@ def test_evolution_starts_from_the_additive_plan_and_from_uniform(case: Case) ->
     begun = [damage(case[0], c) for c in evolution.starts(*case)]
     assert begun[0] <= begun[1] * NEAR
     assert damage(case[0], evolution.plan(*case)) <= begun[0] * NEAR
+
+
+def test_integer_leaves_the_standard_output_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS prints about some menus whatever its options say; a command that promises one JSON document must not."""
+    for seed in range(8):
+        decisions = random_menu(random.Random(seed), 100, 20)
+        integer.plan(decisions, sum(extremes(decisions)) // 2)
+    assert capfd.readouterr().out == ""
