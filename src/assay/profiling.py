@@ -100,7 +100,7 @@ def _finish(
     menus.append(lambda columns: [x for x in levels if columns % (x.group_size or 1) == 0])
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
-    points = probe.probe(model, held_out, prices, progress)
+    points, spread = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
@@ -111,6 +111,7 @@ def _finish(
         "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
+        "probe_spread": spread,
     }  # fmt: skip
     return save_index(folder, index)
 
