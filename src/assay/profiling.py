@@ -114,7 +114,7 @@ def _finish(
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     spread = spreads(model, folder, text.tokens)
-    points = probe.probe(model, held_out, prices, progress)
+    points, probe_spread = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
@@ -125,7 +125,7 @@ def _finish(
         "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
-        "prices": prices, "ratios": ratios, "probes": points, "spread": spread,
+        "prices": prices, "ratios": ratios, "probes": points, "spread": spread, "probe_spread": probe_spread,
     }  # fmt: skip
     return save_index(folder, index)
 

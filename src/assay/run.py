@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 import assay.engines.load
-from assay import engines
+from assay import engines, preflight
 from assay.budget import plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.sensitivity import Ranking
@@ -36,6 +34,7 @@ from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
+from assay.model import memory
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
@@ -110,6 +109,7 @@ def profile(
 ) -> Profile:  # fmt: skip
     """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
+    streamed.batch_tokens = preflight.handling(streamed, window, memory.available()).batch
     wanted = [presets.level(name) for name in levels]
     more = (seed, listener, methods, wanted, token_weights)
     if tokens == "auto":
@@ -154,13 +154,14 @@ def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    polish: float | None = None, planner: str = "lagrange", minutes: float | None = None, progress: Progress | None = None,
-    **budget: Any,
+    polish: float | None = None, planner: str = "lagrange", minutes: float | None = None, dry_run: bool = False,
+    progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
     budget: see `Budget`; none where a plan is given.
-    planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`.
+    planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
+    two blocks and say what it will take.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
     is there, `out` itself was not read back yet, and is written again.
@@ -187,9 +188,20 @@ def compress(
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    expected = given.nbytes_tensors if given else plans.outlook(streamed, limits, contract, method, keep)
-    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
+    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
+    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
+    by = preflight.handling(streamed, window, memory.available())
+    streamed.batch_tokens = by.batch
+    count = TOKENS if tokens in (None, "auto") else int(tokens or TOKENS)
+    if dry_run:
+        how = {"method": method, "calibration": calibration, "window": window, "engine": contract.name, "uniform": uniform}
+        wanted = {"bits": given.bits} if given else vars(limits)
+        return preflight.told(
+            streamed, contract, compress, wanted, how, ahead, count, by, profiled=bool(profile), planned=bool(given),
+            polish=polish, near=work.parent,
+        )  # fmt: skip
+    progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
     measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
     _check_profile(measured, streamed, method)
     if given is None:
@@ -210,7 +222,7 @@ def compress(
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
         raise ShortfallError(f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json")
-    return report | {"seconds": perf_counter() - started, "peak_rss_bytes": _peak_rss()}
+    return report | {"seconds": perf_counter() - started, "peak_rss_bytes": memory.peak()}
 
 
 def verify(
@@ -394,8 +406,3 @@ def _seen(model: StreamedModel, text: str | Path | None, calibration: dict[str, 
         return False
     both = windows(model.checkpoint, text, "calibration", calibration["tokens"], calibration["window"], model.vocabulary)
     return both.digest == calibration["digest"]
-
-
-def _peak_rss() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

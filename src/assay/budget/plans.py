@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from assay.budget import menu, planners, serving
@@ -65,19 +66,35 @@ def decisions(
     return _menu(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 
 
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> int:
-    """Bytes that the weight files may take within a budget, told before anything is measured.
+@dataclass(frozen=True)
+class Outlook:
+    """What a result will be, as far as a budget says. files: most bytes of the weight files; tensors: bytes in them;
+    stays: tensors that nothing may compress."""
 
-    For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
+    files: int
+    tensors: int
+    stays: list[str]
+
+
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> Outlook:
+    """What the result will be within a budget, told before anything is measured.
+
+    For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
     options = _menu(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
-    whole = _stored(model, contract)
-    fixed = _fixed_bytes(whole[0], options, contract)
-    if not budget.bounds_bytes:
-        return fixed + sum(d.options[0].nbytes for d in options)
-    limit = _limit(budget, contract, options, whole, footprint(model))
-    return fixed + min(limit, sum(d.options[-1].nbytes for d in options))
+    whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
+    fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
+    if budget.bounds_bytes:
+        taken = min(_limit(budget, contract, options, whole, footprint(model)), most)
+    free = {site for d in options if len(d.options) > 1 for site in d.sites}
+    return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
+
+
+def outlook_of(plan: Plan) -> Outlook:
+    """The same for a plan, before its profile is known."""
+    stays = [name for name, choice in plan.choices.items() if choice.level is None]
+    return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
 
 
 def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from assay.budget.forecast import UNKNOWN_SPREAD
 from assay.budget.prices import InputCosts, price, rotates
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
@@ -108,17 +109,26 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
 
 
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-          progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
-    """(damage, KL) of the whole model rounded to nearest at a few widths."""
+          progress: Progress) -> tuple[list[tuple[float, float]], float]:  # fmt: skip
+    """(damage, KL) of the whole model rounded to nearest at a few widths, and the KL's relative standard error over windows."""
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress)
-    points = []
+    points, spread = [], 0.0
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
         damage = sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in blocks)
-        points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
-    return points
+        per_window = torch.cat(scores[str(bits)].kl).double().mean(1)
+        points.append((damage, float(per_window.mean())))
+        spread = max(spread, _relative_error(per_window))
+    return points, spread
+
+
+def _relative_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values as a share of it; `UNKNOWN_SPREAD` for a single one."""
+    if len(values) < 2:
+        return UNKNOWN_SPREAD
+    return float(values.std() / values.mean().clamp_min(1e-12) / len(values) ** 0.5)
 
 
 def _rounded_to(bits: int) -> Override:

@@ -39,6 +39,9 @@ Polish = Annotated[
 ]
 Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only rehearse on two blocks: print memory, disk, size and time, and write nothing.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of torch.", min=1)]
 
 
@@ -48,7 +51,8 @@ def run(
     context: Context = None, batch: Batch = None, cache: Cache = None, max_loss: MaxLoss = None, level: Level = None,
     method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
-    polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None, threads: Threads = None, as_json: Json = False,
+    polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None, threads: Threads = None,
+    dry_run: DryRun = False, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
     budget: dict[str, Any] = {
@@ -64,8 +68,10 @@ def run(
     report = assay.compress(
         model, output, plan=plan, profile=profile, method=method, calibration=calibration, tokens=count, window=window,
         engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform,
-        threads=threads, polish=polish, planner=planner, minutes=minutes, progress=Bars(),
+        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=Bars(),
     )  # fmt: skip
+    if dry_run:
+        return Answer(report, lambda: tables.preflight(report))
     return Answer(report, lambda: tables.closing(report, model=model))
 
 

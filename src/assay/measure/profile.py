@@ -143,7 +143,7 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, work.batch_tokens(model.batch_tokens))
     with stored_precision(model.checkpoint):
         _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()

@@ -114,6 +114,18 @@ def _more(more: Facts | None, kl: Facts) -> list[str]:
     ]
 
 
+def preflight(found: Facts) -> Group:
+    """What a run will take."""
+    table = Table("what it takes", "", title="nothing was written", title_justify="left")
+    table.add_row("time", f"{found['seconds']:.0f} s")
+    table.add_row("memory", size(found["memory"]))
+    table.add_row("memory of a GPU", "none")
+    table.add_row("disk, at most", size(found["disk"]))
+    table.add_row("bytes of the weight files", size(found["bytes"]) + ratio(found["source_bytes"], found["bytes"]))
+    lines = [f"measured on {found['basis']}", *([found["said"]] if found["said"] else []), *found["short"]]
+    return Group(table, *lines)
+
+
 def several(found: Sequence[Facts]) -> Group:
     """Plans for several sizes, one a row."""
     table = Table("plan", "tensors", "bits in blocks", "KL, nats/token", "uniform", title="plans", title_justify="left")
