@@ -1,6 +1,7 @@
 """Loops over blocks, compiled for CPUs with numba: the scales that round best, and the nearest vectors of a codebook.
 
-What rounds a group is a table of steps, a codebook, or, without either, the integers from low to high.
+What rounds a group is named by a mode: the integers from low to high, a table of steps or a codebook; what a mode has no
+use for is passed empty, so that each loop is compiled once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numba import njit
 from assay.methods.compiled import look_up
 
 FAST = {"contract", "reassoc", "nsz"}
+INTEGERS, TABLE, BOOK = 0, 1, 2
 
 
 @njit(inline="always")
@@ -106,13 +108,13 @@ def project(book: Any, price: Any, values: Any, scale: Any, steps: Any) -> None:
 
 
 @njit(nogil=True, fastmath=FAST)
-def _round(part: Any, price: Any, scale: Any, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
+def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
-    if book is not None:
+    if mode == BOOK:
         size = 8 if book[3] else book[0].shape[1]
         for k in range(0, len(part), size):
             nearest_run(part[k : k + size], price[k : k + size], scale, book, steps[k : k + size])
-    elif table is not None:
+    elif mode == TABLE:
         for k in range(len(part)):
             steps[k] = look_up(part[k], scale, table, False, 0)
     else:
@@ -128,8 +130,8 @@ def _round(part: Any, price: Any, scale: Any, low: Any, high: Any, table: Any, b
 
 
 @njit(nogil=True, fastmath=FAST)
-def _free_scale(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool, power: bool,
-                steps: Any) -> Any:  # fmt: skip
+def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool,
+                power: bool, steps: Any) -> Any:  # fmt: skip
     """The best scale of a group by itself, of those that put its largest weight near the last step; 0 if all are 0."""
     top = np.float32(0)
     for x in part:
@@ -144,12 +146,12 @@ def _free_scale(part: Any, price: Any, low: Any, high: Any, table: Any, book: An
             scale = reach * factor
             if power:
                 scale = np.float32(2.0) ** np.float32(np.rint(np.log2(scale)))
-            error, along, length = _round(part, price, scale, low, high, table, book, steps)
+            error, along, length = _round(part, price, scale, mode, low, high, table, book, steps)
             if error < best:
                 best, found = error, scale
             if len(factors) > 1 and not power and length > 0 and (both or along > 0):
                 scale = along / length
-                error, along, length = _round(part, price, scale, low, high, table, book, steps)
+                error, along, length = _round(part, price, scale, mode, low, high, table, book, steps)
                 if error < best:
                     best, found = error, scale
         if not both:
@@ -166,8 +168,8 @@ def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
 
 
 @njit(nogil=True, fastmath=FAST)
-def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int, unit: Any,
-            subs: Any, steps: Any) -> Any:  # fmt: skip
+def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int,
+            unit: Any, subs: Any, steps: Any) -> Any:  # fmt: skip
     """One scale for a block [groups, group], and the sub-scales (filled) with which its groups come nearest to their own best."""
     groups = len(part)
     top, trial = np.float32(0), np.empty(groups, dtype=np.float32)
@@ -195,7 +197,9 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
                         for k in range(part.shape[1]):
                             error += price[g, k] * part[g, k] * part[g, k]
                     else:
-                        error, along, length = _round(part[g], price[g], whole * unit * value, low, high, table, book, steps)
+                        error, along, length = _round(
+                            part[g], price[g], whole * unit * value, mode, low, high, table, book, steps
+                        )
                     if error < least:
                         least, trial[g], along_g, length_g = error, value, along * value, length * value * value
                 total += least
@@ -215,7 +219,7 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
                         for k in range(part.shape[1]):
                             total += price[g, k] * part[g, k] * part[g, k]
                     else:
-                        total += _round(part[g], price[g], whole * unit * trial[g], low, high, table, book, steps)[0]
+                        total += _round(part[g], price[g], whole * unit * trial[g], mode, low, high, table, book, steps)[0]
                 if total < best:
                     best, found = total, whole
                     subs[:] = trial
@@ -223,8 +227,8 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def fit_scales(low: Any, high: Any, table: Any, book: Any, both: bool, power: bool, sub: Any, unit: Any, tries: int, factors: Any,
-               group: int, price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
+def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool, power: bool, sub: Any, unit: Any, tries: int,
+               factors: Any, group: int, price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
     """Scales of rows of weights [rows, in]: d [rows, blocks] in fp16, and subs [rows, groups] if they have columns.
 
     price [in]: what a squared error costs; sub: see `_sub`; both: scales may be negative; power: they are powers of two;
@@ -237,10 +241,10 @@ def fit_scales(low: Any, high: Any, table: Any, book: Any, both: bool, power: bo
         parts, prices = weight[r].reshape(blocks, groups, group), price.reshape(blocks, groups, group)
         for b in range(blocks):
             for g in range(groups):
-                free[g] = _free_scale(parts[b, g], prices[b, g], low, high, table, book, factors, both, power, steps)
+                free[g] = _free_scale(parts[b, g], prices[b, g], mode, low, high, table, book, factors, both, power, steps)
             if subs.shape[1]:
                 mine = subs[r, b * groups : (b + 1) * groups]
-                d[r, b] = _divide(parts[b], prices[b], low, high, table, book, sub, free, tries, unit, mine, steps)
+                d[r, b] = _divide(parts[b], prices[b], mode, low, high, table, book, sub, free, tries, unit, mine, steps)
             else:
                 d[r, b] = free[0] if power else half(free[0] / unit)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,10 @@ class Codebook:
     def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16], bool]:
         """As the compiled loops take it."""
         return self.magnitudes, self.bounds, self.nearby, self.even
+
+
+NO_TABLE = np.zeros((2, 2), dtype=np.float32)
+NO_BOOK = Codebook(np.zeros((1, 8), np.float32), np.zeros(1, np.float32), np.zeros((1, 1), np.int16), False)
 
 
 @lru_cache(maxsize=16)
@@ -165,24 +170,11 @@ def _fit(
             pairs = (high, facts.min_sign > 0, most, tries, factors, facts.group, price)
             spread(_blocks.fit_pairs, rows, pairs, (costs.weight[n], d[n], m[n], subs[n], mins[n]))
             continue
-        book = codebook(kind)
         sub = tuple(np.float32(x) for x in (sub_ends(kind) if subs.shape[-1] else (1, 0, 1, 1)))
-        both = -low != high or sub[2] < 0
         factors = np.array(stretches if tries > 1 else (1.0,), dtype=np.float32)
-        table = scalar_grid(kind).table if book is None else None
-        given = (
-            low,
-            high,
-            table,
-            None if book is None else book.parts,
-            both,
-            kind == "mxfp4",
-            sub,
-            np.float32(facts.unit),
-            tries,
-            factors,
-        )
-        spread(_blocks.fit_scales, rows, (*given, facts.group, price), (costs.weight[n], d[n], subs[n]))
+        rounding = (*_rounding(kind), -low != high or sub[2] < 0, kind == "mxfp4")
+        given = (*rounding, sub, np.float32(facts.unit), tries, factors, facts.group, price)
+        spread(_blocks.fit_scales, rows, given, (costs.weight[n], d[n], subs[n]))
     shape = weight.shape[:-1]
     if kind == "mxfp4":
         d = d.clamp_min(2.0**-100)
@@ -192,6 +184,16 @@ def _fit(
         subs.short().reshape(*shape, groups) if subs.shape[-1] else None,
         mins.short().reshape(*shape, groups) if mins.shape[-1] else None,
     )  # fmt: skip
+
+
+def _rounding(kind: str) -> tuple[Any, ...]:
+    """(mode, lowest, highest step, table, codebook) as the compiled loops take them."""
+    low, high = (np.float32(x) for x in ends(kind))
+    book, table = codebook(kind), None
+    if book is None:
+        table = scalar_grid(kind).table
+    mode = _blocks.BOOK if book else _blocks.INTEGERS if table is None else _blocks.TABLE
+    return mode, low, high, NO_TABLE if table is None else table, (book or NO_BOOK).parts
 
 
 # ---- codes -----------------------------------------------------------------------------------
