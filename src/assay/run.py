@@ -19,6 +19,7 @@ import torch
 
 import assay.engines.load
 from assay import engines
+from assay.attaching import attach as attach
 from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
@@ -222,14 +223,14 @@ def load(out: str | Path) -> Any:
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
     encoders = [(name, base.get(name)()) for name in base.names()]
-    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
+    others = [(n, base.load(n, folder)) for folder in ("transform", "cache", "activation") for n in base.names(folder)]
     return [
         {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
          "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
         for n, m in encoders
     ] + [
         {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in transforms
+        for n, m in others
     ]  # fmt: skip
 
 
