@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "attach", "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "transform",
-    "verify",
+    "attach", "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "rerank",
+    "transform", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         load,
         plan,
         profile,
+        rerank,
         transform,
         verify,
     )  # fmt: skip

@@ -39,6 +39,7 @@ from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
+from assay.reranking import rerank as rerank
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 

@@ -86,6 +86,14 @@ class Lane:
         for tape in (self.keys, self.values):
             tape.store(step, self.where, empty if bool(empty.any()) else None)
 
+    def crop(self, count: int) -> None:
+        """Forget the last tokens, where nothing was dropped or stored."""
+        for tape in self._tapes():
+            tape.crop(count)
+        left = len(self)
+        self.positions, self.where = self.positions[..., :left], self.where[:, :left]
+        self.statistics = tuple(s[..., :left] for s in self.statistics)
+
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch, with all that was counted for them."""
         for tape in self._tapes():

@@ -108,8 +108,15 @@ class Layer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not possible: dropped tokens can't come back. Raises InputError."""
-        raise InputError("a cache that drops or quantizes can't be cropped; generate without assisted decoding")
+        """Forget the last tokens. Raises InputError where some were dropped or quantized: they can't come back."""
+        evictor, count = self.stack.evictor, abs(tokens_to_remove)
+        changed = evictor is not None and (evictor.budget < 1 or evictor.tokens is not None)
+        if changed or self.stack.packers or self.window is not None or tokens_to_remove > 0 or count > self.seen:
+            raise InputError("a cache that drops or quantizes can't be cropped; generate without assisted decoding")
+        for lane in self.lanes:
+            lane.crop(count)
+        self.seen -= count
+        self.prompt = self.prompt - count
 
     def reset(self) -> None:
         """Forget everything."""

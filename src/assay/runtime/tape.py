@@ -95,6 +95,10 @@ class Tape:
         self._exact.scatter_(2, slot[..., None, None].expand_as(last), last.clone())
         self._count -= 1
 
+    def crop(self, count: int) -> None:
+        """Forget the last slots, which must be exact."""
+        self._count -= count
+
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch."""
         self._tokens = {n: t[index.to(t.device)] for n, t in self._tokens.items()}

@@ -53,12 +53,22 @@ class Evict:
         return capacity
 
 
-def hashed(a: Tensor, seed: int) -> Tensor:
-    """Uniform numbers in (0, 1), float32, each a function of its integer and the seed only."""
-    x = (a.long() * 0x9E3779B1 + seed * 0x85EBCA77 + 0x165667B1) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x2C1B3C6D)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x ^ (x >> 16)).double() + 0.5).div(1 << 32).float().clamp(1e-7, 1 - 1e-7)
+def hashed(*numbers: Tensor, seed: int) -> Tensor:
+    """Uniform numbers in (0, 1), float32, each a function of integers (of shapes that broadcast) and the seed only."""
+    mixed = torch.tensor(seed, dtype=torch.int32, device=numbers[0].device)
+    for i, x in enumerate(numbers):
+        mixed = _mix(x.to(torch.int32) * 0x1E3779B1 + 0x5BD1E995 * (i + 1)) ^ mixed
+    return (_mix(_mix(mixed)) & 0x7FFFFF).to(torch.float32).add_(0.5).div_(1 << 23)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int32 that spreads every bit over all; products wrap."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x2C1B3C6D
+    x ^= (x >> 16) & 0xFFFF
+    return x
 
 
 def places(step: Step) -> Tensor:

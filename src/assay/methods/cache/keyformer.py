@@ -47,8 +47,7 @@ class Keyformer(Evict):
         asked = (step.queries[:, rows] - step.first[:, None]).clamp_min(0)[:, None, None, :, None]
         slots = (step.positions - step.first[:, None, None]).clamp_min(0)[:, :, None, None, :]
         head = heads(step)[..., None, None] * 64 + torch.arange(group, device=step.keys.device)[None, None, :, None, None]
-        mixed = hashed(asked * 1_000_003 + slots, self.seed).mul(1 << 24).long() ^ (head * 7919)
-        return -(-hashed(mixed, self.seed + 1).log()).log() * self.noise
+        return hashed(head, asked, slots, seed=self.seed).log_().neg_().log_().mul_(-self.noise)
 
 
 METHOD = Keyformer

@@ -20,7 +20,7 @@ class Random(Evict):
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
         """A number of the token's place, the head and the seed only."""
-        return hashed(places(step).clamp_min(0) * 65_536 + heads(step), self.seed)
+        return hashed(heads(step), places(step).clamp_min(0), seed=self.seed)
 
 
 METHOD = Random
