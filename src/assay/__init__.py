@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "attach", "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "rerank",
-    "transform", "verify",
+    "attach", "builtin_model", "cache_menu", "cache_prices", "compress", "export", "inspect", "job", "list_methods", "load",
+    "plan", "price_cache", "profile", "rerank", "transform", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from assay.run import (
         attach,
         builtin_model,
+        cache_menu,
+        cache_prices,
         compress,
         export,
         inspect,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         list_methods,
         load,
         plan,
+        price_cache,
         profile,
         rerank,
         transform,

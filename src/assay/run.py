@@ -23,6 +23,9 @@ from assay.attaching import attach as attach
 from assay.budget import plans, presets
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
+from assay.cache_pricing import cache_menu as cache_menu
+from assay.cache_pricing import cache_prices as cache_prices
+from assay.cache_pricing import price_cache as price_cache
 from assay.engines.write import check_space
 from assay.execute import Results, execute
 from assay.handover import hand_over

@@ -106,6 +106,13 @@ class Tape:
         if self._count or self._exact.ndim == 4:
             self._exact = self._exact[index.to(self._exact.device)]
 
+    def bytes_per_slot(self) -> float:
+        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included."""
+        if not self.old:
+            return self._exact[:, :, :1].numel() * self._exact.element_size()
+        grown = [t for shared in self._shared[-1:] for t in shared.values()]
+        return sum(t.numel() * t.element_size() for t in [*self._tokens.values(), *grown]) / self.old
+
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
         yield self._exact
