@@ -293,7 +293,7 @@ def load(out: str | Path) -> Any:
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
     found = []
-    for folder in ("quantize", "transform", "sensitivity", "select"):
+    for folder in ("quantize", "transform", "sensitivity", "select", "cache", "activation"):
         for name in base.names(folder):
             m = base.load(name, folder)
             facts = {"name": name, "verb": m.verb, "paper": m.paper, "needs": list(m.needs)}
