@@ -28,7 +28,7 @@ from assay.execute import Results
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
-from assay.measure.text import windows
+from assay.measure.text import recall
 from assay.model import memory
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
@@ -57,6 +57,7 @@ class Polished(Results):
         self.files, self.solved, self._home = base.files, base.solved, base._home
         self._scales = {n: t for n, t in tensors.items() if n in base.solved}
         self.plain = {n: t for n, t in tensors.items() if n not in base.solved}
+        self.sequential = base.sequential
         self.polish = report
 
     def packed(self, site: str) -> Packed:
@@ -86,7 +87,7 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
     target = folder / "polished.safetensors"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        text = _calibration(model, profile)
+        text = recall(model.checkpoint, profile.index["calibration"], model.vocabulary, "--polish").ids
         with model.whole(), stored_precision(model.checkpoint):
             tuning = Tuning(model, results)
             tensors, report = _tune(tuning, text, torch.tensor(profile.index["held_out"]), minutes, folder, progress)
@@ -129,7 +130,7 @@ class Tuning:
             if len(own) == len(stored) == 1 and not own[0].stacked and stored[0] in results.solved:
                 self._add_site(own[0], results)
             elif any(key_of(site) in results.solved for site in own):
-                self.fixed[path] = model.value(path, _decoded(results))
+                self.fixed[path] = model.value(path, results.decoded)
             elif not own and len(stored) == 1:
                 self._add_plain(path, stored[0])
 
@@ -166,7 +167,7 @@ class Tuning:
         packed = results.packed(site.name)
         found = packed.tunable() if isinstance(packed, TunablePacked) else None
         if found is None:
-            self.fixed[site.parameter] = self.model.value(site.parameter, _decoded(results))
+            self.fixed[site.parameter] = self.model.value(site.parameter, results.decoded)
             return
         scales, decode = found
         turned = (lambda x: decode(x).mT) if site.transposed else decode
@@ -249,26 +250,9 @@ def _notes(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.metadata()["facts"]))
 
 
-def _decoded(results: Results) -> Callable[[Site, Tensor], Tensor]:
-    def override(site: Site, weight: Tensor) -> Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
-
-    return override
-
-
 def _tunable(packed: Packed) -> TunablePacked:
     assert isinstance(packed, TunablePacked)
     return packed
-
-
-def _calibration(model: StreamedModel, profile: Profile) -> Tensor:
-    """The windows [n, length] that a profile was measured on."""
-    facts = profile.index["calibration"]
-    source = str(facts["source"]).removesuffix(":calibration")
-    found = windows(model.checkpoint, source, "calibration", facts["tokens"], facts["window"], model.vocabulary)
-    if found.digest != facts["digest"]:
-        raise InputError(f"{source} has changed since {profile.folder} was measured, and --polish needs it; measure again")
-    return found.ids
 
 
 def _tune(

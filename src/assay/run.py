@@ -33,7 +33,6 @@ from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site, key_of
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
@@ -111,10 +110,11 @@ def compress(
     size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    polish: float | None = None, progress: Progress | None = None,
+    sequential: bool | None = None, polish: float | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
+    sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
     is there, `out` itself was not read back yet, and is written again.
@@ -130,7 +130,7 @@ def compress(
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
-    method = _method(given.method, given.engine) if given else _method(method, engine)
+    best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
     budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
@@ -148,9 +148,12 @@ def compress(
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
-    chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    ordered = best if sequential is None else sequential
+    chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress, ordered)
     if polish is not None:
-        results = polish_whole(streamed, results, measured, polish, _blocks(work, chosen) / f"polish-{polish:g}", progress)
+        results = polish_whole(
+            streamed, results, measured, polish, _blocks(work, chosen, ordered) / f"polish-{polish:g}", progress
+        )
         chosen = plans.polished(chosen, results.polish or {})
     if unproven:
         shutil.rmtree(destination)
@@ -234,18 +237,22 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _solve_better(
-    model: StreamedModel, profile: Profile, plan: Plan, twin: Plan | None, work: Path, progress: Progress
+    model: StreamedModel, profile: Profile, plan: Plan, twin: Plan | None, work: Path, progress: Progress, sequential: bool
 ) -> tuple[Plan, Results]:
     """Carry out the plan and its uniform twin; the twin's measured loss corrects the promise, the better one stays."""
+
+    def carry_out(plan: Plan) -> Results:
+        return execute(model, plan, profile, _blocks(work, plan, sequential), progress, sequential)
+
     if twin is None:
         progress.log(plan.sentence)
-        return plan, execute(model, plan, profile, _blocks(work, plan), progress)
+        return plan, carry_out(plan)
     held_out = _probe_windows(model, profile)
-    flat = execute(model, twin, profile, _blocks(work, twin), progress)
+    flat = carry_out(twin)
     flat_kl = _mean_kl(model, flat, held_out, progress)
     plan = plans.corrected(profile, plan, twin, flat_kl)
     progress.log(plan.sentence)
-    results = execute(model, plan, profile, _blocks(work, plan), progress)
+    results = carry_out(plan)
     kl = _mean_kl(model, results, held_out, progress)
     progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
     if kl <= flat_kl:
@@ -254,16 +261,13 @@ def _solve_better(
     return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
 
 
-def _blocks(work: Path, plan: Plan) -> Path:
+def _blocks(work: Path, plan: Plan, sequential: bool) -> Path:
     levels = json.dumps({n: c.level for n, c in plan.choices.items()}, sort_keys=True)
-    return work / f"blocks-{_digest(f'{plan.model}:{plan.profile}:{plan.method}:{levels}')}"
+    return work / f"blocks-{_digest(f'{plan.model}:{plan.profile}:{plan.method}:{sequential}:{levels}')}"
 
 
 def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress: Progress) -> float:
-    def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
-
-    scores = compare(model, {"plan": Candidate(model, override)}, windows, progress)["plan"]
+    scores = compare(model, {"plan": Candidate(model, results.decoded)}, windows, progress)["plan"]
     return float(torch.cat(scores.kl).double().mean())
 
 

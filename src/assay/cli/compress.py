@@ -33,6 +33,10 @@ Polish = Annotated[
     float | None,
     typer.Option("--polish", metavar="MINUTES", help="After rounding, tune scales and norms end to end for so long."),
 ]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of torch.", min=1)]
 
 
@@ -41,7 +45,7 @@ def run(
     model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, max_loss: MaxLoss = None,
     level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
-    polish: Polish = None, threads: Threads = None, as_json: Json = False,
+    sequential: Sequential = None, polish: Polish = None, threads: Threads = None, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
     given = {"--size": size, "--bits": bits, "--max-loss": max_loss, "--level": level}
@@ -54,7 +58,7 @@ def run(
     report = assay.compress(
         model, output, plan=plan, profile=profile, size=size, bits=bits, max_loss=max_loss, level=level,
         method=method, calibration=calibration, tokens=count, window=window, engine=engine, keep=tuple(keep or ()),
-        uniform=uniform, threads=threads, polish=polish, progress=Bars(),
+        uniform=uniform, threads=threads, sequential=sequential, polish=polish, progress=Bars(),
     )  # fmt: skip
     return Answer(report, lambda: tables.closing(report, model=model))
 
