@@ -16,16 +16,20 @@ from torch import Tensor
 from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
 from assay.methods.grid.formats import grid_of
-from assay.methods.grid.gaussian import gaussian_distortion
-from assay.methods.solve.curvature import feedback_cost
+from assay.methods.grid.trellis import distortion
+from assay.methods.solve.curvature import falling_order, feedback_cost, inverse_factor, permute, shrink
+from assay.methods.solve.trellis import feedback_gain, swelling
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
-OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
+OWN = {"power": "nupes", "lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
 """Formats that aren't a grid for single weights, and the method that makes them."""
+
+INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, DAMPING = 0.02, 0.1, 0.01
+"""Those of the solvers."""
 
 SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it."""
@@ -70,20 +74,31 @@ def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level
     outside, inside, fed_inside = (float(x.sum()) for x in (diagonal(rows), diagonal(columns), _inputs(columns)))
     both = {"nearest": outside * inside, "gptq": outside * fed_inside}
     both["two_sided"] = float(_outputs(rows, falling=False).sum()) * fed_inside
+    across = _gain(columns, INPUT_SHRINKAGE, True)
+    gains = {"nearest": torch.ones(()), "gptq": across, "two_sided": across * _gain(rows, OUTPUT_SHRINKAGE, False)}
+    unit = 0.5 * curvature.share * energy
     return {
-        level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
+        level.name: {k: unit * v * distortion(level.bits) * float(swelling(level.bits, gains[k])) for k, v in both.items()}
         for level in levels
     }
 
 
 def _inputs(moment: Tensor) -> Tensor:
     """Cost of rounding errors at each input under feedback as the solvers do it."""
-    return feedback_cost(moment, 0.02, 0.01)
+    return feedback_cost(moment, INPUT_SHRINKAGE, DAMPING)
 
 
 def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
     """The same at each output."""
-    return feedback_cost(moment, 0.1, 0.01, falling)
+    return feedback_cost(moment, OUTPUT_SHRINKAGE, DAMPING, falling)
+
+
+def _gain(moment: Tensor, shrinkage: float, falling: bool) -> Tensor:
+    """See `feedback_gain`; 1 for a diagonal [n]."""
+    if moment.ndim == 1:
+        return torch.ones(())
+    ordered = permute(moment, falling_order(moment)) if falling else moment
+    return feedback_gain(inverse_factor(shrink(ordered, shrinkage), DAMPING, torch.float32)[0])
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -45,6 +45,8 @@ FORMATS = {
     "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),
     "nvfp": Format((4,), (16,), scale_bytes=1, table="matrix", matrix_bytes=4),
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
+    "ternary": Format((2,), ANY_GROUP, table="matrix"),
+    "binary": Format((1,), ANY_GROUP, table="matrix"),
     "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
     "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
     "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),

@@ -33,6 +33,8 @@ def _values(name: str, bits: int) -> tuple[float, ...]:
         return values.quantile_values(bits)
     if name == "pow":
         return values.power_of_two(bits)
+    if name in ("ternary", "binary"):
+        return values.TERNARY if name == "ternary" else values.BINARY
     if name in ("fp", "mxfp", "nvfp"):
         return FLOATS[bits]
     raise InputError(f"the values of {name} depend on the weights; only its own methods make it")
