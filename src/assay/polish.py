@@ -1,7 +1,8 @@
-"""Tunes what is left in floating point, scales and norms, of the whole rounded model at once against the original.
+"""Tunes what is left in floating point, scales, low-rank terms and norms, of the whole rounded model at once.
 
 Rounding treats one matrix at a time, so errors that could cancel across matrices remain. Here all scales and all
-vectors that stay (norms, biases) are multiplied by 1 + d, and d follows the gradient of the KL divergence from the
+vectors that stay (norms, biases) are multiplied by 1 + d, d times their root mean square is added to the factors of
+low-rank terms, and d follows the gradient of the KL divergence from the
 original's predictions, on the text that the profile was made from. After the first pass over that text a share of
 its tokens is drawn anew in each pass from what the original predicts there: new text of the same kind, without which
 the few tokens of a calibration are learned by heart. Text held out of it decides which of the states on the way is
@@ -51,11 +52,11 @@ WARM_UP = 10
 
 
 class Polished(Results):
-    """Results with tuned scales, and the plain tensors that were tuned with them."""
+    """Results with tuned scales and factors, and the plain tensors that were tuned with them."""
 
     def __init__(self, base: Results, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         self.files, self.solved, self._home = base.files, base.solved, base._home
-        self._scales = {n: t for n, t in tensors.items() if n in base.solved}
+        self._numbers = {n: t for n, t in tensors.items() if n in base.solved}
         self.plain = {n: t for n, t in tensors.items() if n not in base.solved}
         self.sequential = base.sequential
         self.polish = report
@@ -63,7 +64,7 @@ class Polished(Results):
     def packed(self, site: str) -> Packed:
         """One compressed weight."""
         found = super().packed(site)
-        return _tunable(found).with_scales(self._scales[site].float()) if site in self._scales else found
+        return _tunable(found).with_numbers(self._numbers[site].float()) if site in self._numbers else found
 
 
 def check(model: StreamedModel, minutes: float) -> None:
@@ -105,18 +106,19 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
 class Knob:
     """Numbers that are tuned: those of a site or plain tensor `name`, in the parameter `path` of the running model.
 
-    start: float32; decode: from such numbers to the parameter; dtype: in which both are stored.
+    start: float32; unit: the size of its changes; decode: from such numbers to the parameter; dtype: in which both are stored.
     """
 
     name: str
     path: str
     start: Tensor
+    unit: Tensor
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
 
 
 class Tuning:
-    """A rounded model as a function of one vector d: every knob is its start times 1 + its part of d."""
+    """A rounded model as a function of one vector d: every knob is its start plus its part of d in its units."""
 
     def __init__(self, model: StreamedModel, results: Results) -> None:
         self.model = model
@@ -142,7 +144,7 @@ class Tuning:
     def numbers(self, d: Tensor) -> list[Tensor]:
         """The knobs' numbers, float32, at d [size]."""
         parts = d.split([knob.start.numel() for knob in self.knobs])
-        return [k.start * (1 + part.view_as(k.start)) for k, part in zip(self.knobs, parts, strict=True)]
+        return [k.start + k.unit * part.view_as(k.start) for k, part in zip(self.knobs, parts, strict=True)]
 
     def weights(self, d: Tensor) -> dict[str, Tensor]:
         """The tuned parameters at d, before any rounding; differentiable."""
@@ -169,17 +171,17 @@ class Tuning:
         if found is None:
             self.fixed[site.parameter] = self.model.value(site.parameter, results.decoded)
             return
-        scales, decode = found
-        turned = (lambda x: decode(x).mT) if site.transposed else decode
+        turned = (lambda x: found.decode(x).mT) if site.transposed else found.decode
         dtype = getattr(torch, results.solved[site.name].dtype)
-        self.knobs.append(Knob(site.name, site.parameter, scales, turned, dtype))
+        self.knobs.append(Knob(site.name, site.parameter, found.numbers, found.unit, turned, dtype))
 
     def _add_plain(self, path: str, name: str) -> None:
         checkpoint = self.model.checkpoint
         dtype = checkpoint.dtype(name)
         trained = path in dict(self.model.model.named_parameters())
         if trained and len(checkpoint.shape(name)) == 1 and dtype.is_floating_point and checkpoint.parts(name) == [name]:
-            self.knobs.append(Knob(name, path, self.model.value(path), lambda x: x, dtype))
+            start = self.model.value(path)
+            self.knobs.append(Knob(name, path, start, start, lambda x: x, dtype))
 
 
 class Text:

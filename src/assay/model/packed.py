@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,20 +33,28 @@ class Packed(Protocol):
         ...
 
 
-Tunable = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""Scales float32, and the differentiable function from such scales to the weight [out, in], float32."""
+class Tunable(NamedTuple):
+    """What of a compressed weight is in floating point: scales and low-rank factors.
+
+    numbers: float32; unit: of the same shape, the size in which a change of each is measured; decode: the differentiable
+    function from such numbers to the weight [out, in], float32.
+    """
+
+    numbers: Tensor
+    unit: Tensor
+    decode: Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class TunablePacked(Packed, Protocol):
-    """A compressed weight whose scales can be tuned while its codes stay."""
+    """A compressed weight whose scales and factors can be tuned while its codes stay."""
 
     def tunable(self) -> Tunable | None:
-        """None where this weight has no scales in floating point."""
+        """None where this weight has none in floating point."""
         ...
 
-    def with_scales(self, scales: Tensor) -> Packed:
-        """The same codes with other scales, float32 in the shape of the tunable ones, rounded to their stored dtype."""
+    def with_numbers(self, numbers: Tensor) -> Packed:
+        """The same codes with other numbers, float32 in the shape of the tunable ones, rounded to their stored dtype."""
         ...
 
 
@@ -74,12 +82,12 @@ class PackedInteger:
 
     def tunable(self) -> Tunable:
         """See `TunablePacked`; scales [out, groups]."""
-        offsets = self._offsets().float()
-        return self.scale.float(), lambda scales: (offsets * scales[..., None]).flatten(1)
+        offsets, scale = self._offsets().float(), self.scale.float()
+        return Tunable(scale, scale, lambda scales: (offsets * scales[..., None]).flatten(1))
 
-    def with_scales(self, scales: Tensor) -> PackedInteger:
+    def with_numbers(self, numbers: Tensor) -> PackedInteger:
         """See `TunablePacked`."""
-        return replace(self, scale=scales.to(self.scale.dtype))
+        return replace(self, scale=numbers.to(self.scale.dtype))
 
     def _offsets(self) -> Tensor:
         """Codes above their zero point, int16 [out, groups, group size]."""
@@ -142,12 +150,12 @@ class PackedTable:
         """See `TunablePacked`; scales [out, groups], where they are in the model's dtype."""
         if self.scale is None or self.scale.dtype != self.dtype:
             return None
-        values = self.table[self.codes.long()].unflatten(1, (self.scale.shape[1], -1))
-        return self.scale.float(), lambda scales: (values * scales[..., None]).flatten(1)
+        values, scale = self.table[self.codes.long()].unflatten(1, (self.scale.shape[1], -1)), self.scale.float()
+        return Tunable(scale, scale, lambda scales: (values * scales[..., None]).flatten(1))
 
-    def with_scales(self, scales: Tensor) -> PackedTable:
+    def with_numbers(self, numbers: Tensor) -> PackedTable:
         """See `TunablePacked`."""
-        return replace(self, scale=scales.to(self.dtype))
+        return replace(self, scale=numbers.to(self.dtype))
 
     def float_scale(self) -> Tensor:
         """What the table is multiplied with, float32 [out, groups]."""
