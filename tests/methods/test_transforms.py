@@ -231,7 +231,9 @@ def test_without_scales_is_a_candidate_and_wins_where_scales_only_hurt() -> None
     assert smooth_quant_plus.cheapest([2.0, 1.0] + [3.0] * 20) == 0.0
 
 
-@pytest.mark.parametrize("name", ["awq:bits=3,group_size=32", "smooth_quant_plus:bits=3,group_size=32", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["awq:bits=3,group_size=32", "smooth_quant_plus:bits=3,group_size=32", "svd_smooth:bits=3,rank=2", "rotate"]
+)
 def test_planted_outliers_cost_less_on_other_text(name: str, tmp_path: Path) -> None:
     given = enliven("llama", tmp_path / "in")
     for block in given.model.model.layers:
