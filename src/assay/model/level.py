@@ -40,6 +40,7 @@ class Format:
 ANY_GROUP = (32, 64, 128, None)
 FORMATS = {
     "int": Format((2, 3, 4, 5, 6, 7, 8), ANY_GROUP, symmetric=(False, True)),
+    "axis": Format((2, 3, 4, 5, 6, 8), ANY_GROUP, symmetric=(False, True), matrix_bytes=1),
     "nf": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "fp": Format((4, 6, 8), ANY_GROUP, table="matrix"),
     "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),

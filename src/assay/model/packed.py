@@ -118,6 +118,55 @@ class PackedInteger:
 
 
 @dataclass(frozen=True)
+class PackedAxis:
+    """Codes on an integer grid whose groups run along the inputs of a row, or along the outputs of a column.
+
+    inner: those of the weight [out, in], or of its transpose if `by_input`. Both take the same bytes, see `fits`.
+    """
+
+    level: Level
+    inner: PackedInteger
+    by_input: bool
+
+    @staticmethod
+    def fits(level: Level, rows: int, columns: int) -> bool:
+        """Whether groups along the outputs divide them, and take as many bytes as groups along the inputs."""
+        base = replace(level, format="int")
+        even = level.group_size is None or rows % level.group_size == 0
+        return even and base.nbytes(rows, columns) == base.nbytes(columns, rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes + 1
+
+    def decode(self) -> Tensor:
+        """Weight [out, in] in the scale's dtype."""
+        weight = self.inner.decode()
+        return weight.T.contiguous() if self.by_input else weight
+
+    def tunable(self) -> Tunable:
+        """See `TunablePacked`; scales of the inner codes."""
+        found = self.inner.tunable()
+        return found._replace(decode=lambda scales: found.decode(scales).T) if self.by_input else found
+
+    def with_numbers(self, numbers: Tensor) -> PackedAxis:
+        """See `TunablePacked`."""
+        return replace(self, inner=self.inner.with_numbers(numbers))
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored, rows = self.inner.tensors(), torch.tensor([self.by_input], dtype=torch.uint8)
+        shape = stored["weight_shape"].flip(0) if self.by_input else stored["weight_shape"]
+        return stored | {"weight_shape": shape, "weight_axis": rows}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], level: Level) -> PackedAxis:
+        """Inverse of `tensors`."""
+        by_input, shape = bool(stored["weight_axis"]), stored["weight_shape"]
+        inner = {**stored, "weight_shape": shape.flip(0) if by_input else shape}
+        return cls(level, PackedInteger.from_tensors(inner, replace(level, format="int")), by_input)
+
+
+@dataclass(frozen=True)
 class PackedTable:
     """Codes that index a table of values, times a scale per group.
 
