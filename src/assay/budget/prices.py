@@ -19,11 +19,15 @@ from assay.methods.grid.formats import grid_of
 from assay.methods.grid.trellis import distortion
 from assay.methods.solve.curvature import falling_order, feedback_cost, inverse_factor, permute, shrink
 from assay.methods.solve.trellis import feedback_gain, swelling
+from assay.model.lattice import DISTORTION as LATTICE
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
+
+ROTATED = ("trellis", "lattice")
+"""Formats for Gaussian weights, which a rotation makes them."""
 
 OWN = {"power": "nupes", "lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
 """Formats that aren't a grid for single weights, and the method that makes them."""
@@ -40,7 +44,7 @@ def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict
 
     weight: float32 [out, in].
     """
-    scalar, rotated = [x for x in levels if x.format != "trellis"], [x for x in levels if x.format == "trellis"]
+    scalar, rotated = [x for x in levels if x.format not in ROTATED], [x for x in levels if x.format in ROTATED]
     return _scalar_prices(weight, curvature, scalar) | _rotated_prices(weight, curvature, rotated)
 
 
@@ -78,9 +82,14 @@ def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level
     gains = {"nearest": torch.ones(()), "gptq": across, "two_sided": across * _gain(rows, OUTPUT_SHRINKAGE, False)}
     unit = 0.5 * curvature.share * energy
     return {
-        level.name: {k: unit * v * distortion(level.bits) * float(swelling(level.bits, gains[k])) for k, v in both.items()}
+        level.name: {k: unit * v * _distortion(level) * float(swelling(level.bits, gains[k])) for k, v in both.items()}
         for level in levels
     }
+
+
+def _distortion(level: Level) -> float:
+    """Mean squared error on a unit Gaussian."""
+    return LATTICE if level.format == "lattice" else distortion(level.bits)
 
 
 def _inputs(moment: Tensor) -> Tensor:

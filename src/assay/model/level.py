@@ -23,7 +23,8 @@ class Format:
     matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
     are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
     `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
-    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`.
+    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`; "lattice", 16 bits for
+    eight outputs of a column.
     """
 
     bits: tuple[float, ...]
@@ -34,7 +35,7 @@ class Format:
     matrix_bytes: int = 0
     input_bytes: int = 0
     one_stream: bool = False
-    layout: Literal["codes", "planes", "salient", "vectors"] = "codes"
+    layout: Literal["codes", "planes", "salient", "vectors", "lattice"] = "codes"
 
 
 ANY_GROUP = (32, 64, 128, None)
@@ -53,6 +54,7 @@ FORMATS = {
     "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),
     "planes": Format((2, 3, 4, 5, 6), ANY_GROUP, layout="planes"),
     "salient": Format((1.35, 1.7, 2.4, 3.1), ANY_GROUP, layout="salient"),
+    "lattice": Format((2,), (None,), layout="lattice"),
     "vector": Format((1, 1.5, 2, 2.5, 3, 4), (None,), layout="vectors"),
 }
 PLANES_BASE = 2
@@ -138,7 +140,13 @@ class Level:
         """Exact bytes of a [rows, columns] weight: codes, parameters, padding, shape, exact weights, low-rank factors."""
         factors = self.rank * (rows + columns) * scale_itemsize
         exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
-        body = {"codes": self._codes, "planes": self._planes, "salient": self._salient, "vectors": self._vectors}
+        body = {
+            "codes": self._codes,
+            "planes": self._planes,
+            "salient": self._salient,
+            "vectors": self._vectors,
+            "lattice": self._lattice,
+        }
         return body[FORMATS[self.format].layout](rows, columns, scale_itemsize) + SHAPE_BYTES + factors + exact
 
     def salient(self, rows: int, columns: int) -> int:
@@ -167,6 +175,9 @@ class Level:
         indices = sum(columns * words(-(-rows // VECTOR), width) * 4 for width in STAGES[self.bits])
         books = sum(VECTOR * 2**width for width in STAGES[self.bits])
         return indices + (books + 2 * columns) * scale_itemsize
+
+    def _lattice(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        return columns * -(-rows // 8) * 2 + rows * scale_itemsize + 8
 
 
 def words(count: int, bits: float) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
+from assay.model.lattice import PackedLattice
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
@@ -150,6 +151,8 @@ def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtyp
         return PackedInteger.from_tensors(stored, level)
     if level.format == "axis":
         return PackedAxis.from_tensors(stored, level)
+    if level.format == "lattice":
+        return PackedLattice.from_tensors(stored, level)
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
     if level.format == "planes":
