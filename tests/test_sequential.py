@@ -126,7 +126,8 @@ def test_a_run_cut_off_anywhere_ends_with_the_same_bytes(tmp_path: Path, monkeyp
     stop, finished = 0, False
     while not finished:
         calls[0], stop = stop, stop + 3
-        out = tmp_path / f"cut{stop}"
+        out = tmp_path / f"cut{stop}" / "whole"  # the report's title is the name of the folder
+        out.parent.mkdir()
         monkeypatch.setattr(pairing.Activations, "put", lambda *args: limited(real_put, *args))
         monkeypatch.setattr(execution, "save_tensors", lambda *args: limited(real_save, *args))
         try:

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import read_weight, statistics
+from assay.budget.probe import statistics
 from assay.measure.damage import Curvature
 from assay.measure.pair import Met, Pair
 from assay.measure.profile import Profile
-from assay.measure.stream import StreamedModel
+from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import recall
 from assay.methods import base
 from assay.methods.solve.target import compensated
@@ -168,14 +168,14 @@ class _Task:
         if met is not None:
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
             used = [replace(curvature, h=met.h) for curvature in stats]
-        scale_dtype = self.model.checkpoint.dtype(sites[0].name)
-        packed, reason = _encode(base.get(self.plan.method)(), torch.stack(targets), level, scale_dtype, used)
+        dtype = scale_dtype(self.model, sites[0])
+        packed, reason = encode(base.get(self.plan.method)(), torch.stack(targets), level, dtype, used)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
-            dtype = str(scale_dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, dtype, reason))
+            stored = str(dtype).removeprefix("torch.")
+            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -186,16 +186,16 @@ def _packed(tensors: Mapping[str, Tensor], solved: Solved) -> Packed:
     return restore(stored, Level.parse(solved.level), getattr(torch, solved.dtype))
 
 
-def _encode(
-    method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
+def encode(
+    method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
     if "H" in method.needs and not all(s.tokens for s in stats):
-        return method.encode(weights, level, scale_dtype, base.Statistics()), "no calibration token met it"
+        return method.encode(weights, level, dtype, base.Statistics()), "no calibration token met it"
     try:
-        return method.encode(weights, level, scale_dtype, statistics(method, stats)), ""
+        return method.encode(weights, level, dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return method.encode(weights, level, scale_dtype, base.Statistics()), str(error).splitlines()[0]
+        return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 
 
 def _batches(plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[Level, list[Site]]]:
@@ -207,6 +207,11 @@ def _batches(plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[Level, list[Si
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))
         for start in range(0, len(same), size):
             yield Level.parse(level), same[start : start + size]
+
+
+def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
+    """In which a site's scales are stored: its source's."""
+    return model.checkpoint.dtype(site.name)
 
 
 def _line(block: int | None, solved: list[Solved], seconds: float) -> str:

@@ -73,7 +73,7 @@ def check(model: StreamedModel, minutes: float) -> None:
         raise InputError(f"--polish {minutes:g}: give a number of minutes above zero, or leave it out")
     weights = sum(torch.Size(model.checkpoint.shape(name)).numel() for name in model.checkpoint.names)
     need, free = BYTES_PER_WEIGHT * weights, memory.available()
-    if free is not None and need > free:
+    if need > free:
         wanted = f"--polish holds the whole model, about {need / 1e9:,.1f} GB, where {free / 1e9:,.1f} GB of memory are free"
         raise InputError(f"{wanted}; leave it out or use a larger machine")
 

@@ -49,7 +49,7 @@ class Pair:
     def __init__(self, model: StreamedModel, ids: Tensor, folder: Path, token_weights: str = "none") -> None:
         """ids: the text, int64 [windows, length]; token_weights: as the profile's, see `tokens`."""
         self.model, self._work, self._kind = model, Activations(folder), token_weights
-        self._parts = batches(ids)
+        self._parts = batches(ids, self._work.batch_tokens(model.batch_tokens))
         self._ran = -1
         self._places: dict[str, int] = {}
         self._weights: list[Tensor | None] = []

@@ -27,10 +27,13 @@ from assay.model.files import load_tensors, save_json, save_tensors
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 
-VERSION = 2
+VERSION = 3
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
+PARTS = 8
+"""Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
 _EMPTY = "none"
+_PART = "part|"
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,51 @@ class Curvatures(Mapping[str, Curvature]):
         self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
         self._total = total
         with safe_open(self._gradients, framework="pt") as file:
-            self._keys = dict(key.split("|", 1) for key in file.keys() if key != _EMPTY)  # noqa: SIM118
+            keys = [key for key in file.keys() if key != _EMPTY and not key.startswith(_PART)]  # noqa: SIM118
+        self._keys = dict(key.split("|", 1) for key in keys)
+
+    def reads(self, site: str) -> str:
+        """Key of what a site reads: sites with one key have one H."""
+        return self._keys[site]
+
+    def tokens(self, site: str) -> int:
+        """How many tokens met a site."""
+        with safe_open(self._inputs, framework="pt") as file:
+            return int(file.get_tensor(f"n|{self.reads(site)}"))
 
     def __getitem__(self, site: str) -> Curvature:
         reads = self._keys[site]
         with safe_open(self._inputs, framework="pt") as file:
             seen = int(file.get_tensor(f"n|{reads}"))
             h = file.get_tensor(reads) / max(seen, 1)
+            parts = _parts(file, reads)
         with safe_open(self._gradients, framework="pt") as file:
             g = file.get_tensor(f"{site}|{reads}") / max(seen, 1)
-        more = {}
+            outputs = _parts(file, f"{site}|{reads}")
+        more: dict[str, Any] = {}
+        if parts and outputs:
+            counts = parts[0].clamp_min(1)[:, None]
+            more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
         for kind, path in self._weightwise.items():
             with safe_open(path, framework="pt") as file:
                 more[kind] = file.get_tensor(site)
         return Curvature(h, g, seen / self._total, seen, **more)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _parts(file: Any, key: str) -> tuple[Tensor, Tensor] | None:
+    """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
+    if f"{_PART}{key}" not in file.keys():  # noqa: SIM118
+        return None
+    return file.get_tensor(f"{_PART}n|{key}"), file.get_tensor(f"{_PART}{key}")
 
 
 def measure(
@@ -115,7 +143,7 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, work.batch_tokens(model.batch_tokens))
     with stored_precision(model.checkpoint):
         _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()
@@ -144,11 +172,12 @@ def _forward(
     for index in range(len(model.blocks)):
         target = folder / f"{_block_name(index)}.H.safetensors"
         if not target.exists():
-            sums = Sums()
+            sums = Sums(min(PARTS, len(parts)))
             sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
+                    sums.part = b * sums.parts // len(parts)
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b)
@@ -219,7 +248,7 @@ def _backward(
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{_block_name(index)}.G.safetensors"
         if not target.exists():
-            sums, more = Sums(), {kind: WeightSums() for kind in weightwise}
+            sums, more = Sums(min(PARTS, len(parts))), {kind: WeightSums() for kind in weightwise}
             sites = model.anatomy.block_sites(index)
             flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
             if "fisher" in more:
@@ -228,6 +257,7 @@ def _backward(
                 flows["t"] = [more["gradient"].gradient]
             with model.block(index):
                 for b in range(len(parts)):
+                    sums.part = b * sums.parts // len(parts)
                     for flow, watchers in flows.items():
                         _descend(model, index, b, work, flow, watchers)
             sums.unreached(sites)
@@ -278,9 +308,11 @@ class Sums:
     """Sums over tokens, float32: second moments by key, and the tokens they cover.
 
     weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
+    parts: of the text, for each of which sums of squares are kept too; part: the present one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 0) -> None:
+        self.parts, self.part = parts, 0
         self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
@@ -290,7 +322,11 @@ class Sums:
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if key not in self.values:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
-        self.values[key].addmm_(flat.T, flat if weights is None else flat * weights.reshape(-1, 1))
+        weighted = flat if weights is None else flat * weights.reshape(-1, 1)
+        self.values[key].addmm_(flat.T, weighted)
+        if self.parts:
+            for name, value in ((f"{_PART}{key}", (weighted * flat).sum(0)), (f"{_PART}n|{key}", torch.tensor(float(len(flat))))):
+                self.values.setdefault(name, torch.zeros(self.parts, *value.shape))[self.part] += value
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""

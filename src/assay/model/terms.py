@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
+from assay.model.blocks import PackedBlocks
 from assay.model.lattice import PackedLattice
-from assay.model.level import Level
+from assay.model.level import FORMATS, Level
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
@@ -153,6 +154,8 @@ def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtyp
         return PackedAxis.from_tensors(stored, level)
     if level.format == "lattice":
         return PackedLattice.from_tensors(stored, level)
+    if FORMATS[level.format].layout == "blocks":
+        return PackedBlocks.from_tensors(stored, level)
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
     if level.format == "planes":

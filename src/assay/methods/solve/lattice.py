@@ -31,9 +31,6 @@ class LatticeQuantizer:
         self.codes = torch.empty(batch, columns, self.prices.shape[1] // SIZE, dtype=torch.int16)
         self.values = torch.empty(batch, columns, scale.shape[1])
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the codebook is fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         found = lattice.encode(self._cut(values / self.scale), self.prices)
         self.codes[:, column], self.values[:, column] = found.codes, found.values[:, : values.shape[1]]
