@@ -30,6 +30,7 @@ from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import Override, StreamedModel, read_weight
+from assay.measure.text import recall
 from assay.methods import base
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
@@ -38,7 +39,6 @@ from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 from assay.model.terms import restore
-from assay.profiling import calibration_text
 from assay.prove.variants import mean_kl
 
 DECODED_BYTES = 1 << 29
@@ -75,7 +75,7 @@ def evolved(
     of its time. How many generations fit depends on the machine, so another run may find another plan.
     Raises InputError when the text of the profile is no longer there.
     """
-    text = calibration_text(model, profile, "--planner evolution")
+    text = recall(model.checkpoint, profile.index["calibration"], model.vocabulary, "--planner evolution").ids
     held_out = torch.tensor(profile.index["held_out"])
     store = LevelStore(model, profile, plan.method, work / f"levels-{plan.method}")
 

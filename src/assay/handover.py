@@ -42,7 +42,7 @@ def hand_over(
         "predicted": {"kl": plan.predicted, "low": plan.predicted_low, "high": plan.predicted_high,
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
-        "polish": results.polish,
+        "sequential": results.sequential, "polish": results.polish,
         "seed": profile.index["settings"]["seed"],
         "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from assay import engines
 from assay.budget import plans, probe
@@ -92,16 +91,6 @@ def stable_profile(
 def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: int, window: int | None) -> str:
     """The digest that a profile of these settings will have. Raises InputError."""
     return _texts(model, calibration, tokens, window)[0].digest
-
-
-def calibration_text(model: StreamedModel, profile: Profile, wanted_by: str) -> Tensor:
-    """The windows [n, length] that a profile was measured on. Raises InputError when they are no longer there."""
-    facts = profile.index["calibration"]
-    source = str(facts["source"]).removesuffix(":calibration")
-    found = windows(model.checkpoint, source, "calibration", facts["tokens"], facts["window"], model.vocabulary)
-    if found.digest != facts["digest"]:
-        raise InputError(f"{source} has changed since {profile.folder} was measured, and {wanted_by} needs it; measure again")
-    return found.ids
 
 
 def _finish(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -24,15 +22,15 @@ from assay.budget.size import Budget
 from assay.budget.speed import Speeds
 from assay.budget.speed import benchmark as measure_speeds
 from assay.budget.sweep import STEP, frontier
+from assay.contest import blocks_folder, solve_better
 from assay.engines.write import check_space
 from assay.evolving import check as check_search
 from assay.evolving import evolved
-from assay.execute import Results, execute
 from assay.exporting import export as export_as
 from assay.handover import hand_over
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
+from assay.measure.text import load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.model import memory
 from assay.model.checkpoint import Checkpoint, read_json
@@ -40,7 +38,6 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
 from assay.model.level import Level
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site, key_of
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
@@ -154,12 +151,13 @@ def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    polish: float | None = None, planner: str = "lagrange", minutes: float | None = None, dry_run: bool = False,
-    progress: Progress | None = None, **budget: Any,
+    sequential: bool | None = None, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
+    dry_run: bool = False, progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
     budget: see `Budget`; none where a plan is given.
+    sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
     planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
     two blocks and say what it will take.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
@@ -180,7 +178,7 @@ def compress(
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
-    method = _method(given.method, given.engine) if given else _method(method, engine)
+    best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
     limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
@@ -210,9 +208,12 @@ def compress(
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
-    chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    ordered = best if sequential is None else sequential
+    chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
     if polish is not None:
-        results = polish_whole(streamed, results, measured, polish, _blocks(work, chosen) / f"polish-{polish:g}", progress)
+        results = polish_whole(
+            streamed, results, measured, polish, blocks_folder(work, chosen, ordered) / f"polish-{polish:g}", progress
+        )
         chosen = plans.polished(chosen, results.polish or {})
     if unproven:
         shutil.rmtree(destination)
@@ -304,41 +305,6 @@ def list_methods() -> list[dict[str, Any]]:
     return found
 
 
-def _solve_better(
-    model: StreamedModel, profile: Profile, plan: Plan, twin: Plan | None, work: Path, progress: Progress
-) -> tuple[Plan, Results]:
-    """Carry out the plan and its uniform twin; the twin's measured loss corrects the promise, the better one stays."""
-    if twin is None:
-        progress.log(plan.sentence)
-        return plan, execute(model, plan, profile, _blocks(work, plan), progress)
-    held_out = _probe_windows(model, profile)
-    flat = execute(model, twin, profile, _blocks(work, twin), progress)
-    flat_kl = _mean_kl(model, flat, held_out, progress)
-    plan = plans.corrected(profile, plan, twin, flat_kl)
-    progress.log(plan.sentence)
-    results = execute(model, plan, profile, _blocks(work, plan), progress)
-    kl = _mean_kl(model, results, held_out, progress)
-    progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
-    if kl <= flat_kl:
-        return plan, results
-    sentence = f"{twin.sentence}; the uniform plan measured better ({flat_kl:.4f} against {kl:.4f}) and is used"
-    return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
-
-
-def _blocks(work: Path, plan: Plan) -> Path:
-    levels = json.dumps({n: c.level for n, c in plan.choices.items()}, sort_keys=True)
-    return work / f"blocks-{_digest(f'{plan.model}:{plan.profile}:{plan.method}:{levels}')}"
-
-
-def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress: Progress) -> float:
-    def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
-
-    changed = StreamedModel(model.checkpoint, override)
-    scores = compare(model, {"plan": Candidate(changed)}, windows, progress)["plan"]
-    return float(torch.cat(scores.kl).double().mean())
-
-
 def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
@@ -346,10 +312,6 @@ def _profile_in(
     levels = [budget.level] if budget.level else []
     with unless_refused(work):
         return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
-
-
-def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
-    return Windows(torch.tensor(profile.index["held_out"]), "held out of the calibration text")
 
 
 def _check_destination(destination: Path) -> None:

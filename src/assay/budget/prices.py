@@ -17,16 +17,27 @@ from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
 from assay.methods.grid import blocks
 from assay.methods.grid.formats import grid_of
-from assay.methods.grid.gaussian import gaussian_distortion
-from assay.methods.solve.curvature import DAMPING, INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, feedback_cost
+from assay.methods.grid.trellis import distortion
+from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
+    falling_order,
+    feedback_cost,
+    inverse_factor,
+    permute,
+    shrink,
+)  # fmt: skip
+from assay.methods.solve.trellis import feedback_gain, swelling
 from assay.model.ggml import KINDS
+from assay.model.lattice import DISTORTION as LATTICE
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
-OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
+OWN = {"power": "nupes", "lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
 """Formats that aren't a grid for single weights, and the method that makes them."""
 
 SAMPLED_ROWS = 256
@@ -37,12 +48,13 @@ SAMPLED_ROWS = 256
 class InputCosts:
     """What a squared error costs at each input, for all matrices that read it, [in].
 
-    plain: rounded to nearest; fed: under feedback; rotated: both summed over the inputs of the rotated matrix.
+    plain: rounded to nearest; fed: under feedback; rotated: both summed over the inputs of the rotated matrix, and
+    the gain of its feedback.
     """
 
     plain: Tensor
     fed: Tensor
-    rotated: tuple[float, float] | None = None
+    rotated: tuple[float, float, Tensor] | None = None
 
     @classmethod
     def of(cls, moment: Tensor, rotated: bool) -> InputCosts:
@@ -51,12 +63,14 @@ class InputCosts:
         if not rotated or moment.ndim == 1:
             return cls(plain, fed)
         turned = rotate_both(moment)
-        return cls(plain, fed, (float(diagonal(turned).sum()), float(_inputs(turned).sum())))
+        return cls(
+            plain, fed, (float(diagonal(turned).sum()), float(_inputs(turned).sum()), _gain(turned, INPUT_SHRINKAGE, True))
+        )
 
 
 def rotates(level: Level) -> bool:
     """Whether a level's grid is for rotated weights."""
-    return level.format == "trellis"
+    return level.format in ("trellis", "lattice")
 
 
 def price(
@@ -102,13 +116,20 @@ def _rotated_prices(
         return {}
     energy = float(weight.square().mean())
     rows = curvature.g if curvature.g.ndim == 1 else rotate_both(curvature.g)
-    outside, (inside, fed_inside) = float(diagonal(rows).sum()), inputs.rotated
+    outside, (inside, fed_inside, across) = float(diagonal(rows).sum()), inputs.rotated
     both = {"nearest": outside * inside, "gptq": outside * fed_inside}
     both["two_sided"] = float(_outputs(rows, falling=False).sum()) * fed_inside
+    gains = {"nearest": torch.ones(()), "gptq": across, "two_sided": across * _gain(rows, OUTPUT_SHRINKAGE, False)}
+    unit = 0.5 * curvature.share * energy
     return {
-        level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
+        level.name: {k: unit * v * _distortion(level) * float(swelling(level.bits, gains[k])) for k, v in both.items()}
         for level in levels
     }
+
+
+def _distortion(level: Level) -> float:
+    """Mean squared error on a unit Gaussian."""
+    return LATTICE if level.format == "lattice" else distortion(level.bits)
 
 
 def _inputs(moment: Tensor) -> Tensor:
@@ -119,6 +140,14 @@ def _inputs(moment: Tensor) -> Tensor:
 def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
     """The same at each output."""
     return feedback_cost(moment, OUTPUT_SHRINKAGE, DAMPING, falling)
+
+
+def _gain(moment: Tensor, shrinkage: float, falling: bool) -> Tensor:
+    """See `feedback_gain`; 1 for a diagonal [n]."""
+    if moment.ndim == 1:
+        return torch.ones(())
+    ordered = permute(moment, falling_order(moment)) if falling else moment
+    return feedback_gain(inverse_factor(shrink(ordered, shrinkage), DAMPING, torch.float32)[0])
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -37,6 +37,10 @@ Polish = Annotated[
     float | None,
     typer.Option("--polish", metavar="MINUTES", help="After rounding, tune scales and norms end to end for so long."),
 ]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
+]
 Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
 DryRun = Annotated[
@@ -51,8 +55,8 @@ def run(
     context: Context = None, batch: Batch = None, cache: Cache = None, max_loss: MaxLoss = None, level: Level = None,
     method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
-    polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None, threads: Threads = None,
-    dry_run: DryRun = False, as_json: Json = False,
+    sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
+    threads: Threads = None, dry_run: DryRun = False, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
     budget: dict[str, Any] = {
@@ -67,7 +71,7 @@ def run(
 
     report = assay.compress(
         model, output, plan=plan, profile=profile, method=method, calibration=calibration, tokens=count, window=window,
-        engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform,
+        engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform, sequential=sequential,
         threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=Bars(),
     )  # fmt: skip
     if dry_run:

@@ -96,18 +96,19 @@ class StreamedModel:
             return self.model(input_ids=ids).logits
 
     @contextmanager
-    def outside(self, tail: bool) -> Iterator[None]:
+    def outside(self, tail: bool, override: Override | None = None) -> Iterator[None]:
         """Load what lies outside the blocks: the tail (norms and head) or the front (the rest)."""
         embedding = self.model.get_input_embeddings()
         name = next((n for n, m in self.model.named_modules() if m is embedding), "")
         head = self.model.get_output_embeddings()
         head_name = next((n for n, m in self.model.named_modules() if m is head), "-")
         if tail and not self.anatomy.tied:
-            with self._loaded([p for p in self._outside if not p.startswith(name + ".")], self.override), self._blind(embedding):
+            paths = [p for p in self._outside if not p.startswith(name + ".")]
+            with self._loaded(paths, override or self.override), self._blind(embedding):
                 yield
         else:
             skip = head_name + "." if not tail and not self.anatomy.tied else "-"
-            with self._loaded([p for p in self._outside if not p.startswith(skip)], self.override):
+            with self._loaded([p for p in self._outside if not p.startswith(skip)], override or self.override):
                 yield
 
     def forget(self) -> None:

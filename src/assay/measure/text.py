@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,18 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     if max(ids) >= vocabulary:
         raise InputError(f"token {max(ids)} is beyond the model's {vocabulary}: tokenizer and model don't match")
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
+
+
+def recall(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, purpose: str) -> Windows:
+    """The windows that a profile was measured on, from the `calibration` of its index.
+
+    Raises InputError, naming the purpose, where the text is no longer there.
+    """
+    source = str(facts["source"]).removesuffix(":calibration")
+    found = windows(checkpoint, source, "calibration", facts["tokens"], facts["window"], vocabulary)
+    if found.digest != facts["digest"]:
+        raise InputError(f"{source} has changed since the profile was measured, and {purpose} needs it; measure again")
+    return found
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:

@@ -11,7 +11,7 @@ from assay.model.level import FORMATS, Level
 INTEGER_BITS = (2, 3, 4, 5, 6, 8)
 SYMMETRIC_BITS = (4, 8)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
-SCALARS = ("int", "nf", "fp", "mxfp", "nvfp", "pow")
+SCALARS = ("int", "nf", "fp", "mxfp", "nvfp", "pow", "ternary", "binary")
 """Formats whose grids are fixed values times a scale: every solver of single weights takes them."""
 BLOCKS = tuple(KINDS)
 """Formats of whole blocks; the solvers that take them are in `solve/blocks.py`."""

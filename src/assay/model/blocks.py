@@ -62,11 +62,11 @@ class PackedBlocks:
             return None
         share = ggml.values(self.kind, parts._replace(d=torch.ones_like(parts.d), m=None)).unflatten(1, (parts.d.shape[1], -1))
         added = ggml.values(self.kind, parts._replace(d=torch.zeros_like(parts.d)))
-        return parts.d, lambda scales: (share * scales[..., None]).flatten(1) + added
+        return Tunable(parts.d, parts.d, lambda scales: (share * scales[..., None]).flatten(1) + added)
 
-    def with_scales(self, scales: Tensor) -> PackedBlocks:
+    def with_numbers(self, numbers: Tensor) -> PackedBlocks:
         """See `TunablePacked`."""
-        return replace(self, rows=ggml.pack(self.kind, self.parts()._replace(d=scales)))
+        return replace(self, rows=ggml.pack(self.kind, self.parts()._replace(d=numbers)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.rows.contiguous()}

@@ -24,8 +24,8 @@ class Format:
     matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
     are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
     `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
-    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`; "blocks",
-    whole blocks of a kind of ggml, see `ggml.KINDS`, whose name is the level's.
+    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`; "lattice", 16 bits for
+    eight outputs of a column; "blocks", whole blocks of a kind of ggml, see `ggml.KINDS`, whose name is the level's.
     """
 
     bits: tuple[float, ...]
@@ -36,22 +36,26 @@ class Format:
     matrix_bytes: int = 0
     input_bytes: int = 0
     one_stream: bool = False
-    layout: Literal["codes", "planes", "salient", "vectors", "blocks"] = "codes"
+    layout: Literal["codes", "planes", "salient", "vectors", "lattice", "blocks"] = "codes"
 
 
 ANY_GROUP = (32, 64, 128, None)
 FORMATS = {
     "int": Format((2, 3, 4, 5, 6, 7, 8), ANY_GROUP, symmetric=(False, True)),
+    "axis": Format((2, 3, 4, 5, 6, 8), ANY_GROUP, symmetric=(False, True), matrix_bytes=1),
     "nf": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "fp": Format((4, 6, 8), ANY_GROUP, table="matrix"),
     "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),
     "nvfp": Format((4,), (16,), scale_bytes=1, table="matrix", matrix_bytes=4),
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
+    "ternary": Format((2,), ANY_GROUP, table="matrix"),
+    "binary": Format((1,), ANY_GROUP, table="matrix"),
     "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
     "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
     "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),
     "planes": Format((2, 3, 4, 5, 6), ANY_GROUP, layout="planes"),
     "salient": Format((1.35, 1.7, 2.4, 3.1), ANY_GROUP, layout="salient"),
+    "lattice": Format((2,), (None,), layout="lattice"),
     "vector": Format((1, 1.5, 2, 2.5, 3, 4), (None,), layout="vectors"),
 } | {kind: Format((facts.bits,), (facts.weights,), layout="blocks") for kind, facts in KINDS.items()}
 PLANES_BASE = 2
@@ -147,7 +151,13 @@ class Level:
             return rows * self.groups(columns) * KINDS[self.format].nbytes
         factors = self.rank * (rows + columns) * scale_itemsize
         exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
-        body = {"codes": self._codes, "planes": self._planes, "salient": self._salient, "vectors": self._vectors}
+        body = {
+            "codes": self._codes,
+            "planes": self._planes,
+            "salient": self._salient,
+            "vectors": self._vectors,
+            "lattice": self._lattice,
+        }
         return body[FORMATS[self.format].layout](rows, columns, scale_itemsize) + SHAPE_BYTES + factors + exact
 
     def salient(self, rows: int, columns: int) -> int:
@@ -176,6 +186,9 @@ class Level:
         indices = sum(columns * words(-(-rows // VECTOR), width) * 4 for width in STAGES[self.bits])
         books = sum(VECTOR * 2**width for width in STAGES[self.bits])
         return indices + (books + 2 * columns) * scale_itemsize
+
+    def _lattice(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        return columns * -(-rows // 8) * 2 + rows * scale_itemsize + 8
 
 
 def words(count: int, bits: float) -> int:
