@@ -28,7 +28,7 @@ from assay.execute import Results
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
-from assay.measure.text import windows
+from assay.measure.text import reread
 from assay.model import memory
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
@@ -264,9 +264,9 @@ def _tunable(packed: Packed) -> TunablePacked:
 def _calibration(model: StreamedModel, profile: Profile) -> Tensor:
     """The windows [n, length] that a profile was measured on."""
     facts = profile.index["calibration"]
-    source = str(facts["source"]).removesuffix(":calibration")
-    found = windows(model.checkpoint, source, "calibration", facts["tokens"], facts["window"], model.vocabulary)
+    found = reread(model.checkpoint, facts, model.vocabulary)
     if found.digest != facts["digest"]:
+        source = str(facts["source"]).removesuffix(":calibration")
         raise InputError(f"{source} has changed since {profile.folder} was measured, and --polish needs it; measure again")
     return found.ids
 

@@ -19,7 +19,7 @@ import torch
 
 import assay.engines.load
 from assay import engines
-from assay.budget import plans, presets, sensitivity, undo
+from assay.budget import agreement, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
@@ -28,7 +28,7 @@ from assay.execute import Results, execute
 from assay.handover import hand_over
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
+from assay.measure.text import Windows, load_tokenizer, reread, tokenizer_digest, windows
 from assay.methods import base
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
@@ -37,7 +37,7 @@ from assay.model.progress import Progress, Silent
 from assay.model.sites import Site, key_of
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
+from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
@@ -98,12 +98,16 @@ def rank(
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    token_weights: str = "none", progress: Progress | None = None,
+    token_weights: str = "none", select: str | None = None, target: str | Path | None = None, progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
-    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
+    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off.
+
+    select: how to choose the windows from eight times as much text, `dsir` or `kmeans`; target: text that `dsir`
+    makes the choice resemble, and that the profile is compared with in any case.
+    """
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     wanted = [presets.level(name) for name in levels]
-    more = (seed, listener, methods, wanted, token_weights)
+    more = (seed, listener, methods, wanted, token_weights, Selection(select, target))
     if tokens == "auto":
         return stable_profile(streamed, Path(out), calibration, window, *more)
     return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
@@ -117,7 +121,8 @@ def plan(
     """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
     chosen = _method(method, engine)
     budget = _budget(size, bits, max_loss, level, chosen)
-    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
+    measured = Profile.open(source)
+    return agreement.noted(measured, plans.make(measured, budget, engines.get(engine), chosen, keep, planner, uniform))
 
 
 def compress(
@@ -190,6 +195,7 @@ def verify(
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
     if recipe and _seen(original, text, recipe["calibration"]):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
+    texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
     scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
     predicted = (recipe or {}).get("predicted", {})
     kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
@@ -199,7 +205,7 @@ def verify(
     verdict = {
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
-        "passed": limit is None or kl["measured"] <= limit,
+        "passed": limit is None or kl["measured"] <= limit, "texts": texts,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe else [],
     }  # fmt: skip
     save_json(result.folder / "assay" / "verdict.json", verdict) if recipe else None
@@ -344,8 +350,7 @@ def _seen(model: StreamedModel, text: str | Path | None, calibration: dict[str, 
     """Whether a text starts with the very windows that a result was calibrated on."""
     if text is None:
         return False
-    both = windows(model.checkpoint, text, "calibration", calibration["tokens"], calibration["window"], model.vocabulary)
-    return both.digest == calibration["digest"]
+    return reread(model.checkpoint, calibration, model.vocabulary, text).digest == calibration["digest"]
 
 
 def _peak_rss() -> int:

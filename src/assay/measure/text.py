@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,6 +81,19 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     if max(ids) >= vocabulary:
         raise InputError(f"token {max(ids)} is beyond the model's {vocabulary}: tokenizer and model don't match")
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
+
+
+def reread(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path | None = None) -> Windows:
+    """The windows that a profile was measured on, or those of another text in their places.
+
+    facts: what its index says of its calibration; a text that has changed since shows by the digest. Raises InputError.
+    """
+    source = text or str(facts["source"]).removesuffix(":calibration")
+    found = windows(checkpoint, source, "calibration", facts["pool"], facts["window"], vocabulary)
+    picked = torch.tensor(facts["picked"], dtype=torch.long)
+    if len(picked) == 0 or int(picked.max()) >= len(found.ids):
+        return found
+    return Windows(found.ids[picked], found.source)
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:
