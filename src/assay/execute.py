@@ -104,14 +104,14 @@ def _solve_block(
     def solve(batch: tuple[Level, list[Site]]) -> tuple[dict[str, Tensor], list[Solved]]:
         level, sites = batch
         weights, stats = [read_weight(model, site) for site in sites], [curvatures[key_of(site)] for site in sites]
-        scale_dtype = _scale_dtype(model, sites[0])
-        packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
+        dtype = scale_dtype(model, sites[0])
+        packed, reason = encode(method, torch.stack(weights), level, dtype, stats)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
-            dtype = str(scale_dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, plan.method, damage, dtype, reason))
+            stored = str(dtype).removeprefix("torch.")
+            solved.append(Solved(key_of(site), result.level.name, plan.method, damage, stored, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -120,16 +120,16 @@ def _solve_block(
     return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
 
-def _encode(
-    method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
+def encode(
+    method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
     if "H" in method.needs and not all(s.tokens for s in stats):
-        return method.encode(weights, level, scale_dtype, base.Statistics()), "no calibration token met it"
+        return method.encode(weights, level, dtype, base.Statistics()), "no calibration token met it"
     try:
-        return method.encode(weights, level, scale_dtype, statistics(method, stats)), ""
+        return method.encode(weights, level, dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return method.encode(weights, level, scale_dtype, base.Statistics()), str(error).splitlines()[0]
+        return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 
 
 def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tuple[Level, list[Site]]]:
@@ -145,7 +145,8 @@ def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tu
             yield level, sites[start : start + size]
 
 
-def _scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
+def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
+    """In which a site's scales are stored: its source's."""
     return model.checkpoint.dtype(site.name)
 
 

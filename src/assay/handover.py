@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -16,6 +17,8 @@ from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
+from assay.engines.gguf import reopen as gguf_reopen
+from assay.engines.gguf import write as gguf_write
 from assay.execute import Results
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -23,7 +26,8 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
+from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
@@ -33,6 +37,7 @@ def hand_over(
     """Write the folder, reopen it with another reader, and close the ledger."""
     loaders, source = results.loaders(), model.checkpoint.replaced(results.plain)
     ledger = _ledger(model, source, plan, results, contract)
+    writer, reader = (gguf_write.write, gguf_reopen.compare) if contract.layout == "gguf" else (write.write, reopen.compare)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
         "calibration": dict(profile.index["calibration"]),
@@ -47,12 +52,13 @@ def hand_over(
     extra = {
         "assay/plan.yaml": plan.to_text(), "assay/recipe.json": json.dumps(recipe, indent=1, sort_keys=True) + "\n",
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
+        "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    write.write(destination, source, loaders, contract, extra, levels, turned)
+    writer(destination, source, loaders, contract, extra, levels, turned)
     try:
-        reopen.compare(destination, source, loaders, contract, turned)
+        reader(destination, source, loaders, contract, turned)
     except ShortfallError:
         shutil.rmtree(destination)
         raise
@@ -69,20 +75,50 @@ def hand_over(
 
 def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: Results, contract: Contract) -> Ledger:
     ledger, sites = Ledger(), model.anatomy.sites
+    after, dropped = _bytes_after(checkpoint, results, contract)
     for name in checkpoint.names:
         before = checkpoint.nbytes(name)
-        if name in results.solved:
+        if name in dropped:
+            ledger.add(Entry(name, None, "dropped", dropped[name], before, 0))
+        elif name in results.solved:
             solved = results.solved[name]
-            after = results.packed(name).nbytes if contract.layout != "plain" else write.plain_nbytes(checkpoint, name)
             fate: Fate = "fell_back" if solved.fell_back else "done"
-            ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
+            ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after[name]))
         elif name in results.plain:
-            ledger.add(Entry(name, None, "done", "polished", before, write.kept_nbytes(checkpoint, name, contract)))
+            ledger.add(Entry(name, None, "done", "polished", before, after[name]))
         else:
             planned = plan.choices[name].level if name in plan.choices else None
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
-            ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
+            ledger.add(Entry(name, planned, "copied", reason, before, after[name]))
     return ledger
+
+
+def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
+    """The plan site by site, for the report; a matrix that is part of a larger tensor has its share of the bytes."""
+    rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
+    for name, choice in plan.choices.items():
+        site = sites[name]
+        weights, entry = math.prod(site.shape), ledger.entries.get(name)
+        before = entry.bytes_before if entry else weights * model.checkpoint.dtype(site.name).itemsize
+        after = entry.bytes_after if entry else choice.nbytes
+        level = choice.level or "keep"
+        rows.append(Row(name, site.block, site.role, weights, level, before, after, choice.damage, choice.why))
+    return rows
+
+
+def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes that each tensor will take, and why some are left out."""
+    if contract.layout == "gguf":
+        return gguf_write.sizes(checkpoint, {name: Level.parse(s.level) for name, s in results.solved.items()})
+    found = {}
+    for name in checkpoint.names:
+        if name not in results.solved:
+            found[name] = write.kept_nbytes(checkpoint, name, contract)
+        elif contract.layout == "plain":
+            found[name] = write.plain_nbytes(checkpoint, name)
+        else:
+            found[name] = results.packed(name).nbytes
+    return found, {}
 
 
 def _contract_reason(contract: Contract, site: Site | None) -> str | None:

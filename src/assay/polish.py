@@ -28,7 +28,6 @@ from assay.execute import Results
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
-from assay.measure.text import reread
 from assay.model import memory
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
@@ -36,6 +35,7 @@ from assay.model.files import load_tensors, save_json, save_tensors
 from assay.model.packed import Packed, TunablePacked
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
+from assay.profiling import calibration_text
 
 BATCH_TOKENS = 2048
 CACHED_BYTES = 1 << 28
@@ -71,7 +71,7 @@ def check(model: StreamedModel, minutes: float) -> None:
         raise InputError(f"--polish {minutes:g}: give a number of minutes above zero, or leave it out")
     weights = sum(torch.Size(model.checkpoint.shape(name)).numel() for name in model.checkpoint.names)
     need, free = BYTES_PER_WEIGHT * weights, memory.available()
-    if free is not None and need > free:
+    if need > free:
         wanted = f"--polish holds the whole model, about {need / 1e9:,.1f} GB, where {free / 1e9:,.1f} GB of memory are free"
         raise InputError(f"{wanted}; leave it out or use a larger machine")
 
@@ -86,7 +86,7 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
     target = folder / "polished.safetensors"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        text = _calibration(model, profile)
+        text = calibration_text(model, profile, "--polish")
         with model.whole(), stored_precision(model.checkpoint):
             tuning = Tuning(model, results)
             tensors, report = _tune(tuning, text, torch.tensor(profile.index["held_out"]), minutes, folder, progress)
@@ -259,16 +259,6 @@ def _decoded(results: Results) -> Callable[[Site, Tensor], Tensor]:
 def _tunable(packed: Packed) -> TunablePacked:
     assert isinstance(packed, TunablePacked)
     return packed
-
-
-def _calibration(model: StreamedModel, profile: Profile) -> Tensor:
-    """The windows [n, length] that a profile was measured on."""
-    facts = profile.index["calibration"]
-    found = reread(model.checkpoint, facts, model.vocabulary)
-    if found.digest != facts["digest"]:
-        source = str(facts["source"]).removesuffix(":calibration")
-        raise InputError(f"{source} has changed since {profile.folder} was measured, and --polish needs it; measure again")
-    return found.ids
 
 
 def _tune(

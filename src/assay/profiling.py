@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from assay import engines
 from assay.budget import agreement, plans, probe
 from assay.budget.agreement import Reference, compared
 from assay.budget.size import Budget
 from assay.budget.spread import spreads
+from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
+from assay.measure.footprint import footprint
 from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
-from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
+from assay.measure.text import Windows, load_tokenizer, reread, tokenizer_digest, windows
 from assay.methods import base
-from assay.model.checkpoint import read_json
+from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError
 from assay.model.files import save_text, unless_refused
 from assay.model.level import Level
@@ -32,6 +37,7 @@ WINDOW = 256
 PROBE_TOKENS = 4_096
 POOL = 8
 """Times as much text as is used, from which a selection is made."""
+HELD_OUT_SPAN = 4
 REHEARSED = ("gptq", "two_sided")
 MAX_AUTO_TOKENS = 131_072
 STABLE_SHARE = 0.05
@@ -113,6 +119,16 @@ def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: in
     return _texts(model, calibration, tokens, window)[0].digest
 
 
+def calibration_text(model: StreamedModel, profile: Profile, wanted_by: str) -> Tensor:
+    """The windows [n, length] that a profile was measured on. Raises InputError when they are no longer there."""
+    facts = profile.index["calibration"]
+    found = reread(model.checkpoint, facts, model.vocabulary)
+    if found.digest != facts["digest"]:
+        source = str(facts["source"]).removesuffix(":calibration")
+        raise InputError(f"{source} has changed since {profile.folder} was measured, and {wanted_by} needs it; measure again")
+    return found.ids
+
+
 def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, origin: dict[str, Any], target: Windows | None,
     settings: dict[str, Any], methods: Sequence[str], levels: Sequence[Level], progress: Progress,
@@ -123,7 +139,7 @@ def _finish(
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     spread = spreads(model, folder, text.tokens)
-    points = probe.probe(model, held_out, prices, progress)
+    points, probe_spread = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
@@ -132,39 +148,49 @@ def _finish(
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest}
         | origin,
         "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
-        "names": names,
+        "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
-        "file_bytes": model.checkpoint.kept_file_bytes, "prices": prices, "ratios": ratios, "probes": points,
-        "spread": spread, "target": None,
+        "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
+        "prices": prices, "ratios": ratios, "probes": points, "spread": spread, "probe_spread": probe_spread, "target": None,
     }  # fmt: skip
     if target is not None:
         index["target"] = compared(model, Reference.of(Profile(folder, index)), target, progress)
     return save_index(folder, index)
 
 
+def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a GGUF file takes if every tensor stays, or why there is none."""
+    try:
+        file_bytes, tensor_bytes = whole_bytes(checkpoint)
+    except InputError as error:
+        return {"refused": str(error)}
+    return {"file_bytes": file_bytes, "tensor_bytes": tensor_bytes}
+
+
 def _texts(
     model: StreamedModel, calibration: str | Path | None, count: int, window: int | None, selection: Selection = ALL_FIRST,
     target: Windows | None = None, seed: int = 0,
 ) -> tuple[Windows, Windows, dict[str, Any]]:  # fmt: skip
-    """Calibration windows, held-out ones for probes that follow them in the text, and where the first are found in it."""
+    """Calibration windows, held-out ones for probes, and where the first are found in the text.
+
+    The held-out ones come from what follows in the text, far apart: neighbours are of one document; the KL of 16 of
+    them in a row differed by 8% from place to place, that of 16 spread over four times the text by half of it.
+    """
     length = _length(model, window)
-    read = (count + PROBE_TOKENS) * (POOL if selection.method else 1)
-    both = windows(model.checkpoint, calibration, "calibration", read, length, model.vocabulary)
-    picked: list[int] = []
+    reach = (count + PROBE_TOKENS) * POOL if selection.method else count + HELD_OUT_SPAN * PROBE_TOKENS
+    both = windows(model.checkpoint, calibration, "calibration", reach, length, model.vocabulary)
+    pool, picked = both.tokens, []
     if selection.method:
         wanted = min(len(both.ids), (count + PROBE_TOKENS) // length)
         chosen = base.load(selection.method, "select")().select(both.ids, target.ids if target else None, wanted, seed)
-        pool, picked, both = both.tokens, chosen.tolist(), Windows(both.ids[chosen], both.source)
+        picked, both = chosen.tolist(), Windows(both.ids[chosen], both.source)
     held = min(max(1, PROBE_TOKENS // length), len(both.ids) // 4)
     if held < 1:
         raise InputError(f"{both.source}: {both.tokens} tokens; calibration needs at least {4 * length}")
     used = min(len(both.ids) - held, max(1, count // length))
-    text, held_out = Windows(both.ids[:used], both.source), Windows(both.ids[-held:], both.source + ":held out")
-    return (
-        text,
-        held_out,
-        {"picked": picked[:used], "pool": pool if selection.method else text.tokens, "select": selection.method},
-    )
+    spread = torch.linspace(used, len(both.ids) - 1, held).round().long()
+    text, held_out = Windows(both.ids[:used], both.source), Windows(both.ids[spread], both.source + ":held out")
+    return text, held_out, {"picked": picked[:used], "pool": pool if picked else text.tokens, "select": selection.method}
 
 
 def _target(model: StreamedModel, selection: Selection, window: int | None) -> Windows | None:

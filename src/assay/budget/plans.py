@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from assay.budget import menu, planners
+from assay.budget import menu, planners, serving
 from assay.budget.forecast import Forecast
-from assay.budget.menu import Decision, SiteRow
+from assay.budget.menu import Decision, Option, SiteRow
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
-from assay.budget.size import Budget
+from assay.budget.size import Budget, parse_size
+from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
+from assay.engines.gguf.write import whole_bytes
+from assay.engines.serving import GIB
+from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
@@ -58,21 +63,62 @@ def decisions(
         priced = profile.prices.get(row.name, {}).get(level.base.name)
         return forecast.damage(method, level, priced[_price_kind(row, kind)]) if priced else None
 
-    return _menu(_rows(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
+    return _menu(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 
 
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> int:
-    """Bytes that the weight files may take within a budget, told before anything is measured.
+@dataclass(frozen=True)
+class Outlook:
+    """What a result will be, as far as a budget says. files: most bytes of the weight files; tensors: bytes in them;
+    stays: tensors that nothing may compress."""
 
-    For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
+    files: int
+    tensors: int
+    stays: list[str]
+
+
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> Outlook:
+    """What the result will be within a budget, told before anything is measured.
+
+    For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
-    outside = budget.size is not None
-    options = _menu(found, model.anatomy.family, contract, method, outside, keep, only, lambda row, level: 0.0)
-    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
-    if budget.max_loss is not None or only:
-        return fixed + sum(d.options[0].nbytes for d in options)
-    return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
+    options = _menu(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
+    whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
+    fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
+    if budget.bounds_bytes:
+        taken = min(_limit(budget, contract, options, whole, footprint(model)), most)
+    free = {site for d in options if len(d.options) > 1 for site in d.sites}
+    return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
+
+
+def outlook_of(plan: Plan) -> Outlook:
+    """The same for a plan, before its profile is known."""
+    stays = [name for name, choice in plan.choices.items() if choice.level is None]
+    return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
+
+
+def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
+    """Bytes of the files and of the tensors in them if every tensor stays. Raises InputError where there are none."""
+    checkpoint = model.checkpoint
+    if contract.layout == "gguf":
+        return whole_bytes(checkpoint)
+    return checkpoint.kept_file_bytes, sum(checkpoint.kept_nbytes(name) for name in checkpoint.names)
+
+
+def _limit(budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint) -> int:
+    """Bytes that the decisions may take together. whole: see `_stored`."""
+    if budget.memory is None:
+        return budget.limit_for(options, _fixed_bytes(whole[0], options, contract))
+    assert budget.load is not None, "a budget of memory says for what"
+    total = parse_size(budget.memory)
+    beside = total - serving.room(needs, budget.load, contract.name, total)
+    return budget.limit_for(options, whole[1] - sum(d.options[-1].nbytes for d in options), beside)
+
+
+def _limit_of(profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision]) -> int:
+    index = profile.index
+    needs = Footprint.from_json(index.get("footprint")) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
+    return _limit(budget, contract, options, _whole(profile, contract), needs)
 
 
 def _only(budget: Budget) -> Level | None:
@@ -93,7 +139,7 @@ def _menu(
         offered[row.name] = [x for x in levels if contract.takes(x, columns)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep)  # fmt: skip
+                         contract.fused, outside, keep, contract.experts_by_role)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
     asked = [row.name for row in found if outside or row.block is not None]
@@ -110,7 +156,8 @@ def _menu(
     raise InputError(f"nothing can be made smaller: {why}")
 
 
-def _rows(profile: Profile) -> list[SiteRow]:
+def rows_of(profile: Profile) -> list[SiteRow]:
+    """The sites of a profile."""
     return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
 
 
@@ -120,46 +167,74 @@ def _price_kind(row: SiteRow, kind: str) -> str:
 
 
 def make(
-    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
-) -> Plan:
-    """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    only = _only(budget)
-    options = decisions(profile, contract, method, budget.size is not None, keep, only)
+    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
+    speeds: Speeds | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a budget. Raises InputError with the achievable range when there is none.
+
+    speeds: what a budget of time is counted by.
+    """
+    only, flat = _only(budget), None
+    options = decisions(profile, contract, method, budget.whole, keep, only)
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
-        choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        search = planners.get("lagrange" if uniform else planner)
+        if not hasattr(search, "plan_for_loss"):
+            raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
+        choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     elif only:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
+    elif budget.milliseconds is not None:
+        if speeds is None:
+            raise InputError("a budget of time needs --speeds: a file that assay benchmark writes")
+        divide, shapes = planners.get("uniform" if uniform else planner).plan, {row.name: row.shape for row in rows_of(profile)}
+        choice = speeds.plan(options, shapes, budget.milliseconds, divide)
+        flat = speeds.plan(options, shapes, budget.milliseconds, planners.get("uniform").plan)
+        limit = _totals(options, choice)[1]
     else:
-        limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
+        limit = _limit_of(profile, budget, contract, options)
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    return _assemble(profile, budget, contract, method, options, choice, limit)
+    return _assemble(profile, budget, contract, method, options, choice, limit, flat)
 
 
-def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
+def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
+    """`_stored` of the model that was profiled. Raises InputError where there is no such file."""
+    if contract.layout != "gguf":
+        return int(profile.index["file_bytes"]), sum(profile.index["names"].values())
+    found = profile.index.get("gguf", {"refused": f"{profile.folder} says nothing about GGUF; run assay profile again"})
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return int(found["file_bytes"]), int(found["tensor_bytes"])
+
+
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision], contract: Contract) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
+    if contract.layout == "gguf":
+        return file_bytes - decided + ALIGNMENT * sum(len(d.sites) for d in options)
     names = sum(len(site) for d in options for site in d.sites)
     return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
+ALIGNMENT = 32
+"""Of the tensors in a GGUF file, whose headers are as long for any level."""
 
 
 def _assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], limit: int,
+    choice: list[int], limit: int, flat: list[int] | None = None,
 ) -> Plan:  # fmt: skip
-    plain, bound = planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
+    plain, bound = flat or planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
     forecast = Forecast.from_index(profile.index)
     damage, nbytes = _totals(options, choice)
-    low, expected, high = forecast.kl(method, damage)
-    plain_damage, plain_bytes = _totals(options, plain)
-    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
+    low, expected, high = forecast.kl(method, forecast.total(_picked(options, choice)))
+    plain_bytes = _totals(options, plain)[1]
+    fixed = _whole(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
-    own = {row.name: row for row in _rows(profile)}
+    own = {row.name: row for row in rows_of(profile)}
     choices = {}
     for d, c in zip(options, choice, strict=True):
         option = d.options[c]
@@ -168,7 +243,7 @@ def _assemble(
             choices[site] = Choice(option.level, _nbytes(own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
-        "predicted": forecast.kl(method, plain_damage)[1],
+        "predicted": forecast.kl(method, forecast.total(_picked(options, plain)))[1],
     }  # fmt: skip
     return Plan(
         model=profile.index["model"], profile=profile.index["calibration"]["digest"], engine=contract.name, method=method,
@@ -176,15 +251,39 @@ def _assemble(
         nbytes_tensors=tensors, bits=_bits(options, choice), bits_all=8 * tensors / int(profile.index["parameters"]),
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
+        serving=_serving(profile, budget, contract, tensors),
+        more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
     )  # fmt: skip
+
+
+def _serving(profile: Profile, budget: Budget, contract: Contract, tensors: int) -> dict[str, Any]:
+    """Memory of the result at the context that the budget names; empty where it names none."""
+    if budget.load is None:
+        return {}
+    needs, decoded = Footprint.from_json(profile.index.get("footprint")), sum(profile.index["names"].values())
+    return serving.summary(needs, budget.load, contract.name, tensors, decoded)
+
+
+def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
+    """What a GiB more would buy, or an eighth more where the weights take less than 8 GiB; empty when nothing is left to buy."""
+    step = min(GIB, tensors // 8)
+    most = sum(d.options[-1].nbytes for d in options)
+    if limit >= most:
+        return {}
+    bought = _picked(options, lagrange.plan(options, min(limit + step, most)))
+    return {"bytes": step, "predicted": forecast.kl(method, forecast.total(bought))[1]}
 
 
 def _nbytes(row: SiteRow, level: str | None) -> int:
     return row.stored_bytes if level is None else Level.parse(level).nbytes(*row.shape, row.scale_itemsize)
 
 
+def _picked(options: Sequence[Decision], choice: Sequence[int]) -> list[Option]:
+    return [d.options[c] for d, c in zip(options, choice, strict=True)]
+
+
 def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:
-    picked = [d.options[c] for d, c in zip(options, choice, strict=True)]
+    picked = _picked(options, choice)
     return sum(o.damage for o in picked), sum(o.nbytes for o in picked)
 
 
@@ -223,19 +322,38 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     What is uniform in its sentence is the best single level in its budget, or in its bytes where an edit needs more.
     """
     check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
-    known = {row.name: row for row in _rows(profile)}
+    known = {row.name: row for row in rows_of(profile)}
     for name, chosen in plan.choices.items():
         if name in known and chosen.level:
             _check_group_size(known[name], chosen.level)
     budget = Budget(**plan.budget)
-    outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
+    outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
     options = decisions(profile, contract, plan.method, outside, (), _only(budget))
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     limit = _totals(options, choice)[1]
-    if budget.size is not None or budget.bits is not None:
-        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+    if budget.bounds_bytes:
+        limit = max(limit, _limit_of(profile, budget, contract, options))
     return _assemble(profile, budget, contract, plan.method, options, choice, limit)
+
+
+Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
+"""From a menu, the bytes that may be taken and the chosen options to other ones, and what they make of the KL."""
+
+
+def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
+    """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
+    budget = Budget(**plan.budget)
+    options = decisions(profile, contract, plan.method, budget.size is not None, keep)
+    choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
+    limit = _totals(options, choice)[1]
+    if budget.max_loss is None:
+        limit = max(limit, budget.limit_for(options, _fixed_bytes(_whole(profile, contract)[0], options, contract)))
+    found, ratio = search(options, limit, choice)
+    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
+    low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
+    return dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
+                               sentence=_sentence(expected, low, high, made.uniform))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:
@@ -256,7 +374,7 @@ def _check_group_size(row: SiteRow, level: str) -> None:
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:
     """The best uniform plan of the same budget, or None where there is none or it is the same plan."""
     budget = Budget(**plan.budget)
-    if budget.max_loss is not None or budget.level is not None:
+    if not budget.bounds_bytes:
         return None
     twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
     same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())

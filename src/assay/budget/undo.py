@@ -55,7 +55,10 @@ def suggestions(result: Path, original: StreamedModel, recipe: Mapping[str, Any]
         name: kept_nbytes(original.checkpoint, name, contract) - ledger[name].bytes_after for name in damage if name in ledger
     }
     rows = plans.rows(original, original.checkpoint.kept_nbytes)
-    groups = [[row.name for row in group if row.name in added] for group in menu.together(rows, contract.fused)]
+    groups = [
+        [row.name for row in group if row.name in added]
+        for group in menu.together(rows, contract.fused, contract.experts_by_role)
+    ]
     total = sum(damage.values())
     return [
         {"tensors": list(r.tensors), "level": ledger[r.tensors[0]].planned, "bytes": r.nbytes, "damage": r.damage,

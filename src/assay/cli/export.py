@@ -10,13 +10,18 @@ import typer
 from assay.cli.answer import Answer, command
 from assay.cli.options import Json, Output
 
-Result = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that assay compress wrote.", show_default=False)]
-Layout = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="plain (decoded) or compressed-tensors.", show_default=False)]
+Result = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder that assay compress wrote, or a profile.", show_default=False)
+]
+Layout = Annotated[
+    str,
+    typer.Option("--to", metavar="LAYOUT", help="plain, compressed-tensors, gguf; of a profile imatrix.", show_default=False),
+]
 
 
 @command()
 def run(out: Result, to: Layout, output: Output, as_json: Json = False) -> Answer:
-    """Write a result as plain decoded weights or in the compressed-tensors layout."""
+    """Write a result as plain decoded weights, in the compressed-tensors layout or as GGUF; or a profile as an imatrix."""
     import assay
     from assay.report import tables
 

@@ -8,14 +8,16 @@ import importlib
 from assay.engines.contract import Contract
 from assay.model.errors import InputError
 
-NAMES = ("assay", "plain", "transformers", "vllm")
+NAMES = ("assay", "llama.cpp", "plain", "transformers", "vllm")
+ALIASES = {"gguf": "llama.cpp"}
 
 
 def get(name: str) -> Contract:
     """The contract of an engine. Raises InputError naming the nearest."""
+    name = ALIASES.get(name, name)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
         raise InputError(f"unknown engine {name!r}; {hint}")
-    contract: Contract = importlib.import_module(f"assay.engines.{name}").CONTRACT
+    contract: Contract = importlib.import_module(f"assay.engines.{name.replace('.', '_')}").CONTRACT
     return contract

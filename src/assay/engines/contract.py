@@ -14,7 +14,8 @@ class Contract:
     layout: how weights are stored; since: the first version known to read it; formats: see `FORMATS`; bits,
     group_sizes (None is one group per row) and symmetric narrow them, () for all; sums: whether exact weights and
     low-rank terms may go with the codes; fused: roles that share one level; head, embedding, experts, transposed:
-    whether these may be compressed; least_outputs: rows that a matrix must have.
+    whether these may be compressed; least_outputs: rows that a matrix must have; readable: families that it can open,
+    () for all; experts_by_role: whether a layer's experts of one role share one level.
     """
 
     name: str
@@ -33,10 +34,12 @@ class Contract:
     least_outputs: int = 1
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
+    readable: tuple[str, ...] = ()
+    experts_by_role: bool = False
 
     def refusal(self, family: str, has_experts: bool) -> str | None:
         """Why nothing of this family may be compressed for the engine; None when it may."""
-        if family in self.unreadable:
+        if family in self.unreadable or (self.readable and family not in self.readable):
             return f"{self.name} can't open compressed {family} models"
         if has_experts and not self.reads_expert_models:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"

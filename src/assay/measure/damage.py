@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -35,7 +36,7 @@ class Curvature:
         """Nats per token of a change [out, in], float32."""
         left = change * self.g[:, None] if self.g.ndim == 1 else self.g @ change
         right = change * self.h if self.h.ndim == 1 else change @ self.h
-        return 0.5 * self.share * float((left.double() * right.double()).sum())
+        return 0.5 * self.share * float((left * right).sum(dtype=torch.float64))
 
 
 def diagonal(matrix: Tensor) -> Tensor:

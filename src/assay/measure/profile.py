@@ -83,6 +83,15 @@ class Curvatures(Mapping[str, Curvature]):
             keys = [key for key in file.keys() if key != _EMPTY and not key.startswith(_PART)]  # noqa: SIM118
         self._keys = dict(key.split("|", 1) for key in keys)
 
+    def reads(self, site: str) -> str:
+        """Key of what a site reads: sites with one key have one H."""
+        return self._keys[site]
+
+    def tokens(self, site: str) -> int:
+        """How many tokens met a site."""
+        with safe_open(self._inputs, framework="pt") as file:
+            return int(file.get_tensor(f"n|{self.reads(site)}"))
+
     def __getitem__(self, site: str) -> Curvature:
         reads = self._keys[site]
         with safe_open(self._inputs, framework="pt") as file:
@@ -100,6 +109,9 @@ class Curvatures(Mapping[str, Curvature]):
             with safe_open(path, framework="pt") as file:
                 more[kind] = file.get_tensor(site)
         return Curvature(h, g, seen / self._total, seen, **more)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -132,7 +144,7 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, work.batch_tokens(model.batch_tokens))
     with stored_precision(model.checkpoint):
         _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()

@@ -20,6 +20,7 @@ from assay.model.sites import Anatomy, Site, empty_model, survey
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
 LOGITS_AT_ONCE = 1 << 22
+BATCH_TOKENS = 2048
 
 
 class _Stop(Exception):
@@ -27,10 +28,14 @@ class _Stop(Exception):
 
 
 class StreamedModel:
-    """A model whose parameters are in memory only while they are needed. Computes in float32."""
+    """A model whose parameters are in memory only while they are needed. Computes in float32.
 
-    def __init__(self, checkpoint: Checkpoint, override: Override | None = None) -> None:
+    batch_tokens: how many tokens go through a block at once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, override: Override | None = None, batch_tokens: int = BATCH_TOKENS) -> None:
         self.checkpoint = checkpoint
+        self.batch_tokens = batch_tokens
         self.model = empty_model(checkpoint)
         self.anatomy: Anatomy = survey(checkpoint, self.model)
         self.override = override
@@ -98,11 +103,11 @@ class StreamedModel:
         head = self.model.get_output_embeddings()
         head_name = next((n for n, m in self.model.named_modules() if m is head), "-")
         if tail and not self.anatomy.tied:
-            with self._loaded([p for p in self._outside if not p.startswith(name + ".")]), self._blind(embedding):
+            with self._loaded([p for p in self._outside if not p.startswith(name + ".")], self.override), self._blind(embedding):
                 yield
         else:
             skip = head_name + "." if not tail and not self.anatomy.tied else "-"
-            with self._loaded([p for p in self._outside if not p.startswith(skip)]):
+            with self._loaded([p for p in self._outside if not p.startswith(skip)], self.override):
                 yield
 
     def forget(self) -> None:
@@ -240,6 +245,13 @@ class Activations:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def batch_tokens(self, wanted: int) -> int:
+        """The size of batches that lie here already, or the one wanted, which is noted."""
+        note = self.folder / "batch_tokens"
+        if not note.exists():
+            note.write_text(str(wanted))
+        return int(note.read_text())
+
     def put(self, name: str, batch: int, value: Tensor) -> None:
         np.save(self.folder / f"{name}.{batch}.npy", value.detach().numpy())
 
@@ -251,7 +263,7 @@ class Activations:
             path.unlink()
 
 
-def batches(ids: Tensor, tokens: int = 2048) -> list[Tensor]:
+def batches(ids: Tensor, tokens: int = BATCH_TOKENS) -> list[Tensor]:
     """Windows [n, length] in batches of about `tokens` tokens."""
     return list(ids.split(max(1, tokens // ids.shape[1])))
 

@@ -96,6 +96,11 @@ def reread(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, te
     return Windows(found.ids[picked], found.source)
 
 
+def seen(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path) -> bool:
+    """Whether a text holds the very windows that a result was calibrated on, in their places; facts: see `reread`."""
+    return reread(checkpoint, facts, vocabulary, text).digest == facts["digest"]
+
+
 def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:
     """At least `wanted` tokens of the document, or all it has; reads no further than it needs."""
     size = 6 * wanted + 4096

@@ -8,7 +8,6 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from assay.model import gguf_file
 from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.packed import Packed
+from assay.model.stored import TensorInfo
 from assay.model.terms import SUFFIXES, restore
 
 INDEX = "model.safetensors.index.json"
@@ -33,16 +35,6 @@ DTYPES = {
 }  # fmt: skip
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 _MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one stored tensor lies and what it is."""
-
-    shard: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 class Checkpoint:
@@ -62,7 +54,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a folder or a hub id (downloaded by huggingface_hub). Raises InputError."""
+        """Open a folder, a GGUF file or a hub id (downloaded by huggingface_hub). Raises InputError."""
+        if (path := gguf_file.find(source)) is not None:
+            beside = path.parent / "config.json"
+            config = read_json(beside, "not a model folder") if beside.exists() else None
+            return cls(path.parent, *gguf_file.read(path, config))
         folder = resolve(source)
         config = read_json(folder / "config.json", "not a model folder")
         stored: dict[str, TensorInfo] = {}
@@ -112,7 +108,11 @@ class Checkpoint:
             return self.stored[name].shape
         if self._lossless(name):
             return tuple(int(n) for n in self._raw(f"{name}.shape"))
-        shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
+        if f"{name}_shape" not in self.stored:
+            rows, nbytes = self.stored[f"{name}_packed"].shape
+            shape: tuple[int, ...] = (rows, KINDS[self.levels[name].format].columns(nbytes))
+        else:
+            shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
         return shape[::-1] if self.turned(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -122,7 +122,7 @@ class Checkpoint:
         if self._lossless(name):
             return torch.bfloat16
         if name in self._own:
-            return _torch_dtype(self._own[name]["dtype"])
+            return torch.float32 if self._own[name]["level"] in KINDS else _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
 
     def turned(self, name: str) -> bool:
@@ -223,6 +223,8 @@ class Checkpoint:
         if name in self._replaced:
             return self._replaced[name].clone()
         info = self.stored[name]
+        if info.read is not None:
+            return info.read()
         try:
             with safe_open(info.shard, framework="pt") as file:
                 return file.get_tensor(name).clone()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
-from assay.model.level import Level
+from assay.model.blocks import PackedBlocks
+from assay.model.level import FORMATS, Level
 from assay.model.packed import Packed, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
@@ -122,6 +123,8 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
     if level.format == "int":
         return PackedInteger.from_tensors(stored, level)
+    if FORMATS[level.format].layout == "blocks":
+        return PackedBlocks.from_tensors(stored, level)
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
     if level.format == "planes":

@@ -82,7 +82,7 @@ def compare(
     """Run the windows through the reference and every candidate, one block in memory at a time."""
     runs = {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, reference.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         work = Activations(Path(folder))
         for model in models.values():

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from assay.methods.grid.trellis import MEMORIES_DECIDED
 from assay.methods.solve._trellis_waves import encode_waves
-from assay.methods.solve.curvature import damp, falling_order, inverse_factor, permute, shrink, take_columns
+from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
+    damp,
+    falling_order,
+    inverse_factor,
+    permute,
+    shrink,
+    take_columns,
+)
 from assay.methods.solve.refine import row_scales
 from assay.model.packed_trellis import place_of, visiting_order
 from assay.model.threads import spread
@@ -37,7 +47,7 @@ class Streams(NamedTuple):
 
 def solve(
     weight: Tensor, code: Trellis, scale_dtype: torch.dtype, H: Tensor | None, G: Tensor | None, *,
-    shrinkage: float = 0.02, output_shrinkage: float = 0.1, damping: float = 0.01,
+    shrinkage: float = INPUT_SHRINKAGE, output_shrinkage: float = OUTPUT_SHRINKAGE, damping: float = DAMPING,
 ) -> Streams:  # fmt: skip
     """Encode weights [batch, out, in], rotated on both sides, under H [batch, in, in] and G [batch, out, out], rotated too.
 

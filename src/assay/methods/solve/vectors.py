@@ -88,9 +88,6 @@ class VectorQuantizer:
         self.codes = [torch.empty(shape, dtype=torch.uint8) for _ in tables]
         self.left = torch.empty(*shape, tables[0].shape[-1])
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the codebooks are fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         low, span = self.low[:, column, None], self.span[:, column, None]
         left = cut((values - low) / span, self.left.shape[-1])
