@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from assay.budget import plans
+from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
@@ -44,7 +46,7 @@ def hand_over(
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
         "sequential": results.sequential, "polish": results.polish,
         "seed": profile.index["settings"]["seed"],
-        "damage": {s.site: s.damage for s in results.solved.values()},
+        "reference": asdict(Reference.of(profile)), "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }  # fmt: skip
     extra = {

@@ -15,7 +15,7 @@ import torch
 
 import assay.engines.load
 from assay import engines, preflight
-from assay.budget import plans, presets, sensitivity, undo
+from assay.budget import agreement, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
@@ -30,8 +30,8 @@ from assay.exporting import export as export_as
 from assay.handover import hand_over
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.measure.text import load_tokenizer, tokenizer_digest, windows
-from assay.methods import base
+from assay.measure.text import load_tokenizer, seen, tokenizer_digest, windows
+from assay.methods import base, listing
 from assay.model import memory
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
@@ -40,7 +40,7 @@ from assay.model.level import Level
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
+from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
 from assay.report.page.render import write as write_report
 from assay.transforming import steps_of
@@ -102,13 +102,17 @@ def rank(
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    token_weights: str = "none", progress: Progress | None = None,
+    token_weights: str = "none", select: str | None = None, target: str | Path | None = None, progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
-    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
+    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off.
+
+    select: how to choose the windows from eight times as much text, `dsir` or `kmeans`; target: text that `dsir`
+    makes the choice resemble, and that the profile is compared with in any case.
+    """
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     streamed.batch_tokens = preflight.handling(streamed, window, memory.available()).batch
     wanted = [presets.level(name) for name in levels]
-    more = (seed, listener, methods, wanted, token_weights)
+    more = (seed, listener, methods, wanted, token_weights, Selection(select, target))
     if tokens == "auto":
         return stable_profile(streamed, Path(out), calibration, window, *more)
     return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
@@ -126,7 +130,8 @@ def plan(
         raise InputError("evolution measures the running model; use assay compress MODEL --planner evolution --minutes N")
     chosen = _method(method, engine)
     limits, table = _budget(chosen, **budget), Speeds.load(speeds) if speeds else None
-    return plans.make(Profile.open(source), limits, engines.get(engine), chosen, keep, planner, uniform, table)
+    measured = Profile.open(source)
+    return agreement.noted(measured, plans.make(measured, limits, engines.get(engine), chosen, keep, planner, uniform, table))
 
 
 def sweep(
@@ -238,8 +243,9 @@ def verify(
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
-    if recipe and _seen(original, text, recipe["calibration"]):
+    if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
+    texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
     scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
     predicted = (recipe or {}).get("predicted", {})
     kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
@@ -249,7 +255,7 @@ def verify(
     verdict = {
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
-        "passed": limit is None or kl["measured"] <= limit,
+        "passed": limit is None or kl["measured"] <= limit, "texts": texts,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe else [],
     }  # fmt: skip
     if recipe:
@@ -293,16 +299,7 @@ def load(out: str | Path) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    found = []
-    for folder in ("quantize", "transform", "sensitivity", "select", "cache", "activation"):
-        for name in base.names(folder):
-            m = base.load(name, folder)
-            facts = {"name": name, "verb": m.verb, "paper": m.paper, "needs": list(m.needs)}
-            facts["summary"] = (m.__doc__ or "").splitlines()[0]
-            if m.verb == "encode":
-                facts |= {"formats": list(m.formats), "levels": [x.name for x in m().levels(256)]}
-            found.append(facts)
-    return found
+    return listing.every()
 
 
 def _profile_in(
@@ -360,11 +357,3 @@ def _budget(method: str, **given: Any) -> Budget:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _seen(model: StreamedModel, text: str | Path | None, calibration: dict[str, Any]) -> bool:
-    """Whether a text starts with the very windows that a result was calibrated on."""
-    if text is None:
-        return False
-    both = windows(model.checkpoint, text, "calibration", calibration["tokens"], calibration["window"], model.vocabulary)
-    return both.digest == calibration["digest"]

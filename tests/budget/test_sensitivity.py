@@ -24,8 +24,8 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
-    """Of the built-in model, on four parts of text."""
-    return assay.profile("builtin", tmp_path_factory.mktemp("rank") / "p", tokens=8192, window=128, methods=("gptq",))
+    """Of the built-in model, on eight parts of text."""
+    return assay.profile("builtin", tmp_path_factory.mktemp("rank") / "p", tokens=4096, window=128, methods=("gptq",))
 
 
 def test_kfac_puts_matrices_in_the_order_of_what_is_measured(profile: Profile) -> None:
@@ -123,7 +123,7 @@ def test_parts_of_a_profile_average_to_the_whole(profile: Profile) -> None:
     for name, curvature in profile.curvatures(3).items():
         counts, inputs, outputs = curvature.parts
         shares = counts / counts.sum()
-        assert len(counts) == 4 and counts.sum() == 8192
+        assert len(counts) == 8 and counts.sum() == 4096
         torch.testing.assert_close(shares @ inputs, curvature.h.diagonal(), rtol=5e-3, atol=1e-9)
         torch.testing.assert_close(shares @ outputs, curvature.g.diagonal(), rtol=5e-3, atol=1e-9)
         assert 0.001 < relative_error(profile.index["spread"], name) < 0.5

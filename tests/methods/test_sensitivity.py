@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import short
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import assay
@@ -42,17 +40,8 @@ Score = Callable[[str], Scores]
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """The first three blocks of the built-in model, one of them cut, with a profile on few tokens."""
-    folder, source = tmp_path_factory.mktemp("sensitivity"), assay.builtin_model()
-    model = folder / "model"
-    shutil.copytree(source, model)
-    stored = load_file(source / "model.safetensors")
-    kept = {n: t for n, t in stored.items() if not any(f"layers.{i}." in n for i in (3, 4, 5))}
-    for name in kept:
-        if f"layers.{CUT}." in name and name.endswith(LAST):
-            kept[name] = torch.zeros_like(kept[name])
-    save_file(kept, model / "model.safetensors", {"format": "pt"})
-    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (model / "config.json").write_text(json.dumps(config))
+    folder = tmp_path_factory.mktemp("sensitivity")
+    model = short.save(folder / "model", 3, lambda name: f"layers.{CUT}." in name and name.endswith(LAST))
     profile = assay.profile(model, folder / "profile", tokens=1024, window=64, methods=("squeezellm",))
     index = dict(profile.index) | {"held_out": profile.index["held_out"][:4]}
     return Subject(Profile(profile.folder, index), lambda columns: probed_level(columns, 3), StreamedModel(open_model(model)))
@@ -111,7 +100,7 @@ def test_zeroth_order_is_the_slope_along_its_draw(subject: Subject, samples: Sco
 def test_kfac_is_the_profile_s_price(subject: Subject, samples: Score) -> None:
     scores = means(samples("kfac"))
     prices = subject.profile.prices
-    assert scores == pytest.approx({n: prices[n]["int3-g64-asym"]["nearest"] for n in scores}, rel=1e-4)
+    assert scores == pytest.approx({n: prices[n]["int3-g64-asym"]["nearest"] for n in scores}, rel=1e-3)
     assert len(scores) == 21
 
 

@@ -30,10 +30,14 @@ def spreads(model: StreamedModel, folder: Path, total: int) -> dict[str, list[fl
         for site in model.anatomy.block_sites(block):
             curvature = curvatures.get(key_of(site))
             if curvature is not None and curvature.parts is not None and len(curvature.parts[0]) > 1:
-                weight = read_weight(model, site)
-                grid = grid_of(probed_level(site.shape[1], BITS), torch.float32)
-                found[key_of(site)] = by_part(grid.squared_errors(weight, grid.fit(weight)), curvature).tolist()
+                found[key_of(site)] = of_weight(read_weight(model, site), curvature)
     return found
+
+
+def of_weight(weight: Tensor, curvature: Curvature) -> list[float]:
+    """`by_part` of rounding a weight [out, in] to nearest."""
+    grid = grid_of(probed_level(weight.shape[1], BITS), torch.float32)
+    return by_part(grid.squared_errors(weight, grid.fit(weight)), curvature).tolist()
 
 
 def by_part(errors: Tensor, curvature: Curvature) -> Tensor:
@@ -59,3 +63,20 @@ def relative_error(parts: Mapping[str, list[float]], site: str) -> float | None:
     if not values or len(values) < 2:
         return None
     return float(torch.tensor(values, dtype=torch.float64).std() / len(values) ** 0.5)
+
+
+def noise(parts: Mapping[str, list[float]], counts: Mapping[str, int]) -> float:
+    """Half the variance, over the weights, of the prices' relative sampling errors, from `spreads`.
+
+    What all prices of a part share is left out. `agreement.extra_loss` of two texts is so much larger by chance.
+    """
+    most = max(map(len, parts.values()), default=0)
+    known = [n for n, values in parts.items() if len(values) == most]
+    if most < 2:
+        return 0.0
+    values = torch.tensor([parts[n] for n in known], dtype=torch.float64)
+    shares = torch.tensor([counts[n] for n in known], dtype=torch.float64)
+    shares /= shares.sum()
+    values = values - values.mean(1, keepdim=True)
+    values -= shares @ values
+    return float(0.5 * (shares @ values.square()).sum() / (most * (most - 1)))

@@ -103,7 +103,7 @@ class Curvatures(Mapping[str, Curvature]):
             outputs = _parts(file, f"{site}|{reads}")
         more: dict[str, Any] = {}
         if parts and outputs:
-            counts = parts[0].clamp_min(1)[:, None]
+            counts = parts[0][:, None]
             more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
         for kind, path in self._weightwise.items():
             with safe_open(path, framework="pt") as file:
@@ -124,7 +124,8 @@ def _parts(file: Any, key: str) -> tuple[Tensor, Tensor] | None:
     """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
     if f"{_PART}{key}" not in file.keys():  # noqa: SIM118
         return None
-    return file.get_tensor(f"{_PART}n|{key}"), file.get_tensor(f"{_PART}{key}")
+    counts = file.get_tensor(f"{_PART}n|{key}")
+    return counts[counts > 0], file.get_tensor(f"{_PART}{key}")[counts > 0]
 
 
 def measure(
@@ -165,6 +166,7 @@ def _sweep(
 def _forward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
 ) -> None:
+    places = _places(parts)
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))
@@ -172,12 +174,12 @@ def _forward(
     for index in range(len(model.blocks)):
         target = folder / f"{_block_name(index)}.H.safetensors"
         if not target.exists():
-            sums = Sums(min(PARTS, len(parts)))
+            sums = Sums()
             sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
-                    sums.part = b * sums.parts // len(parts)
+                    sums.places = places[b]
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b)
@@ -185,6 +187,12 @@ def _forward(
             sums.untouched(sites)
             save_tensors(target, sums.values)
         advance()
+
+
+def _places(parts: list[Tensor]) -> list[Tensor]:
+    """The part of the text, of `PARTS` or fewer, that each window of each batch is in."""
+    windows = sum(len(p) for p in parts)
+    return list((torch.arange(windows) * min(PARTS, windows) // windows).split([len(p) for p in parts]))
 
 
 def _tail(
@@ -243,12 +251,12 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
 def _backward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
 ) -> None:
-    total = sum(p.numel() for p in parts)
+    total, places = sum(p.numel() for p in parts), _places(parts)
     counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{_block_name(index)}.G.safetensors"
         if not target.exists():
-            sums, more = Sums(min(PARTS, len(parts))), {kind: WeightSums() for kind in weightwise}
+            sums, more = Sums(), {kind: WeightSums() for kind in weightwise}
             sites = model.anatomy.block_sites(index)
             flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
             if "fisher" in more:
@@ -257,7 +265,7 @@ def _backward(
                 flows["t"] = [more["gradient"].gradient]
             with model.block(index):
                 for b in range(len(parts)):
-                    sums.part = b * sums.parts // len(parts)
+                    sums.places = places[b]
                     for flow, watchers in flows.items():
                         _descend(model, index, b, work, flow, watchers)
             sums.unreached(sites)
@@ -308,11 +316,12 @@ class Sums:
     """Sums over tokens, float32: second moments by key, and the tokens they cover.
 
     weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
-    parts: of the text, for each of which sums of squares are kept too; part: the present one.
+    places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
+    Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
     """
 
-    def __init__(self, parts: int = 0) -> None:
-        self.parts, self.part = parts, 0
+    def __init__(self) -> None:
+        self.places: Tensor | None = None
         self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
@@ -324,9 +333,12 @@ class Sums:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
         self.values[key].addmm_(flat.T, weighted)
-        if self.parts:
-            for name, value in ((f"{_PART}{key}", (weighted * flat).sum(0)), (f"{_PART}n|{key}", torch.tensor(float(len(flat))))):
-                self.values.setdefault(name, torch.zeros(self.parts, *value.shape))[self.part] += value
+        if self.places is not None:
+            squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
+            squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
+            counts = torch.full((len(places),), len(flat) / len(places))
+            self.values.setdefault(f"{_PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
+            self.values.setdefault(f"{_PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""

@@ -83,14 +83,29 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
 
 
-def recall(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, purpose: str) -> Windows:
-    """The windows that a profile was measured on, from the `calibration` of its index.
+def reread(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path | None = None) -> Windows:
+    """The windows that a profile was measured on, or those of another text in their places.
 
-    Raises InputError, naming the purpose, where the text is no longer there.
+    facts: what its index says of its calibration; a text that has changed since shows by the digest. Raises InputError.
     """
-    source = str(facts["source"]).removesuffix(":calibration")
-    found = windows(checkpoint, source, "calibration", facts["tokens"], facts["window"], vocabulary)
+    source = text or str(facts["source"]).removesuffix(":calibration")
+    found = windows(checkpoint, source, "calibration", facts["pool"], facts["window"], vocabulary)
+    picked = torch.tensor(facts["picked"], dtype=torch.long)
+    if len(picked) == 0 or int(picked.max()) >= len(found.ids):
+        return found
+    return Windows(found.ids[picked], found.source)
+
+
+def seen(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path) -> bool:
+    """Whether a text holds the very windows that a result was calibrated on, in their places; facts: see `reread`."""
+    return reread(checkpoint, facts, vocabulary, text).digest == facts["digest"]
+
+
+def recall(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, purpose: str) -> Windows:
+    """`reread` of the text itself. Raises InputError, naming the purpose, where it is no longer there."""
+    found = reread(checkpoint, facts, vocabulary)
     if found.digest != facts["digest"]:
+        source = str(facts["source"]).removesuffix(":calibration")
         raise InputError(f"{source} has changed since the profile was measured, and {purpose} needs it; measure again")
     return found
 

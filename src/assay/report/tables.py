@@ -49,7 +49,7 @@ def verdict(found: Facts) -> Group:
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(table, *undo, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+    return Group(table, *undo, *_texts(found.get("texts")), f"{'passed' if found['passed'] else 'missed'}: {bound}")
 
 
 def _restorations(found: Sequence[Facts]) -> Table:
@@ -170,7 +170,19 @@ def speeds(found: Facts) -> Group:
 
 def profiled(found: Facts) -> Group:
     """The end of `profile`."""
-    return Group(f"{found['profile']}: {found['family']}, {found['tokens']} tokens of {found['source']}")
+    how = f", chosen by {found['select']}" if found.get("select") else ""
+    return Group(
+        f"{found['profile']}: {found['family']}, {found['tokens']} tokens of {found['source']}{how}", *_texts(found["target"])
+    )
+
+
+def _texts(found: Facts | None) -> list[str]:
+    """What comparing two texts said."""
+    if found is None:
+        return []
+    if found["warning"]:
+        return [f"warning: {found['warning']}"]
+    return [f"what matters on {found['text']} matters in the calibration text (extra loss {found['extra_loss']:.1%})"]
 
 
 def methods(rows: Sequence[Facts]) -> Table:
