@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from assay.budget.menu import Decision
-from assay.budget.planners import lagrange, uniform
+from assay.budget.planners import lagrange
 from assay.budget.table import Table
 
 Choice = tuple[int, ...]
@@ -82,11 +82,6 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     return list(best.choice)
 
 
-def starts(decisions: Sequence[Decision], budget: int) -> list[Choice]:
-    """What a search should begin with the best of: the additive plan and the best single level. Raises InputError."""
-    return [tuple(lagrange.plan(decisions, budget)), tuple(uniform.plan(decisions, budget))]
-
-
 def evolve(
     decisions: Sequence[Decision], budget: int, fitness: Fitness, parent: Parent, seed: int,
     offspring: int = OFFSPRING, stages: Sequence[Stage] = STAGES,
@@ -105,9 +100,8 @@ def evolve(
         for index, stage in enumerate(stages):
             rival = [parent.choice] if index == len(stages) - 2 and stage.share else []
             losses = fitness([*alive, *rival], stage.share, len(stages) * number + index) if alive else []
-            kept = [k for k in np.argsort(losses, kind="stable").tolist() if not rival or losses[k] < losses[-1]][
-                : stage.survivors
-            ]
+            order = [k for k in np.argsort(losses, kind="stable").tolist() if not rival or losses[k] < losses[-1]]
+            kept = order[: stage.survivors]
             alive, losses = [alive[k] for k in kept], [losses[k] for k in kept]
         better = bool(alive) and losses[0] < parent.loss
         parent = Parent(alive[0], float(losses[0]), number) if better else Parent(parent.choice, parent.loss, number)
