@@ -31,8 +31,8 @@ REHEARSED_BLOCKS, REHEARSED_TOKENS = 2, 4096
 LEAST_BITS = 4.3
 """What every engine can be asked for."""
 POLISHED_ITEMSIZE = 24
-LOGITS_COPIES = 12
-"""Tensors of the size of the logits that scoring two models holds at once: 150 to 280 MB where one has 17."""
+LOGITS_COPIES = 9
+"""Tensors of the size of the logits that scoring two models holds at once: 150 MB where one has 17."""
 SPARE = 0.9
 """Share of the free memory that a run may plan for."""
 SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
@@ -172,8 +172,7 @@ def rehearse(
     stages = _stages(clock, share, tokens / used, profiled, planned)
     other = max(0.0, clock.ended - started - sum(sum(steps) for _, steps in clock.tasks))
     depth = math.log2(max(1.0, len(model.blocks) / REHEARSED_BLOCKS))
-    scoring = clock.resident + 4 * LOGITS_COPIES * _logits_at_once(model, model.batch_tokens, settings.get("window") or WINDOW)
-    sweeping = IDLE + max(0, max(high, scoring) - IDLE) * (1 + DEPTH_GROWTH * depth)
+    sweeping = IDLE + max(0, high - IDLE) * (1 + DEPTH_GROWTH * depth)
     shard = min(write.SHARD_BYTES, result) - min(write.SHARD_BYTES, int(done["bytes"]))
     return {
         "seconds": sum(stages.values()) + other + saving, "stages": stages | {"saving": saving, "other": other},
