@@ -30,9 +30,10 @@ DEPTH_GROWTH = 0.10
 REHEARSED_BLOCKS, REHEARSED_TOKENS = 2, 4096
 LEAST_BITS = 4.3
 """What every engine can be asked for."""
+ROOM_PER_SITE = 800
 POLISHED_ITEMSIZE = 24
-LOGITS_COPIES = 12
-"""Tensors of the size of the logits that scoring two models holds at once: 150 to 280 MB where one has 17."""
+LOGITS_COPIES = 9
+"""Tensors of the size of the logits that scoring two models holds at once: 150 MB where one has 17."""
 SPARE = 0.9
 """Share of the free memory that a run may plan for."""
 SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
@@ -147,12 +148,13 @@ class Clock:
 
 def rehearse(
     model: StreamedModel, compress: Compress, budget: Mapping[str, Any], settings: Mapping[str, Any],
-    tokens: int, result: int, *, profiled: bool, planned: bool, near: Path,
+    tokens: int, result: int, *, profiled: bool, planned: bool, whole: bool, near: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress the first two blocks in a folder that goes again, and say what the whole will take.
 
     compress: `run.compress`; settings: its further options; result: bytes that the whole is expected to have;
-    profiled, planned: whether a profile or a plan is there already. Returns seconds, memory and disk, and seconds by stage.
+    profiled, planned: whether a profile or a plan is there already; whole: whether the embedding and the head are
+    compressed too. Returns seconds, memory and disk, and seconds by stage.
     """
     clock, used = Clock(), min(tokens, REHEARSED_TOKENS)
     with tempfile.TemporaryDirectory(prefix=".assay-rehearsal-", dir=near) as folder:
@@ -162,7 +164,8 @@ def rehearse(
         memory.release()
         memory.forget_peak()
         started = perf_counter()
-        done = compress(str(copy), Path(folder) / "out", tokens=used, progress=clock, **settings, **budget)
+        like = {"size": _size(short, budget["bits"])} if whole else budget
+        done = compress(str(copy), Path(folder) / "out", tokens=used, progress=clock, **settings, **like)
         ended, high = perf_counter(), memory.peak()
         written = Checkpoint.open(Path(folder) / "out")
         header = written.weight_bytes - sum(info.nbytes for info in written.stored.values())
@@ -172,8 +175,7 @@ def rehearse(
     stages = _stages(clock, share, tokens / used, profiled, planned)
     other = max(0.0, clock.ended - started - sum(sum(steps) for _, steps in clock.tasks))
     depth = math.log2(max(1.0, len(model.blocks) / REHEARSED_BLOCKS))
-    scoring = clock.resident + 4 * LOGITS_COPIES * _logits_at_once(model, model.batch_tokens, settings.get("window") or WINDOW)
-    sweeping = IDLE + max(0, max(high, scoring) - IDLE) * (1 + DEPTH_GROWTH * depth)
+    sweeping = IDLE + max(0, high - IDLE) * (1 + DEPTH_GROWTH * depth)
     shard = min(write.SHARD_BYTES, result) - min(write.SHARD_BYTES, int(done["bytes"]))
     return {
         "seconds": sum(stages.values()) + other + saving, "stages": stages | {"saving": saving, "other": other},
@@ -255,7 +257,8 @@ def told(
     """All of it for `--dry-run`: bytes of memory, disk and result, seconds and what they rest on. near: where the result goes."""
     tensors = ahead.tensors - _lossless(model, contract, ahead.stays)
     like = _like(model, budget, ahead)
-    found = rehearse(model, compress, like, settings, tokens, tensors, profiled=profiled, planned=planned, near=near)
+    found = rehearse(model, compress, like, settings, tokens, tensors, profiled=profiled, planned=planned,
+                     whole=bool(budget.get("size") or budget.get("memory")), near=near)  # fmt: skip
     nbytes = tensors + found.pop("header_bytes") if contract.layout != "plain" else model.checkpoint.weight_bytes
     if polish is not None:
         found["seconds"] += 60 * polish
@@ -275,6 +278,13 @@ def _lossless(model: StreamedModel, contract: Contract, stays: Sequence[str]) ->
     if contract.layout != "assay":
         return 0
     return sum(model.checkpoint.kept_nbytes(n) - write.kept_nbytes(model.checkpoint, n, contract) for n in stays)
+
+
+def _size(model: StreamedModel, bits: float) -> int:
+    """Bytes of weight files where every matrix takes so many bits a weight, with room for headers."""
+    sites = model.anatomy.sites.values()
+    rest = model.checkpoint.kept_file_bytes - sum(model.checkpoint.kept_nbytes(n) for n in {s.name for s in sites})
+    return rest + sum(math.ceil(s.count * bits / 8) for s in sites) + ROOM_PER_SITE * len(model.anatomy.sites)
 
 
 def _like(model: StreamedModel, budget: Mapping[str, Any], ahead: Outlook) -> dict[str, Any]:
