@@ -193,7 +193,12 @@ class Checkpoint:
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
-        """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
+        """Every file a user needs beside the weights: all but weights, indexes and hidden files.
+
+        None beside a lone GGUF file, whose folder may be any.
+        """
+        if not (self.folder / "config.json").exists():
+            return []
         weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
         files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
         return [
