@@ -87,6 +87,20 @@ def test_stored_tensors_restore_the_weight(kind: str) -> None:
     assert isinstance(back, PackedBlocks) and back.shape == made.shape and torch.equal(back.rows, made.rows)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tunable_scales_make_the_same_weight(kind: str) -> None:
+    made = packed(kind, random_rows(kind, 2) if kind != "tq1_0" else ggml.pack(kind, ggml.unpack(kind, random_rows(kind, 2))))
+    found = made.tunable()
+    if found is None:
+        assert kind in ("f16", "bf16", "mxfp4")
+        return
+    scales, weight = found
+    torch.testing.assert_close(weight(scales), made.decode(), rtol=1e-6, atol=1e-6 * float(made.decode().abs().max()))
+    assert torch.equal(made.with_scales(scales).rows, made.rows)
+    doubled = made.with_scales(scales.double() / 2).decode()
+    torch.testing.assert_close(doubled, weight(scales / 2), rtol=1e-3, atol=1e-3 * float(doubled.abs().max()))
+
+
 def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     with pytest.raises(InputError, match="q4_k cuts rows into blocks of 256 weights, which do not divide 320"):
         Level.parse("q4_k").nbytes(8, 320)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from assay.model import ggml
 from assay.model.errors import InputError
 from assay.model.level import Level
+from assay.model.packed import Tunable
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class PackedBlocks:
     def decode(self) -> Tensor:
         """Weight [out, in], float32, as ggml's own reader makes it."""
         return ggml.values(self.kind, self.parts())
+
+    def tunable(self) -> Tunable | None:
+        """See `TunablePacked`; scales [out, blocks], where they are fp16."""
+        parts = self.parts()
+        if self.kind in ("f16", "bf16", "mxfp4"):
+            return None
+        share = ggml.values(self.kind, parts._replace(d=torch.ones_like(parts.d), m=None)).unflatten(1, (parts.d.shape[1], -1))
+        added = ggml.values(self.kind, parts._replace(d=torch.zeros_like(parts.d)))
+        return parts.d, lambda scales: (share * scales[..., None]).flatten(1) + added
+
+    def with_scales(self, scales: Tensor) -> PackedBlocks:
+        """See `TunablePacked`."""
+        return replace(self, rows=ggml.pack(self.kind, self.parts()._replace(d=scales)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.rows.contiguous()}

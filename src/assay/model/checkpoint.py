@@ -122,7 +122,7 @@ class Checkpoint:
         if self._lossless(name):
             return torch.bfloat16
         if name in self._own:
-            return _torch_dtype(self._own[name]["dtype"])
+            return torch.float32 if self._own[name]["level"] in KINDS else _torch_dtype(self._own[name]["dtype"])
         return self.stored[f"{name}_scale"].dtype
 
     def turned(self, name: str) -> bool:

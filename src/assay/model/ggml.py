@@ -43,7 +43,7 @@ class Kind:
     weights, nbytes: of a block; group: weights that share a sub-scale; fields: "d", "m", "subs", "mins", "codes", "signs",
     as far as the kind has them; vector: weights that one code stands for; zero: the code of step 0; table: step of each
     code, if they are not evenly spaced; sub: (a, b) of a stored sub-scale s that means a s + b; unit: see the module;
-    min_sign: of `m`; even: an eighth sign makes the number of signs of a vector even.
+    min_sign: of `m`; even: an eighth sign makes the number of minus signs in 8 weights even.
     """
 
     weights: int
@@ -68,6 +68,11 @@ class Kind:
     def bits(self) -> float:
         """Stored bits per weight."""
         return 8 * self.nbytes / self.weights
+
+    @property
+    def run(self) -> int:
+        """Weights whose codes depend on each other."""
+        return 8 if self.even else self.vector
 
     def columns(self, nbytes: int) -> int:
         """Weights of a row of so many bytes."""

@@ -1,6 +1,7 @@
 """Loops over blocks, compiled for CPUs with numba: the scales that round best, and the nearest vectors of a codebook.
 
-What rounds a group is a table of steps, a codebook, or, without either, the integers from low to high.
+What rounds a group is named by a mode: the integers from low to high, a table of steps or a codebook; what a mode has no
+use for is passed empty, so that each loop is compiled once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numba import njit
 from assay.methods.compiled import look_up
 
 FAST = {"contract", "reassoc", "nsz"}
+INTEGERS, TABLE, BOOK = 0, 1, 2
 
 
 @njit(inline="always")
@@ -27,64 +29,92 @@ def half(x: Any) -> Any:
 
 
 @njit(nogil=True, fastmath=FAST)
-def nearest_vector(part: Any, price: Any, scale: Any, book: Any, steps: Any) -> Any:
-    """Fill `steps` with the nearest vector of a codebook to part / scale; its squared error there, weighted.
-
-    book: (magnitudes [codes, v], bounds between their values, codes [patterns, reach] to try, see `Codebook`, even).
-    """
-    magnitudes, bounds, nearby, even = book
-    size = magnitudes.shape[1]
-    target = np.empty(size, dtype=np.float32)
-    pattern, odd = 0, False
-    for j in range(size):
-        ratio = part[j] / scale
-        target[j] = abs(ratio)
-        odd ^= ratio < 0
+def pattern_of(target: Any, bounds: Any) -> Any:
+    """Row of `Codebook.nearby` for magnitudes."""
+    pattern = 0
+    for x in target:
         place = 0
         for b in bounds:
-            place += np.int64(target[j] > b)
+            place += np.int64(x > b)
         pattern = pattern * (len(bounds) + 1) + place
+    return pattern
+
+
+@njit(nogil=True, fastmath=FAST)
+def _best_code(target: Any, price: Any, turning: bool, book: Any) -> Any:
+    """(weighted squared error, code, place whose sign is turned or -1) of the nearest vector to magnitudes."""
+    magnitudes, bounds, nearby, _ = book
     best, chosen, turned = np.float32(np.inf), 0, -1
-    for code in nearby[pattern]:
+    for code in nearby[pattern_of(target, bounds)]:
         error = np.float32(0)
-        for j in range(size):
+        for j in range(len(target)):
             away = target[j] - magnitudes[code, j]
             error += price[j] * away * away
         if error >= best:
             continue
         turn = -1
-        if even and odd:
+        if turning:
             least = np.float32(np.inf)
-            for j in range(size):
+            for j in range(len(target)):
                 cost = price[j] * target[j] * magnitudes[code, j]
                 if cost < least:
                     least, turn = cost, j
             error += np.float32(4) * least
         if error < best:
             best, chosen, turned = error, np.int64(code), turn
-    for j in range(size):
-        sign = np.float32(-1) if (part[j] / scale < 0) != (j == turned) else np.float32(1)
-        steps[j] = sign * magnitudes[chosen, j]
-    return best
+    return best, chosen, turned
+
+
+@njit(nogil=True, fastmath=FAST)
+def nearest_run(part: Any, price: Any, scale: Any, book: Any, steps: Any) -> None:
+    """Fill `steps` with the vectors of a codebook nearest to part / scale: of one vector, or of all that share an even count.
+
+    book: (magnitudes [codes, v], bounds between their values, codes [patterns, reach] to try, see `Codebook`, even).
+    """
+    magnitudes, even = book[0], book[3]
+    size = magnitudes.shape[1]
+    target, odd = np.empty(len(part), dtype=np.float32), False
+    for j in range(len(part)):
+        ratio = part[j] / scale
+        target[j] = abs(ratio)
+        odd ^= ratio < 0
+        steps[j] = np.float32(-1) if ratio < 0 else np.float32(1)
+    cheapest, turn_at = np.float32(np.inf), -1
+    if even and odd:
+        for k in range(0, len(part), size):
+            own = slice(k, k + size)
+            extra = np.float32(0)
+            if size < len(part):
+                extra = -_best_code(target[own], price[own], False, book)[0]
+            extra += _best_code(target[own], price[own], True, book)[0]
+            if extra < cheapest:
+                cheapest, turn_at = extra, k
+    for k in range(0, len(part), size):
+        own = slice(k, k + size)
+        _, code, turn = _best_code(target[own], price[own], k == turn_at, book)
+        if turn >= 0:
+            steps[k + turn] = -steps[k + turn]
+        for j in range(size):
+            steps[k + j] *= magnitudes[code, j]
 
 
 @njit(nogil=True, cache=True)
 def project(book: Any, price: Any, values: Any, scale: Any, steps: Any) -> None:
     """The nearest vectors of rows of values [rows, in], each weight's scale beside it; squared errors cost price [in]."""
-    size = book[0].shape[1]
+    size = 8 if book[3] else book[0].shape[1]
     for r in range(len(values)):
         for k in range(0, values.shape[1], size):
-            nearest_vector(values[r, k : k + size], price[k : k + size], scale[r, k], book, steps[r, k : k + size])
+            nearest_run(values[r, k : k + size], price[k : k + size], scale[r, k], book, steps[r, k : k + size])
 
 
 @njit(nogil=True, fastmath=FAST)
-def _round(part: Any, price: Any, scale: Any, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
+def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
-    if book is not None:
-        size = book[0].shape[1]
+    if mode == BOOK:
+        size = 8 if book[3] else book[0].shape[1]
         for k in range(0, len(part), size):
-            nearest_vector(part[k : k + size], price[k : k + size], scale, book, steps[k : k + size])
-    elif table is not None:
+            nearest_run(part[k : k + size], price[k : k + size], scale, book, steps[k : k + size])
+    elif mode == TABLE:
         for k in range(len(part)):
             steps[k] = look_up(part[k], scale, table, False, 0)
     else:
@@ -100,8 +130,9 @@ def _round(part: Any, price: Any, scale: Any, low: Any, high: Any, table: Any, b
 
 
 @njit(nogil=True, fastmath=FAST)
-def _free_scale(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool, steps: Any) -> Any:
-    """The best scale of a group by itself, of those that put its largest weight at factor times the last step; 0 if all are 0."""
+def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool,
+                power: bool, steps: Any) -> Any:  # fmt: skip
+    """The best scale of a group by itself, of those that put its largest weight near the last step; 0 if all are 0."""
     top = np.float32(0)
     for x in part:
         if abs(x) > abs(top):
@@ -113,12 +144,14 @@ def _free_scale(part: Any, price: Any, low: Any, high: Any, table: Any, book: An
         reach = top / end if both else abs(top / end)
         for factor in factors:
             scale = reach * factor
-            error, along, length = _round(part, price, scale, low, high, table, book, steps)
+            if power:
+                scale = np.float32(2.0) ** np.float32(np.rint(np.log2(scale)))
+            error, along, length = _round(part, price, scale, mode, low, high, table, book, steps)
             if error < best:
                 best, found = error, scale
-            if len(factors) > 1 and length > 0 and (both or along > 0):
+            if len(factors) > 1 and not power and length > 0 and (both or along > 0):
                 scale = along / length
-                error, along, length = _round(part, price, scale, low, high, table, book, steps)
+                error, along, length = _round(part, price, scale, mode, low, high, table, book, steps)
                 if error < best:
                     best, found = error, scale
         if not both:
@@ -135,8 +168,8 @@ def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
 
 
 @njit(nogil=True, fastmath=FAST)
-def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int, unit: Any,
-            subs: Any, steps: Any) -> Any:  # fmt: skip
+def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int,
+            unit: Any, subs: Any, steps: Any) -> Any:  # fmt: skip
     """One scale for a block [groups, group], and the sub-scales (filled) with which its groups come nearest to their own best."""
     groups = len(part)
     top, trial = np.float32(0), np.empty(groups, dtype=np.float32)
@@ -164,7 +197,9 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
                         for k in range(part.shape[1]):
                             error += price[g, k] * part[g, k] * part[g, k]
                     else:
-                        error, along, length = _round(part[g], price[g], whole * unit * value, low, high, table, book, steps)
+                        error, along, length = _round(
+                            part[g], price[g], whole * unit * value, mode, low, high, table, book, steps
+                        )
                     if error < least:
                         least, trial[g], along_g, length_g = error, value, along * value, length * value * value
                 total += least
@@ -184,7 +219,7 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
                         for k in range(part.shape[1]):
                             total += price[g, k] * part[g, k] * part[g, k]
                     else:
-                        total += _round(part[g], price[g], whole * unit * trial[g], low, high, table, book, steps)[0]
+                        total += _round(part[g], price[g], whole * unit * trial[g], mode, low, high, table, book, steps)[0]
                 if total < best:
                     best, found = total, whole
                     subs[:] = trial
@@ -192,12 +227,12 @@ def _divide(part: Any, price: Any, low: Any, high: Any, table: Any, book: Any, s
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def fit_scales(low: Any, high: Any, table: Any, book: Any, both: bool, sub: Any, unit: Any, tries: int, factors: Any, group: int,
-               price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
+def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool, power: bool, sub: Any, unit: Any, tries: int,
+               factors: Any, group: int, price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
     """Scales of rows of weights [rows, in]: d [rows, blocks] in fp16, and subs [rows, groups] if they have columns.
 
-    price [in]: what a squared error costs; sub: see `_sub`; both: scales may be negative; factors: see `_free_scale`;
-    tries: how many sub-scales the largest group is offered.
+    price [in]: what a squared error costs; sub: see `_sub`; both: scales may be negative; power: they are powers of two;
+    factors: of the scale that covers all; tries: how many sub-scales the largest group is offered.
     """
     blocks = d.shape[1]
     groups = weight.shape[1] // group // blocks
@@ -206,12 +241,12 @@ def fit_scales(low: Any, high: Any, table: Any, book: Any, both: bool, sub: Any,
         parts, prices = weight[r].reshape(blocks, groups, group), price.reshape(blocks, groups, group)
         for b in range(blocks):
             for g in range(groups):
-                free[g] = _free_scale(parts[b, g], prices[b, g], low, high, table, book, factors, both, steps)
+                free[g] = _free_scale(parts[b, g], prices[b, g], mode, low, high, table, book, factors, both, power, steps)
             if subs.shape[1]:
                 mine = subs[r, b * groups : (b + 1) * groups]
-                d[r, b] = _divide(parts[b], prices[b], low, high, table, book, sub, free, tries, unit, mine, steps)
+                d[r, b] = _divide(parts[b], prices[b], mode, low, high, table, book, sub, free, tries, unit, mine, steps)
             else:
-                d[r, b] = half(free[0] / unit)
+                d[r, b] = free[0] if power else half(free[0] / unit)
 
 
 @njit(nogil=True, fastmath=FAST)

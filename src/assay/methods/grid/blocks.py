@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from assay.model import ggml
 from assay.model.ggml import KINDS, Parts
 from assay.model.threads import spread
 
-REACH = 24
+REACH = 32
 """Vectors of a codebook that a search tries, of those nearest to the rounded magnitudes; see `Codebook`."""
-TRIES = 8
+TRIES = 4
 """Sub-scales that the group with the largest scale of a block is offered."""
-STRETCHES = tuple(0.6 + 0.05 * i for i in range(14))
+STRETCHES = tuple(0.6 + 0.1 * i for i in range(7))
 RANGES = (1.0, 0.9, 0.8, 0.7, 0.6)
 TINY = 1e-30
 """Stands for a scale of 0, so that nothing is divided by it."""
@@ -51,6 +52,10 @@ class Codebook:
     def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16], bool]:
         """As the compiled loops take it."""
         return self.magnitudes, self.bounds, self.nearby, self.even
+
+
+NO_TABLE = np.zeros((2, 2), dtype=np.float32)
+NO_BOOK = Codebook(np.zeros((1, 8), np.float32), np.zeros(1, np.float32), np.zeros((1, 1), np.int16), False)
 
 
 @lru_cache(maxsize=16)
@@ -140,7 +145,7 @@ def squared_errors(kind: str, weight: Tensor, importance: Tensor | None = None) 
 
 def _block_errors(kind: str, weight: Tensor, frame: Parts, importance: Tensor | None) -> Tensor:
     """Weighted squared error of rounding to nearest, [..., out, blocks]."""
-    error = (level(kind, frame, nearest(kind, frame, weight, importance)) - weight).square()
+    error = (level(kind, frame, nearest(kind, frame, weight, importance, REACH)) - weight).square()
     if importance is not None:
         error = error * importance[..., None, :]
     return error.unflatten(-1, (frame.d.shape[-1], -1)).sum(-1)
@@ -165,22 +170,30 @@ def _fit(
             pairs = (high, facts.min_sign > 0, most, tries, factors, facts.group, price)
             spread(_blocks.fit_pairs, rows, pairs, (costs.weight[n], d[n], m[n], subs[n], mins[n]))
             continue
-        book = codebook(kind)
         sub = tuple(np.float32(x) for x in (sub_ends(kind) if subs.shape[-1] else (1, 0, 1, 1)))
-        both = -low != high or sub[2] < 0
         factors = np.array(stretches if tries > 1 else (1.0,), dtype=np.float32)
-        table = scalar_grid(kind).table if book is None else None
-        given = (low, high, table, None if book is None else book.parts, both, sub, np.float32(facts.unit), tries, factors)
-        spread(_blocks.fit_scales, rows, (*given, facts.group, price), (costs.weight[n], d[n], subs[n]))
+        rounding = (*_rounding(kind), -low != high or sub[2] < 0, kind == "mxfp4")
+        given = (*rounding, sub, np.float32(facts.unit), tries, factors, facts.group, price)
+        spread(_blocks.fit_scales, rows, given, (costs.weight[n], d[n], subs[n]))
     shape = weight.shape[:-1]
     if kind == "mxfp4":
-        d = torch.exp2(torch.log2(d.clamp_min(2.0**-100)).round())
+        d = d.clamp_min(2.0**-100)
     return Parts(
         d.reshape(*shape, blocks), d.new_empty(0),
         facts.min_sign * -m.reshape(*shape, blocks) if "m" in facts.fields else None,
         subs.short().reshape(*shape, groups) if subs.shape[-1] else None,
         mins.short().reshape(*shape, groups) if mins.shape[-1] else None,
     )  # fmt: skip
+
+
+def _rounding(kind: str) -> tuple[Any, ...]:
+    """(mode, lowest, highest step, table, codebook) as the compiled loops take them."""
+    low, high = (np.float32(x) for x in ends(kind))
+    book, table = codebook(kind), None
+    if book is None:
+        table = scalar_grid(kind).table
+    mode = _blocks.BOOK if book else _blocks.INTEGERS if table is None else _blocks.TABLE
+    return mode, low, high, NO_TABLE if table is None else table, (book or NO_BOOK).parts
 
 
 # ---- codes -----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.grid._blocks import half
+from assay.methods.grid._blocks import half, pattern_of
 
 FAST = {"contract", "reassoc", "nsz"}
 
@@ -17,7 +17,8 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                     scale: Any, steps: Any) -> None:  # fmt: skip
     """Offer every vector of columns start..stop of each matrix the codes near its optimum, one vector after another.
 
-    As `compiled.descend_block`; inverses [matrices, in / v, v, v]: of the blocks on the diagonal of `inputs`.
+    As `compiled.descend_block`; inverses [matrices, in / v, v, v]: of the blocks on the diagonal of `inputs`. Where the
+    number of signs in 8 weights is even, it stays so.
     """
     magnitudes, bounds, nearby, even = book
     size = magnitudes.shape[1]
@@ -32,7 +33,7 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
             pushed[:] = 0
             for i in range(rows):
                 weight, spacing = outputs[n, i, i], scale[n, j, i]
-                pattern, odd = 0, False
+                odd = False
                 for a in range(size):
                     pull = np.float32(0)
                     for b in range(size):
@@ -40,12 +41,11 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                     ratio = steps[n, j + a, i] + pull / (weight * spacing)
                     target[a], signs[a] = abs(ratio), np.float32(-1) if ratio < 0 else np.float32(1)
                     odd ^= ratio < 0
-                    place = 0
-                    for bound in bounds:
-                        place += np.int64(target[a] > bound)
-                    pattern = pattern * (len(bounds) + 1) + place
+                if size == 4 and even:
+                    for a in range(4):
+                        odd ^= steps[n, (j ^ 4) + a, i] < 0
                 least = np.float32(0)
-                for code in nearby[pattern]:
+                for code in nearby[pattern_of(target, bounds)]:
                     turn = -1
                     if even and odd:
                         lowest = np.float32(np.inf)

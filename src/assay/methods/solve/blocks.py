@@ -71,7 +71,7 @@ def solve(weight: Tensor, kind: str, solver: Solver, H: Tensor | None = None, G:
     weight = weight.float()
     if kind in ("f16", "bf16"):
         halves = weight.to(torch.float16 if kind == "f16" else torch.bfloat16)
-        return Parts(weight.new_empty(0), halves.contiguous().view(torch.int16))
+        return Parts(torch.ones_like(weight), halves.contiguous().view(torch.int16))
     if H is None or solver in ("nearest", "clip"):
         importance = None if H is None or solver == "nearest" else diagonal(H)
         frame = blocks.fit(kind, weight) if solver == "nearest" else blocks.fit_searched(kind, weight, importance)
@@ -160,7 +160,7 @@ def _turn(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _feed_vectors(task: Task, inputs: Tensor) -> Candidate:
     """Error feedback from one run of columns that share codes to the runs after it."""
-    size = KINDS[task.kind].vector
+    size = KINDS[task.kind].run
     runs = diagonal(inputs).unflatten(-1, (-1, size)).sum(-1).argsort(dim=-1, descending=True, stable=True)
     visit = (runs[..., None] * size + torch.arange(size)).flatten(-2)
     factor, _ = inverse_factor(permute(inputs, visit), DAMPING)
