@@ -206,6 +206,22 @@ def test_a_file_alone_is_a_model_with_the_same_values(tmp_path: Path, family: st
     assert (found - wanted).abs().max() <= 1e-4
 
 
+def test_a_gguf_folder_can_be_compressed_again_for_another_engine(tmp_path: Path) -> None:
+    source, loaders, levels = blocks_model("llama", tmp_path / "m", ["q4_0"], head_dim=64)
+    write.write(tmp_path / "g", source, loaders, CONTRACT, {}, levels)
+    given = {"calibration": text_file(tmp_path), "tokens": 1024, "window": 32, "method": "nearest", "level": "int8-g32-sym"}
+    assay.compress(tmp_path / "g", tmp_path / "out", engine="transformers", **given)
+    again = Checkpoint.open(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert again.levels[name].bits == 8
+    meant = loaders[name]().decode()
+    assert (again.read(name) - meant).norm() < 0.01 * meant.norm()
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "g" / "model.gguf").rename(tmp_path / "alone" / "model.gguf")
+    with pytest.raises(InputError, match="put tokenizer.json and config.json of the original model beside it"):
+        assay.compress(tmp_path / "alone" / "model.gguf", tmp_path / "no", **given)
+
+
 def test_blocks_of_a_file_decode_as_the_gguf_package_decodes_them(tmp_path: Path) -> None:
     source, loaders, levels = blocks_model("llama", tmp_path / "m", ["q6_k", "iq4_xs", "q3_k"], head_dim=64)
     write.write(tmp_path / "out", source, loaders, CONTRACT, {}, levels)

@@ -143,7 +143,7 @@ class Checkpoint:
 
     def kept_nbytes(self, name: str) -> int:
         """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
-        if len(self.parts(name)) == 1:
+        if len(self.parts(name)) == 1 and (name not in self.stored or self.stored[name].read is None):
             return self.nbytes(name)
         return math.prod(self.shape(name)) * self.kept_dtype(name).itemsize
 
