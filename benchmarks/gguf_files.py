@@ -43,11 +43,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 from engines.llama_reader import Reader
 
 TYPES = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}
-REPEATS = 5
+REPEATS = 9
 GENERATED = 48
 BOUND = 0.7
-HEADER = ("type, maker", "bytes", "KL to the original [95%]", "perplexity", "same top token", "prompt tokens/s",
-          "generated tokens/s", "seconds to make")  # fmt: skip
+HEADER = ("type, maker", "bytes", "KL to the original [95%]", "perplexity", "same top token", "prompt tokens/CPU s",
+          "generated tokens/CPU s", "seconds to make")  # fmt: skip
 
 
 def quantize(source: Path, target: Path, ftype: int, profile: Profile, threads: int) -> None:
@@ -97,19 +97,19 @@ def judge(path: Path, windows: Tensor, reference: list[Tensor], threads: int) ->
 
 
 def speed(paths: dict[str, Path], ids: list[int], threads: int) -> dict[str, dict[str, float]]:
-    """Tokens per second of each file, median of repeats that take turns."""
+    """Tokens per second of processor time of each file, which a busy machine changes little; median of repeats in turns."""
     readers = {name: Reader(path, WINDOW, threads, cache=1) for name, path in paths.items()}
     seen: dict[str, dict[str, list[float]]] = {name: {"prompt": [], "generated": []} for name in paths}
     for _ in range(REPEATS + 1):
         for name, reader in readers.items():
-            started = time.perf_counter()
+            started = time.process_time()
             reader.logits(ids)
-            seen[name]["prompt"].append(len(ids) / (time.perf_counter() - started))
+            seen[name]["prompt"].append(len(ids) / (time.process_time() - started))
             reader.logits(ids[:16])
-            started = time.perf_counter()
+            started = time.process_time()
             for i in range(GENERATED):
                 reader.logits([ids[16 + i]], start=16 + i)
-            seen[name]["generated"].append(GENERATED / (time.perf_counter() - started))
+            seen[name]["generated"].append(GENERATED / (time.process_time() - started))
     for reader in readers.values():
         reader.close()
     return {name: {kind: statistics.median(values[1:]) for kind, values in found.items()} for name, found in seen.items()}
@@ -133,6 +133,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--engines", nargs="+", default=["llama.cpp", "llama.cpp-fast"])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     work = work_folder(given.out) / "gguf"
@@ -152,7 +153,7 @@ def main() -> None:
         started = time.perf_counter()
         quantize(work / "float" / "model.gguf", theirs, TYPES[name], profile, given.threads)
         made, paths = {"llama.cpp": time.perf_counter() - started}, {"llama.cpp": theirs}
-        for engine in ("llama.cpp", "llama.cpp-fast"):
+        for engine in given.engines:
             try:
                 folder, made[f"ours for {engine}"] = compressed(given.model, work, name, profile, engine, theirs.stat().st_size)
             except InputError as error:
