@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from assay.budget.prices import price
+from assay.measure.damage import Curvature
 from assay.methods import base
 from assay.methods.grid import blocks
 from assay.methods.solve.blocks import solve
@@ -159,3 +161,15 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     offered = base.get("ggml")().levels(320)
     assert {x.format for x in offered} == {"q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl"}
     assert base.get("ggml")().levels(100) == []
+
+
+def test_prices_are_the_damage_of_rounding_to_nearest() -> None:
+    weight, H = weights(9, rows=16)[0], importance(9)[0]
+    curvature = Curvature(H, torch.rand(16, generator=torch.Generator().manual_seed(0)), 1.0, 100)
+    levels = [Level.parse(k) for k in ("q6_k", "q4_k", "q3_k", "q2_k", "iq2_xs")]
+    found = price(weight, curvature, levels)
+    for level in levels:
+        plain = base.get("nearest")().encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
+        assert found[level.name]["nearest"] == pytest.approx(curvature.damage(plain - weight), rel=1e-4)
+    searched = [found[level.name]["two_sided"] for level in levels]
+    assert searched == sorted(searched)

@@ -118,21 +118,19 @@ def fit_searched(kind: str, weight: Tensor, importance: Tensor | None = None) ->
     """
     plain, found = fit(kind, weight), _fit(kind, weight, importance, TRIES, STRETCHES, RANGES)
     errors = [_block_errors(kind, weight, frame, importance) for frame in (plain, found)]
-    return choose(kind, errors[1] <= errors[0], found, plain)
+    return _choose(errors[1] <= errors[0], found, plain)
 
 
-def choose(kind: str, wins: Tensor, one: Parts, other: Parts) -> Parts:
-    """The frame `one` in the blocks where `wins` [..., blocks] or [..., 1, 1], else `other`."""
+def _choose(wins: Tensor, one: Parts, other: Parts) -> Parts:
+    """The frame `one` in the blocks where `wins` [..., blocks], else `other`."""
 
     def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None or b is None:
             return None
-        per_block = a.shape[-1] // one.d.shape[-1]
-        return torch.where(wins.repeat_interleave(per_block, -1) if wins.shape[-1] > 1 else wins, a, b)
+        return torch.where(wins.repeat_interleave(a.shape[-1] // wins.shape[-1], -1), a, b)
 
-    d = pick(one.d, other.d)
-    assert d is not None
-    return Parts(d, one.codes, *(pick(a, b) for a, b in ((one.m, other.m), (one.subs, other.subs), (one.mins, other.mins))))
+    others = (pick(a, b) for a, b in ((one.m, other.m), (one.subs, other.subs), (one.mins, other.mins)))
+    return Parts(torch.where(wins, one.d, other.d), one.codes, *others)
 
 
 def squared_errors(kind: str, weight: Tensor, importance: Tensor | None = None) -> Tensor:

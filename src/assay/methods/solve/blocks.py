@@ -65,7 +65,7 @@ def solve(weight: Tensor, kind: str, solver: Solver, H: Tensor | None = None, G:
     """Round `weight` [batch, out, in] to blocks of a kind; H [batch, in, in], G [batch, out, out].
 
     Without H what is left of every solver is "clip", which takes the diagonal of H; "nearest" takes nothing, and "gptq"
-    ignores G. Raises ValueError for shapes that don't fit, InputError (of the level) for rows that are not whole blocks.
+    ignores G. Rows must be whole blocks (`Level.groups` checks). Raises ValueError for shapes that don't fit.
     """
     check_shapes(weight, H, G)
     weight = weight.float()
@@ -76,14 +76,14 @@ def solve(weight: Tensor, kind: str, solver: Solver, H: Tensor | None = None, G:
         importance = None if H is None or solver == "nearest" else diagonal(H)
         frame = blocks.fit(kind, weight) if solver == "nearest" else blocks.fit_searched(kind, weight, importance)
         return blocks.coded(kind, frame, blocks.nearest(kind, frame, weight, importance))
+    if solver == "gptq":
+        G = None
     if G is None and weight.shape[1] > ROWS_AT_ONCE:
         return _join([solve(part, kind, solver, H) for part in weight.split(ROWS_AT_ONCE, 1)])
-    shrunken = shrink(H.float(), SHRINK_INPUTS), None if G is None or solver == "gptq" else shrink(G.float(), SHRINK_OUTPUTS)
-    eye = torch.eye(weight.shape[1]).expand(len(weight), -1, -1)
-    task = Task(kind, weight, damp(shrunken[0], DAMPING), eye if shrunken[1] is None else damp(shrunken[1], DAMPING))
-    if solver == "admm":
-        return _finish(task, _learn(task, shrunken[1] is not None))
-    found = _feed(task, *shrunken)
+    inputs, outputs = shrink(H.float(), SHRINK_INPUTS), None if G is None else shrink(G.float(), SHRINK_OUTPUTS)
+    whole = torch.eye(weight.shape[1]).expand(len(weight), -1, -1) if outputs is None else damp(outputs, DAMPING)
+    task = Task(kind, weight, damp(inputs, DAMPING), whole)
+    found = _learn(task, G is not None) if solver == "admm" else _feed(task, inputs, outputs)
     return blocks.coded(kind, *found) if solver == "gptq" else _finish(task, found)
 
 
@@ -100,6 +100,7 @@ def price(task: Task, candidate: Candidate) -> Tensor:
 
 
 def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> Parts:
+    """Scales and codes in turn, then the codes as they are stored."""
     found = start
     for _ in range(rounds):
         frame = tune(task.kind, *found, task.weight, task.inputs, task.outputs)
@@ -111,7 +112,7 @@ def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> P
 
 
 def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tight: float = 1.0) -> Candidate:
-    """ADMM on the searched scales."""
+    """ADMM on the searched scales, or rounding to nearest on them where that is better."""
     importance = diagonal(task.inputs)
     frame = blocks.fit_searched(task.kind, task.weight, importance)
 
@@ -119,8 +120,11 @@ def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tigh
         found = blocks.nearest(task.kind, frame, values, importance, blocks.REACH)
         return found, blocks.level(task.kind, frame, found)
 
+    start = snap(task.weight)
     moments = task.inputs, task.outputs
-    return Candidate(frame, admm.iterate(task.weight, *moments, snap(task.weight), snap, steps, loose, tight, coupled))
+    learned = admm.iterate(task.weight, *moments, start, snap, steps, loose, tight, coupled)
+    wins = price(task, Candidate(frame, learned)) < price(task, Candidate(frame, start[0]))
+    return Candidate(frame, torch.where(wins[:, None, None], learned, start[0]))
 
 
 def _problem(task: Task, frame: Parts) -> Problem:
