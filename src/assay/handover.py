@@ -19,11 +19,12 @@ from assay.engines import reopen, write
 from assay.engines.contract import Contract
 from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
-from assay.execute import Results
+from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
+from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
 from assay.model.sites import Site, key_of
@@ -83,7 +84,8 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
         elif name in results.solved:
             solved = results.solved[name]
             fate: Fate = "fell_back" if solved.fell_back else "done"
-            ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after[name]))
+            reason = solved.fell_back or _how(plan, solved, sites[name])
+            ledger.add(Entry(name, plan.choices[name].level, fate, reason, before, after[name]))
         elif name in results.plain:
             ledger.add(Entry(name, None, "done", "polished", before, after[name]))
         else:
@@ -104,6 +106,14 @@ def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
         level = choice.level or "keep"
         rows.append(Row(name, site.block, site.role, weights, level, before, after, choice.damage, choice.why))
     return rows
+
+
+def _how(plan: Plan, solved: Solved, site: Site) -> str:
+    """The method, and why the level is not the one that was asked for."""
+    asked = plan.budget.get("level")
+    if asked is None or Level.parse(asked).format not in KINDS or solved.level == asked:
+        return solved.method
+    return f"{solved.method}; {asked} has blocks of {KINDS[asked].weights} weights, which do not divide {site.shape[1]} inputs"
 
 
 def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -> tuple[dict[str, int], dict[str, str]]:

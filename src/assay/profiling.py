@@ -25,6 +25,7 @@ from assay.measure.profile import Profile, measure, save_index
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
+from assay.methods.menus import stand_in
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError
 from assay.model.files import save_text, unless_refused
@@ -124,7 +125,7 @@ def _finish(
 ) -> Profile:  # fmt: skip
     menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in methods]
     menus.append(probe.probed_levels)
-    menus.append(lambda columns: [x for x in levels if columns % (x.group_size or 1) == 0])
+    menus.append(lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0])
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     spread = spreads(model, folder, text.tokens)

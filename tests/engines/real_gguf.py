@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from families import SETTINGS
 from lively import Lively, enliven
 from tiny import TEXT
@@ -86,52 +83,12 @@ def lively(family: str, folder: Path, **changes: Any) -> Lively:
     return made
 
 
-class Reader:
-    """llama.cpp with a file open; keys and values are cached in float32."""
-
-    def __init__(self, path: Path, tokens: int = 128) -> None:
-        self.api = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-        given = self.api.llama_model_default_params()
-        # repacked weights need AMX, which a sandbox may forbid though the processor has it
-        given.use_extra_bufts = False
-        self.model = self.api.llama_model_load_from_file(str(path).encode(), given)
-        assert self.model, f"llama.cpp does not open {path}"
-        settings = self.api.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = tokens
-        settings.n_threads = settings.n_threads_batch = 1
-        settings.type_k = settings.type_v = 0
-        settings.flash_attn_type = 0
-        self.context = self.api.llama_init_from_model(self.model, settings)
-        self.vocabulary = self.api.llama_model_get_vocab(self.model)
-
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a text, with the tokens that the file adds."""
-        raw, found = text.encode(), (ctypes.c_int32 * 512)()
-        count = self.api.llama_tokenize(self.vocabulary, raw, len(raw), found, 512, True, True)
-        return list(found[:count])
-
-    def logits(self, ids: list[int]) -> Tensor:
-        """Of one sequence, float32 [tokens, vocabulary]."""
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-        batch = self.api.llama_batch_init(len(ids), 0, 1)
-        batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
-            batch.seq_id[i][0] = 0
-        assert self.api.llama_decode(self.context, batch) == 0
-        size = self.api.llama_vocab_n_tokens(self.vocabulary)
-        found = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (len(ids), size)).copy()
-        self.api.llama_batch_free(batch)
-        return torch.from_numpy(found)
-
-    def close(self) -> None:
-        self.api.llama_free(self.context)
-        self.api.llama_model_free(self.model)
-
-
 @contextmanager
-def reader(path: Path, tokens: int = 128) -> Iterator[Reader]:
-    """An open `Reader`."""
+def reader(path: Path, tokens: int = 128) -> Iterator[Any]:
+    """An open `llama_reader.Reader`; the test skips where llama.cpp is not installed."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    from engines.llama_reader import Reader
+
     opened = Reader(path, tokens)
     try:
         yield opened

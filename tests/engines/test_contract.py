@@ -27,7 +27,7 @@ def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
 def test_an_unknown_engine_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean transformers"):
         engines.get("transfomers")
-    with pytest.raises(InputError, match="there are assay, llama.cpp, plain"):
+    with pytest.raises(InputError, match="there are assay, llama.cpp, llama.cpp-fast, plain"):
         engines.get("xyz")
 
 

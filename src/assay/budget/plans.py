@@ -20,7 +20,7 @@ from assay.engines.serving import GIB
 from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.methods import base
+from assay.methods import base, menus
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.sites import Site, key_of
@@ -135,7 +135,7 @@ def _menu(
     prices: dict[str, dict[str, float]] = {}
     for row in found:
         columns = row.shape[1]
-        levels = [] if reasons[row.name] else [only] if only else kinds(columns)
+        levels = [] if reasons[row.name] else [menus.stand_in(only, columns)] if only else kinds(columns)
         offered[row.name] = [x for x in levels if contract.takes(x, columns)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],

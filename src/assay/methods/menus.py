@@ -20,6 +20,8 @@ LONG_BLOCKS = (
 )  # fmt: skip
 SHORT_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "iq4_nl")
 """What a plan chooses from where rows are whole blocks of 256 weights, and where they aren't."""
+STAND_INS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""Short blocks that lose no more than a kind of long ones; for every other kind it is iq4_nl."""
 
 
 def integers(columns: int) -> list[Level]:
@@ -49,6 +51,16 @@ def blocks(columns: int) -> list[Level]:
     """Block formats, none where rows are no whole blocks."""
     names = LONG_BLOCKS if columns % 256 == 0 else SHORT_BLOCKS
     return [x for x in map(Level.parse, names) if columns % (x.group_size or 1) == 0]
+
+
+def stand_in(level: Level, columns: int) -> Level:
+    """The level itself, or, where it is of blocks that don't divide the rows, the one that takes its place.
+
+    llama.cpp's own quantizer makes the same choice.
+    """
+    if level.format not in KINDS or columns % (level.group_size or 1) == 0:
+        return level
+    return Level.parse(STAND_INS.get(level.format, "iq4_nl"))
 
 
 def with_sparse(levels: Iterable[Level], share: float) -> list[Level]:

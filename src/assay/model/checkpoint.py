@@ -143,7 +143,7 @@ class Checkpoint:
 
     def kept_nbytes(self, name: str) -> int:
         """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
-        if len(self.parts(name)) == 1:
+        if len(self.parts(name)) == 1 and (name not in self.stored or self.stored[name].read is None):
             return self.nbytes(name)
         return math.prod(self.shape(name)) * self.kept_dtype(name).itemsize
 
@@ -193,7 +193,12 @@ class Checkpoint:
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
-        """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
+        """Every file a user needs beside the weights: all but weights, indexes and hidden files.
+
+        None beside a lone GGUF file, whose folder may be any.
+        """
+        if not (self.folder / "config.json").exists():
+            return []
         weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
         files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
         return [

@@ -48,7 +48,6 @@ def write(path: Path, matrix: Imatrix) -> None:
 
 def _write_gguf(path: Path, matrix: Imatrix) -> None:
     writer = GGUFWriter(path, "")
-    del writer.kv_data[0]["general.architecture"]
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [matrix.text])
     writer.add_uint32("imatrix.chunk_count", matrix.windows)
