@@ -29,7 +29,9 @@ SEEDS = 5
 EVICTORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "streaming_llm": (("streaming_llm",), {}), "h2o": (("h2o",), {}), "scissorhands": (("scissorhands",), {}),
     "keyformer": (("keyformer",), {}), "snapkv": (("snapkv",), {}), "pyramid": (("snapkv",), {"shape": "pyramid"}),
-    "prefixkv": (("prefixkv",), {}), "snapkv, prefix budgets": (("snapkv",), {"shape": "prefix"}),
+    "prefixkv": (("prefixkv",), {}),
+    "streaming_llm, generated stay": (("streaming_llm",), {"grows": True}), "h2o, generated stay": (("h2o",), {"grows": True}),
+    "snapkv, prefix budgets": (("snapkv",), {"shape": "prefix"}),
 }  # fmt: skip
 STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fp8": (("fp8",), {}), "kivi 4": (("kivi",), {"bits": 4}), "kivi 2": (("kivi",), {"bits": 2}),

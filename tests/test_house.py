@@ -19,7 +19,8 @@ FLOORS = {
     "measure": 1, "engines": 1, "runtime": 1,
     "methods": 2, "prove": 2,
     "budget": 3,
-    "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "cache_pricing": 5, "reranking": 4, "handover": 5, "polish": 5, "report": 4,
+    "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "cache_pricing": 5, "reranking": 4,
+    "handover": 5, "polish": 5, "report": 4,
     "run": 6, "": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip
