@@ -79,7 +79,8 @@ def continued(model: PreTrainedModel, tasks: Tasks, enter: Enter, inside: bool, 
         if inside:
             nbytes = size(held, cache)
             return feed(model, ids[:, CONTEXT:], cache, CONTEXT), nbytes
-    return feed(model, ids[:, CONTEXT:], cache, CONTEXT), size(held, cache)
+    nbytes = size(held, cache)
+    return feed(model, ids[:, CONTEXT:], cache, CONTEXT), nbytes
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:

@@ -29,7 +29,9 @@ SEEDS = 5
 EVICTORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "streaming_llm": (("streaming_llm",), {}), "h2o": (("h2o",), {}), "scissorhands": (("scissorhands",), {}),
     "keyformer": (("keyformer",), {}), "snapkv": (("snapkv",), {}), "pyramid": (("snapkv",), {"shape": "pyramid"}),
-    "prefixkv": (("prefixkv",), {}), "snapkv, prefix budgets": (("snapkv",), {"shape": "prefix"}),
+    "prefixkv": (("prefixkv",), {}),
+    "streaming_llm, generated stay": (("streaming_llm",), {"grows": True}), "h2o, generated stay": (("h2o",), {"grows": True}),
+    "snapkv, prefix budgets": (("snapkv",), {"shape": "prefix"}),
 }  # fmt: skip
 STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fp8": (("fp8",), {}), "kivi 4": (("kivi",), {"bits": 4}), "kivi 2": (("kivi",), {"bits": 2}),
@@ -162,7 +164,7 @@ def report(rows: Rows) -> str:
     lines.sort(key=lambda x: (-float(x[0][:-1]), float(x[4])))
     head = ("kept", "policy", "whose", "bytes / dense", "KL, nats", "recall, question in the prompt", "recall, question later")
     stored = [[r["policy"], f"{r['bytes']:.3f}", f"{r['kl']:.5f}", f"{r['known']:.0%}", f"{r['later']:.0%}"]
-              for r in sorted(rows.found(share=None), key=lambda r: r["kl"]) if "kl" in r]  # fmt: skip
+              for r in sorted(rows.found(who="ours", share=None), key=lambda r: r["kl"])]  # fmt: skip
     times = rows.found(who="time")
     contexts = sorted({r["context"] for r in times})
     clock = [[name, *(f"{r['step_ms']:.1f} ms, {r['bytes'] / 1e6:.2f} MB" for c in contexts

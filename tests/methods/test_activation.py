@@ -176,6 +176,17 @@ def test_perplexity_rises_by_p_percent_at_most_and_nearly(trained: Any) -> None:
     assert "ppl_p" in {m["name"] for m in assay.list_methods()}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_single_tokens_skip_rows_and_give_what_the_mask_gives(name: str) -> None:
+    """One token takes the kernel, two rows of the same token the masked product."""
+    found, ids = model("qwen2"), text(1)
+    with torch.no_grad(), assay.attach(found, name, calibration=ids):
+        assert found.model.layers[0].mlp.down_proj.weight.T.is_contiguous()
+        one, two = found(ids[:, :1], use_cache=False).logits, found(ids[:, :1].expand(2, -1), use_cache=False).logits
+    torch.testing.assert_close(one[0], two[0], atol=1e-5, rtol=1e-5)
+    assert found.model.layers[0].mlp.down_proj.weight.is_contiguous()
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="below 1"):
         Teal(sparsity=1.0)

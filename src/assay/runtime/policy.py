@@ -29,7 +29,6 @@ class Evictor(Protocol):
 
     statistics: ClassVar[int]
     shared: ClassVar[bool]
-    grows: ClassVar[bool]
 
     @property
     def budget(self) -> float: ...
@@ -39,6 +38,9 @@ class Evictor(Protocol):
 
     @property
     def sinks(self) -> int: ...
+
+    @property
+    def grows(self) -> bool: ...
 
     @property
     def shape(self) -> Shape: ...

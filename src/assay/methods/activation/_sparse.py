@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from assay.model.errors import InputError
+from assay.runtime.skip import skip_rows
 
 SAMPLED = 1 << 18
 STEP = 0.1
@@ -35,7 +36,11 @@ class Gate:
     def apply(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Output [..., out] of the masked map."""
         kept = self.kept(x)
-        out = functional.linear(x * kept, linear.weight, linear.bias)
+        if _skippable(linear, x):
+            out = skip_rows(x.flatten(), linear.weight.T, kept.flatten()).view(*x.shape[:-1], -1)
+            out = out if linear.bias is None else out + linear.bias
+        else:
+            out = functional.linear(x * kept, linear.weight, linear.bias)
         if self.factors is None:
             return out
         first, second = self.factors
@@ -138,6 +143,12 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
+def _skippable(linear: nn.Linear, x: Tensor) -> bool:
+    """One token on the CPU in float32, of a map whose weight lies input by input."""
+    single = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == torch.float32
+    return single and not torch.is_grad_enabled() and linear.weight.T.is_contiguous()
+
+
 def quantile(x: Tensor, share: float) -> float:
     """The value that a share of the numbers doesn't exceed; below all for 0."""
     if share <= 0:
@@ -148,20 +159,24 @@ def quantile(x: Tensor, share: float) -> float:
 
 @contextmanager
 def gated(maps: Mapping[str, nn.Linear], gates: Mapping[str, Gate], prompt: bool) -> Iterator[None]:
-    """Linear maps that pass their inputs through gates."""
+    """Linear maps that pass their inputs through gates; meanwhile their weights lie in memory input by input."""
 
     def stand_in(linear: nn.Linear, gate: Gate) -> Any:
         plain = linear.forward
         return lambda x: gate.apply(linear, x) if prompt or x.shape[-2] == 1 else plain(x)
 
     chosen = [(maps[name], gate) for name, gate in gates.items()]
+    before = [linear.weight.data for linear, _ in chosen]
     for linear, gate in chosen:
         linear.forward = stand_in(linear, gate)  # type: ignore[method-assign]
+        if linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
+            linear.weight.data = linear.weight.data.T.contiguous().T
     try:
         yield
     finally:
-        for linear, _ in chosen:
+        for (linear, _), weight in zip(chosen, before, strict=True):
             del linear.forward
+            linear.weight.data = weight
 
 
 def _inputs(model: PreTrainedModel, block: nn.Module, maps: Mapping[str, nn.Linear], ids: Tensor) -> Seen:

@@ -23,12 +23,12 @@ class Evict:
     needs: ClassVar[tuple[str, ...]] = ()
     statistics: ClassVar[int] = 0
     shared: ClassVar[bool] = False
-    grows: ClassVar[bool] = False
 
     budget: float = 0.5
     tokens: int | None = None
     sinks: int = 0
     shape: Shape = "uniform"
+    grows: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:

@@ -16,6 +16,7 @@ class Random(Evict):
     """Keeps tokens by chance, other ones in each head; what other policies must beat."""
 
     paper: ClassVar[str] = "none (baseline)"
+    grows: bool = True
     seed: int = 0
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:

@@ -21,7 +21,7 @@ class SnapKV(Evict):
     """
 
     paper: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation (2024), scored by the group's mean"
-    grows: ClassVar[bool] = True
+    grows: bool = True
     window: int = 32
     kernel: int = 5
     pooling: str = "mean"
