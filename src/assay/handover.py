@@ -15,6 +15,7 @@ import torch
 from assay.budget import plans
 from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
+from assay.budget.sweep import frontier
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
 from assay.engines.gguf import reopen as gguf_reopen
@@ -23,7 +24,7 @@ from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
-from assay.model.errors import ShortfallError
+from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
@@ -46,6 +47,7 @@ def hand_over(
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
         "sequential": results.sequential, "polish": results.polish,
+        "frontier": _frontier(profile, plan, contract),
         "seed": profile.index["settings"]["seed"],
         "reference": asdict(Reference.of(profile)), "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -93,6 +95,19 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
             ledger.add(Entry(name, planned, "copied", reason, before, after[name]))
     return ledger
+
+
+def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str, Any]]:
+    """What other sizes would have cost, corrected as the plan was, for the report; empty where a plan has no choice."""
+    try:
+        points = frontier(profile, 1.5, 8, 0.5, contract, plan.method, (), "lagrange")["points"]
+        ratio = plan.predicted / plans.checked(profile, plan, contract).predicted
+    except (InputError, ZeroDivisionError):
+        return []
+    sides = (side for point in points for side in (point, point["uniform"]))
+    for side in sides:
+        side |= {key: ratio * side[key] for key in ("predicted", "predicted_low", "predicted_high")}
+    return list(points)
 
 
 def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:

@@ -170,7 +170,7 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         (("--memory", "1GB", "--context", "32", "--engine", "vllm"), "MB of that are cache, activations and engine"),
         (("--memory", "1 parsec", "--context", "32"), "write it like 3.5GB"),
         (("--memory", "1GB", "--bits", "4", "--context", "32"), "one budget"),
-        (("--memory", "2GB", "--context", "32"), "use --engine vllm"),
+        (("--memory", "2GB", "--context", "32"), "--engine vllm"),
         (("--memory", "2GB", "--context", "32", "--engine", "vllm", "--cache", "fp4"), "vllm has fp16, fp8"),
         (("--memory", "2GB", "--context", "32k", "--engine", "vllm"), "more than the 64 tokens that this model reads"),
         *((("--bits", "5", "--context", text), "tokens above zero") for text in ("0", "-4", "1.5", "many")),

@@ -387,8 +387,10 @@ def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan
     low, expected, high = forecast.corrected(plan.predicted, twin.predicted, measured)
     uniform = dict(plan.uniform) | {"measured": measured}
     sentence = _sentence(expected, low, high, uniform | {"predicted": measured})
+    ratio = expected / plan.predicted if plan.predicted else 1.0
+    more = plan.more and dict(plan.more) | {"predicted": plan.more["predicted"] * ratio}
     return dataclasses.replace(
-        plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence
+        plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence, more=more
     )
 
 

@@ -37,7 +37,6 @@ class Row:
 class Facts:
     """Everything about one result. verdict: None before `assay verify`; licence: name of the file with it."""
 
-    folder: str
     plan: Plan
     recipe: Mapping[str, Any]
     ledger: Sequence[Entry]
@@ -70,7 +69,7 @@ def read(folder: str | Path) -> Facts:
         raise InputError(f"{notes}: {DAMAGED} ({error})") from None
     licence = next((p.name for p in sorted(root.iterdir()) if p.name.lower().startswith(("licen", "copying"))), None)
     return Facts(
-        root.resolve().name, Plan.load(notes / "plan.yaml"), read_json(notes / "recipe.json", DAMAGED), ledger, rows,
+        Plan.load(notes / "plan.yaml"), read_json(notes / "recipe.json", DAMAGED), ledger, rows,
         read_json(verdict, DAMAGED) if verdict.exists() else None, licence,
     )  # fmt: skip
 
