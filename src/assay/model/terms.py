@@ -10,6 +10,7 @@ from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.level import Level
+from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
@@ -18,7 +19,7 @@ SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
     "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
     "weight_table_rest", "weight_low", "weight_places",
-    "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
+    "weight_g_idx", "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
 
@@ -121,7 +122,8 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
 
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
     if level.format == "int":
-        return PackedInteger.from_tensors(stored, level)
+        codes = PackedInteger.from_tensors(stored, level)
+        return PackedOrdered.of(codes, stored["weight_g_idx"]) if "weight_g_idx" in stored else codes
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
     if level.format == "planes":
