@@ -14,6 +14,8 @@ from assay.budget import plans
 from assay.budget.plan import Plan
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
+from assay.engines.fused import share_units
+from assay.engines.layout import nbytes
 from assay.execute import Results
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -29,7 +31,9 @@ def hand_over(
     model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
 ) -> dict[str, Any]:
     """Write the folder, reopen it with another reader, and close the ledger."""
-    loaders, source = results.loaders(), model.checkpoint.replaced(results.plain)
+    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
+    loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
+    source = model.checkpoint.replaced(results.plain)
     ledger = _ledger(model, source, plan, results, contract)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
@@ -46,7 +50,6 @@ def hand_over(
         "assay/plan.yaml": plan.to_text(), "assay/recipe.json": json.dumps(recipe, indent=1, sort_keys=True) + "\n",
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
     }  # fmt: skip
-    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
     write.write(destination, source, loaders, contract, extra, levels, turned)
     try:
@@ -71,7 +74,8 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
         before = checkpoint.nbytes(name)
         if name in results.solved:
             solved = results.solved[name]
-            after = results.packed(name).nbytes if contract.layout != "plain" else write.plain_nbytes(checkpoint, name)
+            plain = contract.layout == "plain"
+            after = write.plain_nbytes(checkpoint, name) if plain else nbytes(contract.layout, results.packed(name))
             fate: Fate = "fell_back" if solved.fell_back else "done"
             ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
         elif name in results.plain:

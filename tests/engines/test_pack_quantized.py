@@ -20,8 +20,8 @@ from torch import Tensor
 
 import assay
 from assay import engines
-from assay.engines.write import quantization_config
 from assay.model.checkpoint import Checkpoint
+from assay.model.layouts.compressed_tensors import config as quantization_config
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
 from assay.model.shards import TensorInfo

@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 from assay.model.errors import InputError
 from assay.model.level import Level
 
+Nbytes = Callable[[Level, int, int, int], int]
+"""Exact bytes of a weight at a level, from its rows, columns and bytes a scale."""
+
 
 @dataclass(frozen=True)
 class SiteRow:
@@ -62,8 +65,9 @@ def build(
     fused: Sequence[frozenset[str]],
     treat_outside: bool,
     keep: Sequence[str] = (),
+    nbytes: Nbytes = Level.nbytes,
 ) -> list[Decision]:
-    """The menu. prices: damage by site and level name; fused: roles that must share a level.
+    """The menu. prices: damage by site and level name; fused: roles that must share a level; nbytes: see `Nbytes`.
 
     A level is left out where it has no finite price at one of the sites decided together, or doesn't make
     them smaller. Raises InputError for a `keep` pattern that matches no site.
@@ -73,7 +77,7 @@ def build(
     together: dict[tuple[object, ...], list[SiteRow]] = {}
     for row in rows:
         together.setdefault(_key(row, fused), []).append(row)
-    return [_decision(group, prices, levels, treat_outside, kept) for group in together.values()]
+    return [_decision(group, prices, levels, treat_outside, kept, nbytes) for group in together.values()]
 
 
 def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
@@ -103,20 +107,21 @@ def _decision(
     levels: Callable[[SiteRow], list[Level]],
     treat_outside: bool,
     kept: set[str],
+    nbytes: Nbytes,
 ) -> Decision:
     inside = group[0].block is not None
     stored = Option(None, sum(r.stored_bytes for r in group), 0.0)
     options: list[Option] = []
     if (inside or treat_outside) and not any(r.name in kept for r in group):
         common = set.intersection(*(set(levels(r)) for r in group))
-        options = [_option(group, prices, level) for level in sorted(common)]
+        options = [_option(group, prices, level, nbytes) for level in sorted(common)]
     useful = (*_useful(o for o in options if o.nbytes < stored.nbytes and math.isfinite(o.damage)), stored)
     return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, useful)
 
 
-def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level) -> Option:
-    nbytes = sum(level.nbytes(*r.shape, r.scale_itemsize) for r in group)
-    return Option(level.name, nbytes, sum(prices.get(r.name, {}).get(level.name, math.inf) for r in group))
+def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level, nbytes: Nbytes) -> Option:
+    total = sum(nbytes(level, *r.shape, r.scale_itemsize) for r in group)
+    return Option(level.name, total, sum(prices.get(r.name, {}).get(level.name, math.inf) for r in group))
 
 
 def _useful(options: Iterable[Option]) -> list[Option]:

@@ -13,6 +13,7 @@ from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
+from assay.engines.layout import check_alike
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.methods import base
@@ -93,7 +94,7 @@ def _menu(
         offered[row.name] = [x for x in levels if contract.takes(x, columns)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep)  # fmt: skip
+                         contract.fused, outside, keep, contract.nbytes)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
     asked = [row.name for row in found if outside or row.block is not None]
@@ -123,13 +124,38 @@ def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
 ) -> Plan:
     """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    only = _only(budget)
+    if contract.one_level and budget.level is None:
+        return _best_single(profile, budget, contract, method, keep, planner, uniform)
+    return _make(profile, budget, contract, method, keep, planner, uniform, _only(budget))
+
+
+def _best_single(
+    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
+) -> Plan:
+    """The best plan that gives every site one and the same level or keeps it. Raises InputError when none fits."""
+    columns = {row.shape[1] for row in _rows(profile)}
+    levels = {x for c in columns for x in base.get(method)().levels(c) if contract.takes(x, c)}
+    found, problems = [], []
+    for level in sorted(levels):
+        try:
+            found.append(_make(profile, budget, contract, method, keep, planner, uniform, level))
+        except InputError as error:
+            problems.append(error)
+    if found:
+        return min(found, key=lambda p: (p.predicted, p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
+    raise problems[0] if problems else InputError(f"{contract.name} can't hold what {method} makes; --engine assay can")
+
+
+def _make(
+    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
+    only: Level | None,
+) -> Plan:  # fmt: skip
     options = decisions(profile, contract, method, budget.size is not None, keep, only)
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
-    elif only:
+    elif budget.level:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     else:
@@ -165,7 +191,7 @@ def _assemble(
         option = d.options[c]
         why = _why(d, c)
         for site in d.sites:
-            choices[site] = Choice(option.level, _nbytes(own[site], option.level), option.damage / len(d.sites), why)
+            choices[site] = Choice(option.level, _nbytes(contract, own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
         "predicted": forecast.kl(method, plain_damage)[1],
@@ -179,8 +205,8 @@ def _assemble(
     )  # fmt: skip
 
 
-def _nbytes(row: SiteRow, level: str | None) -> int:
-    return row.stored_bytes if level is None else Level.parse(level).nbytes(*row.shape, row.scale_itemsize)
+def _nbytes(contract: Contract, row: SiteRow, level: str | None) -> int:
+    return row.stored_bytes if level is None else contract.nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
 
 
 def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:
@@ -227,6 +253,8 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     for name, chosen in plan.choices.items():
         if name in known and chosen.level:
             _check_group_size(known[name], chosen.level)
+    if contract.one_level:
+        check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
     budget = Budget(**plan.budget)
     outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
     options = decisions(profile, contract, plan.method, outside, (), _only(budget))

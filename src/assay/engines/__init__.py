@@ -8,7 +8,7 @@ import importlib
 from assay.engines.contract import Contract
 from assay.model.errors import InputError
 
-NAMES = ("assay", "plain", "transformers", "vllm")
+NAMES = ("assay", "awq", "gptq", "gptq-v2", "plain", "transformers", "vllm", "vllm-w8a8")
 
 
 def get(name: str) -> Contract:
@@ -17,5 +17,5 @@ def get(name: str) -> Contract:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
         raise InputError(f"unknown engine {name!r}; {hint}")
-    contract: Contract = importlib.import_module(f"assay.engines.{name}").CONTRACT
+    contract: Contract = importlib.import_module(f"assay.engines.{name.replace('-', '_')}").CONTRACT
     return contract

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from assay.engines.layout import LAYOUTS
 from assay.model.level import Level
 
 
@@ -11,10 +12,11 @@ from assay.model.level import Level
 class Contract:
     """Rules of one engine.
 
-    layout: how weights are stored; since: the first version known to read it; formats: see `FORMATS`; bits,
-    group_sizes (None is one group per row) and symmetric narrow them, () for all; sums: whether exact weights and
-    low-rank terms may go with the codes; fused: roles that share one level; head, embedding, experts, transposed:
-    whether these may be compressed; least_outputs: rows that a matrix must have.
+    layout: how weights are stored, see `LAYOUTS`; since: the first version known to read it; formats: see `FORMATS`;
+    bits, group_sizes (None is one group per row) and symmetric narrow them, () for all; also: further levels by name;
+    sums: whether exact weights and low-rank terms may go with the codes; one_level: whether all weights share a level;
+    fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
+    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be.
     """
 
     name: str
@@ -24,13 +26,16 @@ class Contract:
     bits: tuple[float, ...] = ()
     group_sizes: tuple[int | None, ...] = ()
     symmetric: tuple[bool, ...] = ()
+    also: tuple[str, ...] = ()
     sums: bool = False
+    one_level: bool = False
     fused: tuple[frozenset[str], ...] = ()
     head: bool = False
     embedding: bool = False
     experts: bool = False
     transposed: bool = False
     least_outputs: int = 1
+    multiples: tuple[int, int] = (1, 1)
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
 
@@ -54,15 +59,25 @@ class Contract:
             return f"{self.name} keeps the embedding"
         if shape[0] < self.least_outputs:
             return f"{self.name} can't read compressed matrices of fewer than {self.least_outputs} outputs"
+        if any(n % m for n, m in zip(shape, self.multiples, strict=True)):
+            rows, columns = self.multiples
+            return f"{self.name} packs {rows} outputs and {columns} inputs together; {shape[0]} and {shape[1]} don't divide"
         return None
 
     def takes(self, level: Level, columns: int) -> bool:
         """Whether a weight of so many inputs may be stored at a level."""
+        whole = level.group_size is None or columns % level.group_size == 0
+        if level.name in self.also:
+            return whole
         return (
             level.format in self.formats
             and (not self.bits or level.bits in self.bits)
             and (not self.group_sizes or level.group_size in self.group_sizes)
             and (not self.symmetric or level.format != "int" or level.symmetric in self.symmetric)
-            and (level.group_size is None or columns % level.group_size == 0)
+            and whole
             and (self.sums or level == level.base)
         )
+
+    def nbytes(self, level: Level, rows: int, columns: int, itemsize: int) -> int:
+        """Exact bytes of a weight [rows, columns] at a level; itemsize: of the model's numbers."""
+        return LAYOUTS[self.layout].nbytes(level, rows, columns, itemsize)

@@ -3,7 +3,7 @@
 from assay.engines.contract import Contract
 
 CONTRACT = Contract(
-    name="vllm", layout="pack-quantized", since="vllm 0.10", bits=(4, 8), group_sizes=(32, 64, 128, None),
-    symmetric=(True, False), experts=True, least_outputs=9,
+    name="vllm", layout="compressed-tensors", since="vllm 0.10", bits=(4, 8), group_sizes=(32, 64, 128, None),
+    symmetric=(True, False), also=("fp8-channel", "nvfp4-g16"), experts=True, least_outputs=9,
     fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from assay.model.bits import pack_rows, unpack_rows
 from assay.model.errors import InputError
 from assay.model.layouts.base import Headers, Parts, Stored, check_shapes, modules, need, packed, parts_of, setting
+from assay.model.layouts.gptq import pattern
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedInteger
 
@@ -26,7 +27,8 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     """Every module in this layout, by its weight's name. Raises InputError for another version or width."""
-    version, bits = setting(config, "version", str, "gemm"), setting(config, "bits", int, setting(config, "w_bit", int, 4))
+    settings = config["quantization_config"]
+    version, bits = setting(settings, "version", str, "gemm"), setting(settings, "bits", int, setting(settings, "w_bit", int, 4))
     if str(version).lower() != "gemm" or bits != 4:
         raise InputError(f"config.json: AWQ version {version} with {bits} bits; assay reads version gemm with 4 bits")
     found = {}
@@ -37,7 +39,8 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
         if not groups or columns % groups:
             raise InputError(f"{module}qweight: {columns} inputs in {groups} groups; download the model again")
         check_shapes(module, stored, {"scales": (groups, 8 * words), "qzeros": (groups, words)})
-        level = Level(4, None if groups == 1 else columns // groups)
+        whole = groups == 1 and settings.get("group_size") != columns
+        level = Level(4, None if whole else columns // groups)
         found[f"{module}weight"] = packed(
             parts_of(stored, module, SUFFIXES), shape, stored[f"{module}scales"].dtype, level,
             lambda parts, level=level: _restore(parts, level),  # type: ignore[misc]
@@ -81,9 +84,9 @@ def nbytes(level: Level, rows: int, columns: int, itemsize: int) -> int:
 
 
 def config(levels: Mapping[str, Level], kept: list[str]) -> dict[str, Any]:
-    """quantization_config of modules that share one level."""
+    """quantization_config of modules that share one level; what stays is named twice, GPTQModel reads rules only."""
     (level,) = {(x.bits, x.group_size) for x in levels.values()}
     return {
         "quant_method": "awq", "bits": int(level[0]), "group_size": level[1] or -1, "zero_point": True, "version": "gemm",
-        "modules_to_not_convert": sorted(kept) or None,
+        "modules_to_not_convert": sorted(kept) or None, "dynamic": {f"-:{pattern(name)}": {} for name in sorted(kept)} or None,
     }  # fmt: skip

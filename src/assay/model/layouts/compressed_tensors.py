@@ -1,7 +1,7 @@
 """The layouts of compressed-tensors 0.20, as vLLM, SGLang and transformers read them, one format a module.
 
-- `pack-quantized`: integers as dense streams of bits, scales [out, groups], packed zero points, `weight_g_idx` where
-  groups are not neighbours.
+- `pack-quantized`: integers as dense streams of bits, scales [out, groups], packed zero points; older files have a
+  `weight_g_idx` where groups are not neighbours, which the library reads no more.
 - `int-quantized`, `float-quantized`, `naive-quantized`: one int8 or FP8 number a weight; scales of the tensor, of rows, of
   groups or of blocks; zero points in int8. `mxfp8-quantized`: the same with exponents for scales.
 - `nvfp4-pack-quantized`, `mxfp4-pack-quantized`: two E2M1 patterns a byte, the lower nibble first, with E4M3 scales that
@@ -156,9 +156,7 @@ def _blocks(name: str, sides: list[int], found: Parts) -> Tensor:
     return (found["weight"].float() * spread_blocks(name, scale.float(), found["weight"].shape, sides)).to(scale.dtype)
 
 
-def _table(
-    codes: Tensor, patterns: Tensor, level: Level, dtype: torch.dtype, scale: Tensor, unit: Tensor | None
-) -> PackedTable:
+def _table(codes: Tensor, patterns: Tensor, level: Level, dtype: torch.dtype, scale: Tensor, unit: Tensor | None) -> PackedTable:
     try:
         places = floats.to_places(codes, patterns)
     except ValueError as error:
@@ -206,17 +204,14 @@ def nbytes(level: Level, rows: int, columns: int, itemsize: int, rounded_inputs:
     return rows * columns * int(level.bits) // 8 + rows * level.groups(columns) * one + 4 * (form == NIBBLES[0])
 
 
-def config(
-    levels: Mapping[str, Level], kept: list[str], rounded_inputs: bool = False, ordered: frozenset[str] = frozenset()
-) -> dict[str, Any]:
-    """quantization_config: one group a level, and the linear modules that stay. ordered: weights with `weight_g_idx`."""
-    kinds = sorted({(level, name in ordered) for name, level in levels.items()})
+def config(levels: Mapping[str, Level], kept: list[str], rounded_inputs: bool = False) -> dict[str, Any]:
+    """quantization_config: one group a level, and the linear modules that stay."""
     groups: dict[str, Any] = {}
-    for index, (level, order) in enumerate(kinds):
-        own = sorted(n.removesuffix(".weight") for n, x in levels.items() if (x, n in ordered) == (level, order))
+    for index, level in enumerate(sorted(set(levels.values()))):
         groups[f"group_{index}"] = {
-            "targets": own, "weights": _arguments(level, order), "output_activations": None,
-            "input_activations": _inputs(level) if rounded_inputs else None, "format": format_of(level, rounded_inputs),
+            "targets": sorted(name.removesuffix(".weight") for name, own in levels.items() if own == level),
+            "weights": _arguments(level), "input_activations": _inputs(level) if rounded_inputs else None,
+            "output_activations": None, "format": format_of(level, rounded_inputs),
         }  # fmt: skip
     formats = {group["format"] for group in groups.values()}
     return {
@@ -226,12 +221,12 @@ def config(
     }  # fmt: skip
 
 
-def _arguments(level: Level, ordered: bool) -> dict[str, Any]:
+def _arguments(level: Level) -> dict[str, Any]:
     by_group = {"nvfp": "tensor_group"}.get(level.format, "group")
     found: dict[str, Any] = {
         "num_bits": level.bits, "type": "int" if level.format == "int" else "float", "symmetric": level.symmetric,
         "strategy": "channel" if level.group_size is None else by_group, "group_size": level.group_size,
-        "dynamic": False, "actorder": "group" if ordered else None, "block_structure": None, "observer": "minmax",
+        "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
         "observer_kwargs": {},
     }  # fmt: skip
     kinds = {"nvfp": "torch.float8_e4m3fn", "mxfp": "torch.uint8"}

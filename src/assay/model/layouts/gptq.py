@@ -2,7 +2,7 @@
 
 Codes are dense little-endian bit streams, along the inputs for weights and along the outputs for zero points, in int32.
 Version 1 stores zero points less one, version 2 (`checkpoint_format: gptq_v2`) as they are. Readers of version 1 differ
-about a zero point of 0, so what has zero points of its own is written as version 2.
+about a zero point of 0, so what has zero points of its own is written as version 2 only.
 Source: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022), as AutoGPTQ and
 GPTQModel 7.7 store it.
 """
@@ -31,8 +31,9 @@ FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate
 
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     """Every module in this layout, by its weight's name. Raises InputError for what contradicts itself."""
-    later = setting(config, "checkpoint_format", str, "gptq") == "gptq_v2"
-    bits = setting(config, "bits", int, None)
+    settings = config["quantization_config"]
+    later = setting(settings, "checkpoint_format", str, "gptq") == "gptq_v2"
+    bits = setting(settings, "bits", int, None)
     found = {}
     for module in modules(stored, "qweight"):
         need(stored, module, ("qzeros", "scales"))
@@ -47,7 +48,9 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
         if width not in FORMATS["int"].bits or not groups or columns % groups:
             raise InputError(f"{module}qweight: {words} words of 32 bits for {columns} inputs in {groups} groups")
         check_shapes(module, stored, {"scales": (groups, rows), "qzeros": (groups, -(-rows * width // 32))})
-        level = Level(width, None if groups == 1 else columns // groups, _symmetric(config, module))
+        facts = _facts_of(settings, module)
+        whole = groups == 1 and facts.get("group_size") != columns
+        level = Level(width, None if whole else columns // groups, bool(facts.get("sym", False)))
         shape = (rows, columns)
         found[f"{module}weight"] = packed(
             parts_of(stored, module, SUFFIXES), shape, stored[f"{module}scales"].dtype, level,
@@ -56,12 +59,12 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     return found
 
 
-def _symmetric(config: Mapping[str, Any], module: str) -> bool:
-    for rule, change in (setting(config, "dynamic", dict, None) or {}).items():
-        positive = not str(rule).startswith("-:")
-        if positive and "sym" in change and re.match(str(rule).removeprefix("+:"), module.removesuffix(".")):
-            return bool(change["sym"])
-    return bool(setting(config, "sym", bool, False))
+def _facts_of(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """Settings of a module, the first rule that names it included."""
+    for rule, change in (setting(settings, "dynamic", dict, None) or {}).items():
+        if not str(rule).startswith("-:") and re.match(str(rule).removeprefix("+:"), module.removesuffix(".")):
+            return {**settings, **change}
+    return dict(settings)
 
 
 def _restore(parts: Parts, level: Level, shape: tuple[int, int], later: bool) -> Packed:
@@ -99,31 +102,29 @@ def nbytes(level: Level, rows: int, columns: int, itemsize: int) -> int:
     return rows * columns * bits // 8 + groups * rows * bits // 8 + groups * rows * itemsize + 4 * columns
 
 
-def config(levels: Mapping[str, Level], kept: list[str], ordered: bool = False) -> dict[str, Any]:
-    """quantization_config: the commonest level, rules for modules at others and for the linear ones that stay."""
+def config(levels: Mapping[str, Level], kept: list[str], later: bool, ordered: bool) -> dict[str, Any]:
+    """quantization_config: the commonest level, rules for modules at others and for the linear ones that stay.
+
+    later: whether zero points are stored as they are; ordered: whether groups of some weights are not neighbours.
+    """
     common = max(Counter(levels.values()).items(), key=lambda pair: (pair[1], pair[0]))[0]
     rules: dict[str, dict[str, Any]] = {}
     for name, level in sorted(levels.items()):
         if level != common:
-            rules[f"+:{_pattern(name.removesuffix('.weight'))}"] = _facts(level)
-    rules |= {f"-:{_pattern(name)}": {} for name in sorted(kept)}
+            rules[f"+:{pattern(name.removesuffix('.weight'))}"] = _facts(level)
+    rules |= {f"-:{pattern(name)}": {} for name in sorted(kept)}
     return {
         "quant_method": "gptq", **_facts(common), "desc_act": ordered, "lm_head": False, "true_sequential": True,
-        "checkpoint_format": "gptq_v2" if needs_later(levels) else "gptq", "pack_dtype": "int32",
-        "dynamic": rules or None,
+        "checkpoint_format": "gptq_v2" if later else "gptq", "pack_dtype": "int32", "dynamic": rules or None,
     }  # fmt: skip
-
-
-def needs_later(levels: Mapping[str, Level]) -> bool:
-    """Whether a model at these levels is written as version 2."""
-    return not all(level.symmetric for level in levels.values())
 
 
 def _facts(level: Level) -> dict[str, Any]:
     return {"bits": int(level.bits), "group_size": level.group_size or -1, "sym": level.symmetric}
 
 
-def _pattern(module: str) -> str:
+def pattern(module: str) -> str:
+    """A regular expression for one module, under the name that vLLM gives it when it joins it with others too."""
     parent, _, leaf = module.rpartition(".")
     names = f"(?:{leaf}|{FUSED[leaf]})" if leaf in FUSED else re.escape(leaf)
     return f"^{re.escape(parent)}{re.escape('.') if parent else ''}{names}$"
