@@ -6,12 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "builtin_model", "compress", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "transform",
+    "builtin_model", "compress", "convert", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "transform",
     "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from assay.run import builtin_model, compress, export, inspect, job, list_methods, load, plan, profile, transform, verify
+    from assay.run import (
+        builtin_model,
+        compress,
+        convert,
+        export,
+        inspect,
+        job,
+        list_methods,
+        load,
+        plan,
+        profile,
+        transform,
+        verify,
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

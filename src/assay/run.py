@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import assay.engines.convert
 import assay.engines.load
 from assay import engines
 from assay.budget import plans, presets
@@ -208,10 +209,13 @@ def transform(
 
 
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
-    """Write a result in another layout: plain (decoded) or compressed-tensors."""
+    """Write a compressed checkpoint in another layout, see `TARGETS`, where that holds the same weights exactly."""
     _check_destination(Path(destination))
-    assay.engines.load.export(Path(out), to, Path(destination))
-    return {"out": str(destination), "to": to, "bytes": Checkpoint.open(destination).weight_bytes}
+    contract = assay.engines.convert.convert(Path(out), to, Path(destination))
+    return {"out": str(destination), "to": to, "engine": contract.name, "bytes": Checkpoint.open(destination).weight_bytes}
+
+
+convert = export
 
 
 def load(out: str | Path) -> Any:

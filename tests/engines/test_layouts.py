@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import readers
-from engines.samples import random_packed
+from engines.samples import folder_of, random_packed, shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,31 +23,10 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.ordered import PackedOrdered
-from assay.model.packed import Packed, PackedInteger
+from assay.model.packed import Packed
 
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 LAYOUT = ("gptq", "gptq-v2", "awq", "compressed-tensors", "compressed-tensors-w8a8")
-
-
-def folder_of(folder: Path, layout: str, weights: dict[str, Packed], kept: list[str] | None = None) -> Checkpoint:
-    """A checkpoint of these modules alone, in a layout."""
-    levels = {f"{module}.weight": weight.level for module, weight in weights.items()}
-    ordered = frozenset(f"{m}.weight" for m, w in weights.items() if isinstance(w, PackedOrdered))
-    describe = LAYOUTS[layout].config
-    assert describe is not None
-    folder.mkdir(exist_ok=True)
-    config = {"model_type": "llama", "dtype": "float32", "quantization_config": describe(levels, kept or [], ordered)}
-    (folder / "config.json").write_text(json.dumps(config))
-    stored = {f"{m}.{suffix}": t for m, w in weights.items() for suffix, t in LAYOUTS[layout].tensors(w).items()}
-    save_file(stored, folder / "model.safetensors")
-    return Checkpoint.open(folder)
-
-
-def shuffled(weight: PackedInteger, seed: int) -> Packed:
-    """The same codes in groups of inputs that are not neighbours."""
-    columns = weight.codes.shape[1]
-    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
-    return PackedOrdered.of(weight, order // (columns // weight.scale.shape[1]))
 
 
 @settings(max_examples=40)

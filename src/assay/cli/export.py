@@ -1,4 +1,4 @@
-"""assay export: a result in another layout."""
+"""assay export, also called assay convert: a result in another layout."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import typer
 from assay.cli.answer import Answer, command
 from assay.cli.options import Json, Output
 
-Result = Annotated[Path, typer.Argument(metavar="OUT", help="Folder that assay compress wrote.", show_default=False)]
-Layout = Annotated[str, typer.Option("--to", metavar="LAYOUT", help="plain (decoded) or compressed-tensors.", show_default=False)]
+FOLDER, NAMES = (
+    "Folder that assay compress wrote, or any compressed checkpoint.",
+    "plain, compressed-tensors, gptq, awq or assay.",
+)
+Result = Annotated[Path, typer.Argument(metavar="OUT", help=FOLDER, show_default=False)]
+Layout = Annotated[str, typer.Option("--to", metavar="LAYOUT", help=NAMES, show_default=False)]
 
 
 @command()
 def run(out: Result, to: Layout, output: Output, as_json: Json = False) -> Answer:
-    """Write a result as plain decoded weights or in the compressed-tensors layout."""
+    """Write a compressed checkpoint in another layout that holds the same weights exactly."""
     import assay
     from assay.report import tables
 

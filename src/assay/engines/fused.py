@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from assay.model.packed import Packed, PackedTable
 Loaders = Mapping[str, Callable[[], Packed]]
 
 
-def siblings(names: Mapping[str, Level]) -> list[list[str]]:
+def siblings(names: Iterable[str]) -> list[list[str]]:
     """Weights that engines stack into one matrix, by the names that they know (q, k, v; gate, up)."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
@@ -29,7 +29,7 @@ def siblings(names: Mapping[str, Level]) -> list[list[str]]:
 def share_units(packed: Loaders, levels: Mapping[str, Level]) -> Loaders:
     """Loaders that give NVFP4 weights of one stacked matrix the same unit; values stay. Others are left alone."""
     changed = dict(packed)
-    for group in siblings({n: x for n, x in levels.items() if x.format == "nvfp"}):
+    for group in siblings(n for n, x in levels.items() if x.format == "nvfp"):
         units = [weight.global_scale for n in group if isinstance(weight := packed[n](), PackedTable)]
         unit = torch.stack([u for u in units if u is not None]).amax(0)
         changed |= {n: partial(_in_unit, n, packed[n], unit) for n in group}

@@ -1,15 +1,13 @@
-"""A result as a transformers model, or in another layout."""
+"""A result as a transformers model."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from assay.engines import get, write
+from assay.engines.convert import convert
 from assay.model.checkpoint import Checkpoint
-from assay.model.errors import InputError
 
 
 def load(folder: Path) -> Any:
@@ -20,25 +18,8 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     source = Checkpoint.open(folder)
-    if (source.config.get("quantization_config") or {}).get("quant_method") != "assay":
+    if (source.config.get("quantization_config") or {}).get("quant_method") in (None, "compressed-tensors"):
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
     with tempfile.TemporaryDirectory(prefix="assay-") as work:
-        export(folder, "plain", Path(work) / "plain")
+        convert(folder, "plain", Path(work) / "plain")
         return AutoModelForCausalLM.from_pretrained(Path(work) / "plain", dtype="auto")
-
-
-def export(folder: Path, to: str, destination: Path) -> None:
-    """Write a packed result as `plain` decoded weights, or copy it as `compressed-tensors`. Raises InputError."""
-    source = Checkpoint.open(folder)
-    if to == "compressed-tensors":
-        if (source.config.get("quantization_config") or {}).get("quant_method") != "compressed-tensors":
-            raise InputError(f"{folder} is not in that layout; compress it for transformers or vllm instead")
-        write.check_space(destination.absolute().parent, source.weight_bytes)
-        with write.new_folder(destination) as folder:
-            shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-        return
-    if to != "plain":
-        raise InputError(f"unknown layout {to!r}; there are plain and compressed-tensors")
-    packed = {name: (lambda n=name: source.read_packed(n)) for name in source.levels}
-    turned = frozenset(name for name in source.levels if source.turned(name))
-    write.write(destination, source, packed, get("plain"), {}, source.levels, turned)
