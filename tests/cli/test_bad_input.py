@@ -288,4 +288,4 @@ def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixtu
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
     refused(capfd, room, ("verify", "small", "--against", "m", "--text", "text.txt"), "judge it on other text")
     refused(capfd, room, ("convert", "small", "--to", "gguff", "-o", "out"), "unknown layout 'gguff'; there are")
-    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "is not in that layout")
+    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "no compressed weights that assay can move")

@@ -18,6 +18,7 @@ from assay.engines.convert import TARGETS
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.level import Level
+from assay.model.terms import Exact, PackedSum
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -110,9 +111,12 @@ def test_one_level_inside_a_joined_projection(tmp_path: Path) -> None:
 
 
 def test_codes_and_terms_fit_only_assay(tmp_path: Path) -> None:
-    model, text = save("llama", tmp_path / "m", **WIDE), text_file(tmp_path)
-    options = {"calibration": text, "tokens": 256, "window": 32, "engine": "assay", "method": "sparse_gptq"}
-    assay.compress(model, tmp_path / "out", level="int4-g32-asym+sparse0.01", **options)
+    source = Checkpoint.open(save("llama", tmp_path / "m", **WIDE))
+    name, level = "model.layers.0.mlp.down_proj.weight", Level(4, 32, sparse=0.01)
+    plain = random_packed(level.base, *source.shape(name), source.dtype(name), 0)
+    exact = Exact.of(source.read(name), source.read(name).abs() > 0.05, source.dtype(name))
+    loaders = {name: lambda: PackedSum(level, plain, None, exact)}
+    write.write(tmp_path / "out", source, loaders, engines.get("assay"), {}, {name: level})
     for to in sorted(TARGETS.keys() - {"assay", "plain"}):
         with pytest.raises(InputError, match="sparse0.01"):
             assay.convert(tmp_path / "out", to, tmp_path / "moved")

@@ -19,6 +19,7 @@ from assay import engines
 from assay.engines import reopen
 from assay.engines.layout import LAYOUTS
 from assay.methods import base
+from assay.methods.quantize.nearest import Nearest
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.level import Level
@@ -65,7 +66,7 @@ def solved(level: str, rows: int, columns: int, dtype: torch.dtype, seed: int) -
     wanted = Level.parse(level)
     weight = torch.randn(1, rows, columns, generator=torch.Generator().manual_seed(seed))
     weight[0, 0, : wanted.group_size or columns] = 0
-    return base.get("nearest")().encode(weight, wanted, dtype, base.Statistics())[0]
+    return Nearest().encode(weight, wanted, dtype, base.Statistics())[0]
 
 
 HELD = {
