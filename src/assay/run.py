@@ -218,9 +218,9 @@ def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
 convert = export
 
 
-def load(out: str | Path) -> Any:
-    """A transformers model of a result."""
-    return assay.engines.load.load(Path(out))
+def load(out: str | Path, kernels: bool = True) -> Any:
+    """A transformers model of a compressed checkpoint that stays compressed in memory; kernels: see `engines.load`."""
+    return assay.engines.load.load(Path(out), kernels)
 
 
 def list_methods() -> list[dict[str, Any]]:

@@ -1,25 +1,87 @@
-"""A result as a transformers model."""
+"""A compressed checkpoint as a transformers model that runs compressed."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from assay.engines.convert import convert
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from assay.engines.kernels import PackedExperts, PackedLinear
 from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
+from assay.model.sites import Site, empty_model, survey
 
 
-def load(folder: Path) -> Any:
-    """The model of a folder through stock transformers, which decodes packed weights at the first forward pass.
+def load(folder: Path, kernels: bool = True) -> Any:
+    """The model of a folder: its compressed linear layers stay compressed in memory and run through torch's kernels.
 
-    Assay's own layout is decoded first, into a temporary folder.
+    kernels: False decodes each layer at every call instead, to the bit what the weights say. Nothing compressed: the model
+    as stock transformers opens it. Raises InputError for what transformers has no model of.
     """
-    from transformers import AutoModelForCausalLM
-
     source = Checkpoint.open(folder)
-    if (source.config.get("quantization_config") or {}).get("quant_method") in (None, "compressed-tensors"):
+    if not source.levels:
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-    with tempfile.TemporaryDirectory(prefix="assay-") as work:
-        convert(folder, "plain", Path(work) / "plain")
-        return AutoModelForCausalLM.from_pretrained(Path(work) / "plain", dtype="auto")
+    model = empty_model(source)
+    anatomy = survey(source, model)
+    sites: dict[str, list[Site]] = {}
+    for site in anatomy.sites.values():
+        sites.setdefault(site.parameter, []).append(site)
+    for path, stored in anatomy.parameters.items():
+        if stored:
+            _place(model, source, path, stored, sites.get(path, []), kernels)
+    model.tie_weights()
+    _finish(model, source)
+    return model
+
+
+def _place(
+    model: PreTrainedModel, source: Checkpoint, path: str, stored: tuple[str, ...], sites: list[Site], kernels: bool
+) -> None:
+    """Put one parameter into the model, compressed where the files hold it so."""
+    home, _, leaf = path.rpartition(".")
+    module = model.get_submodule(home)
+    if len(stored) > 1 and all(name in source.levels for name in stored):
+        per_expert = len(stored) // len({site.expert for site in sites})
+        packed = [source.read_packed(name) for name in stored]
+        groups = [packed[i : i + per_expert] for i in range(0, len(packed), per_expert)]
+        shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
+        del module._parameters[leaf]
+        setattr(module, leaf, PackedExperts(groups, shape, source.dtype(stored[0])))
+    elif leaf == "weight" and stored[0] in source.levels and isinstance(module, nn.Linear):
+        bias = module.bias
+        shape = (module.out_features, module.in_features)
+        made = PackedLinear(source.read_packed(stored[0]), source.dtype(stored[0]), bias, shape, kernels)
+        parent, _, name = home.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
+    else:
+        value = _value(source, stored, sites)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def _value(source: Checkpoint, stored: tuple[str, ...], sites: list[Site]) -> Tensor:
+    """A parameter as the model holds it, in the dtype of the files."""
+    parts = [source.read(name) for name in stored]
+    if len(parts) == 1:
+        return parts[0]
+    experts = len({site.expert for site in sites})
+    return torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
+
+
+def _finish(model: PreTrainedModel, source: Checkpoint) -> None:
+    """What `from_pretrained` sets beside the weights."""
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise InputError(f"{source.folder}: {left[0]} is in no weight file; download the model again")
+    model.config.use_cache = True
+    model.config.dtype = model.dtype
+    model.config.name_or_path = model.name_or_path = str(source.folder)
+    if model.can_generate() and (source.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    model.eval()
