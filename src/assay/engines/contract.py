@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from assay.engines.layout import LAYOUTS
+from assay.model.checkpoint import Checkpoint
 from assay.model.level import Level
 
 
@@ -16,7 +18,8 @@ class Contract:
     bits, group_sizes (None is one group per row) and symmetric narrow them, () for all; also: further levels by name;
     sums: whether exact weights and low-rank terms may go with the codes; one_level: whether all weights share a level;
     fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
-    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be.
+    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; rules: what the engine
+    would refuse in a written checkpoint, one sentence each.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Contract:
     multiples: tuple[int, int] = (1, 1)
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
+    rules: Callable[[Checkpoint], list[str]] | None = None
 
     def refusal(self, family: str, has_experts: bool) -> str | None:
         """Why nothing of this family may be compressed for the engine; None when it may."""

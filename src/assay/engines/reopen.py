@@ -48,6 +48,8 @@ def compare(
             counts["copied"] += 1
     if odd := sorted(set(written.stored) ^ expected):
         raise ShortfallError(f"{destination}: {odd[0]} is in the files or in the source, but not in both")
+    if contract.rules and (wrong := contract.rules(written)):
+        raise ShortfallError(f"{destination}: {contract.since} would not read it: {wrong[0]}")
     return counts
 
 

@@ -4,9 +4,11 @@ What rounding the inputs costs is in neither the predicted nor the verified loss
 """
 
 from assay.engines.contract import Contract
+from assay.engines.vllm_rules import problems
 
 CONTRACT = Contract(
-    name="vllm-w8a8", layout="compressed-tensors-w8a8", since="vllm 0.10", bits=(8,), group_sizes=(None,), symmetric=(True,),
+    name="vllm-w8a8", layout="compressed-tensors-w8a8", since="vllm 0.11", bits=(8,), group_sizes=(None,), symmetric=(True,),
     also=("fp8-channel",), experts=True,
+    rules=problems,
     fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip

@@ -173,6 +173,9 @@ def _write_config(
         linear = [n.removesuffix(".weight") for n in source.names if n.endswith(".weight") and n not in levels]
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
         config["quantization_config"] = describe(levels, kept, ordered)
+        cache = (source.config.get("quantization_config") or {}).get("kv_cache_scheme")
+        if cache and config["quantization_config"]["quant_method"] == "compressed-tensors":
+            config["quantization_config"]["kv_cache_scheme"] = cache
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
