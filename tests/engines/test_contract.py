@@ -55,3 +55,21 @@ def test_the_page_names_every_limit_of_the_contracts() -> None:
         assert contract.least_outputs == 1 or f"fewer than {contract.least_outputs} outputs" in limits
     first_wrong = re.search(r'"transformers>=[\d.]+,<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert first_wrong and f"below {first_wrong[1]}" in limits
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vllm@0.8.5", r"vllm 0.8.5 does not read .* needs vllm 0.11"), ("vllm-w8a8@0.10", "needs vllm 0.11"),
+        ("transformers@5.23", "needs transformers 5.17 to 5.22"), ("transformers@4.57.1", "5.17 to 5.22"),
+        ("vllm@new", "write it like vllm@0.11"), ("awq@2", "takes no version"), ("vlm@0.11", "did you mean vllm"),
+    ],
+)  # fmt: skip
+def test_a_version_that_can_not_read_the_files_is_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        engines.get(name)
+
+
+@pytest.mark.parametrize("name", ["vllm@0.11", "vllm@0.12.1", "transformers@5.18", "transformers@5.22.3", "vllm-w8a8@1.0"])
+def test_a_version_that_reads_the_files_is_taken(name: str) -> None:
+    assert engines.get(name) is engines.get(name.partition("@")[0])
