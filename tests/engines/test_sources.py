@@ -19,7 +19,7 @@ from torch import Tensor
 import assay
 from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
-from assay.model.errors import InputError
+from assay.model.errors import InputError, ShortfallError
 from assay.model.layouts import floats
 from assay.model.level import Level
 
@@ -186,3 +186,67 @@ def test_a_part_in_another_shape_is_refused(tmp_path: Path) -> None:
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"up_proj.scales is \[4, 255\]"):
         assay.inspect(model)
+
+
+def test_an_expert_that_no_token_met_falls_back_and_the_ledger_says_so(tmp_path: Path) -> None:
+    model, text = save("mixtral", tmp_path / "m", num_local_experts=5), text_file(tmp_path)
+    file = model / "model.safetensors"
+    stored = load_file(file)
+    router = next(n for n in stored if n.startswith("model.layers.1.") and n.endswith("gate.weight"))
+    stored[router] = torch.tensor([[1.0], [0.5], [-1.0], [-0.5], [0.0]]) * stored[router][:1]
+    save_file(stored, file, {"format": "pt"})
+    options = {"calibration": text, "tokens": 512, "window": 32, "method": "gptq"}
+    with pytest.raises(ShortfallError, match="fell back; see assay/ledger.json"):
+        assay.compress(model, tmp_path / "out", level="int4-g32-sym", engine="gptq", **options)
+    ledger = json.loads((tmp_path / "out" / "assay" / "ledger.json").read_text())
+    fallen = {row["tensor"] for row in ledger if row["fate"] == "fell_back"}
+    assert fallen >= {n for n in stored if n.startswith("model.layers.1.") and ".experts.4." in n}
+    assert all(".experts." in name for name in fallen) and len(fallen) < 30
+    assert all(row["reason"] == "no calibration token met it" for row in ledger if row["tensor"] in fallen)
+    result = Checkpoint.open(tmp_path / "out")
+    for name in fallen:
+        error = (result.read(name).float() - stored[name]).norm() / stored[name].norm()
+        assert result.levels[name].name == "int4-g32-sym" and error < 0.15
+
+
+DAMAGE = [
+    ("compressed-tensors", "weight_packed", lambda t: t[:, :-1].contiguous()),
+    ("compressed-tensors", "weight_shape", lambda t: t * 1000),
+    ("compressed-tensors", "weight_scale", lambda t: t[:-1].contiguous()),
+    ("compressed-tensors", "weight_packed", lambda t: t.float()),
+    ("gptq", "qweight", lambda t: t.flatten()),
+    ("gptq", "g_idx", lambda t: t * 0),
+    ("gptq", "scales", lambda t: t[:0]),
+    ("awq", "qzeros", lambda t: t[:, :-1].contiguous()),
+    ("awq", "qweight", lambda t: t.half()),
+]
+
+
+@pytest.mark.parametrize(("layout", "part", "damage"), DAMAGE)
+def test_damaged_parts_are_one_line_and_no_crash(tmp_path: Path, layout: str, part: str, damage: Any) -> None:
+    model = foreign(tmp_path, layout)
+    stored = load_file(model / "model.safetensors")
+    module = "model.layers.0.mlp.up_proj."
+    stored[module + part] = damage(stored[module + part])
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        Checkpoint.open(model).read(f"{module}weight")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config_groups": {"g": {"targets": ["re:("], "weights": {"num_bits": 4}}}}, {"config_groups": [1]},
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": "four", "type": "int"}}}},
+        {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 99, "type": "int", "symmetric": True}}}},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    model = foreign(tmp_path, "compressed-tensors")
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] |= change
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        assay.inspect(model)
+    assert "\n" not in str(caught.value)

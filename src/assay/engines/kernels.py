@@ -156,12 +156,13 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.product = product(weight) if kernels else Product(weight)
         self.level, self.dtype = weight.level, dtype
-        self.stored = weight.tensors()
+        self.stored = {} if isinstance(self.product, Product) else weight.tensors()
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Decoded [out, in], anew at every access."""
-        return restore(self.stored, self.level, self.dtype).decode()
+        product = self.product
+        return product.packed.decode() if isinstance(product, Product) else restore(self.stored, self.level, self.dtype).decode()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""

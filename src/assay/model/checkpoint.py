@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from assay.model.shards import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+Decoded = TypeVar("Decoded")
 
 
 class Checkpoint:
@@ -118,7 +119,7 @@ class Checkpoint:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
         tensor = self.packed.get(name)
         if tensor is not None:
-            return tensor.decode(self._parts(tensor))
+            return self._decoded(name, tensor.decode, tensor)
         if name not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
         return self._raw(name)
@@ -128,7 +129,7 @@ class Checkpoint:
         tensor = self.packed.get(name)
         if tensor is None or tensor.restore is None:
             raise InputError(f"{self.folder}: {name} is not stored in a format of assay's")
-        return tensor.restore(self._parts(tensor))
+        return self._decoded(name, tensor.restore, tensor)
 
     def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one at a time, byte for byte."""
@@ -168,6 +169,14 @@ class Checkpoint:
                     digest.update(file.read(65536))
             digest.update(f"{shard.name}:{size}".encode())
         return digest.hexdigest()[:32]
+
+    def _decoded(self, name: str, decode: Callable[[Mapping[str, Tensor]], Decoded], tensor: Stored) -> Decoded:
+        parts = self._parts(tensor)
+        try:
+            return decode(parts)
+        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{name}: its stored parts don't fit together ({reason}); download the model again") from error
 
     def _parts(self, tensor: Stored) -> dict[str, Tensor]:
         return {suffix: self._raw(name) for suffix, name in tensor.parts.items()}

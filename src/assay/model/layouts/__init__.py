@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,11 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     if method is not None and method not in READERS and method != "fp8" and _unknown(stored):
         raise InputError(f"config.json: assay doesn't read quant_method {method!r}; it reads {', '.join(sorted(READERS))}, fp8")
     reader = READERS.get(method or "")
-    found = reader(config, stored) if reader else {}
+    try:
+        found = reader(config, stored) if reader else {}
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"config.json and the weight files don't belong together as {method} ({reason})") from error
     taken = {part for tensor in found.values() for part in tensor.parts.values()}
     rest = {name: info for name, info in stored.items() if name not in taken}
     return {**found, **own.find_lossless(rest), **float8.find(config, rest)}
