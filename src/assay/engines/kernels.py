@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger
-from assay.model.terms import PackedSum, restore
+from assay.model.terms import PackedSum
 
 KERNEL_GROUPS = (256, 128, 64, 32)
 KERNEL_ROWS = 16
@@ -148,21 +150,24 @@ def _difference(weight: PackedSum) -> Tensor:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer over a compressed weight; `weight` decodes it. Gradients flow to the inputs, not to the weight."""
+    """A linear layer over a compressed weight; `weight` decodes it. Gradients flow to the inputs, not to the weight.
 
-    def __init__(self, weight: Packed, dtype: torch.dtype, bias: Tensor | None, shape: tuple[int, int], kernels: bool) -> None:
+    again: makes the compressed weight anew, for what asks for `weight`; the kernels keep codes of their own.
+    """
+
+    def __init__(self, again: Callable[[], Packed], bias: Tensor | None, shape: tuple[int, int], kernels: bool) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        weight = again()
         self.product = product(weight) if kernels else Product(weight)
-        self.level, self.dtype = weight.level, dtype
-        self.stored = {} if isinstance(self.product, Product) else weight.tensors()
+        self.level, self.again = weight.level, again
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """Decoded [out, in], anew at every access."""
         product = self.product
-        return product.packed.decode() if isinstance(product, Product) else restore(self.stored, self.level, self.dtype).decode()
+        return (product.packed if isinstance(product, Product) else self.again()).decode()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of x."""

@@ -55,7 +55,7 @@ def _place(
     elif leaf == "weight" and stored[0] in source.levels and isinstance(module, nn.Linear):
         bias = module.bias
         shape = (module.out_features, module.in_features)
-        made = PackedLinear(source.read_packed(stored[0]), source.dtype(stored[0]), bias, shape, kernels)
+        made = PackedLinear(source.mapped(stored[0]), bias, shape, kernels)
         parent, _, name = home.rpartition(".")
         setattr(model.get_submodule(parent), name, made)
     else:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -130,6 +130,15 @@ class Checkpoint:
         if tensor is None or tensor.restore is None:
             raise InputError(f"{self.folder}: {name} is not stored in a format of assay's")
         return self._decoded(name, tensor.restore, tensor)
+
+    def mapped(self, name: str) -> Callable[[], Packed]:
+        """A function that makes a compressed weight from views of the files, which take no memory while they aren't read."""
+        tensor, parts = self.packed[name], {}
+        for suffix, part in tensor.parts.items():
+            with safe_open(self.stored[part].shard, framework="pt") as file:
+                parts[suffix] = file.get_tensor(part)
+        assert tensor.restore is not None
+        return partial(tensor.restore, parts)
 
     def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one at a time, byte for byte."""
