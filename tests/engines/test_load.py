@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engines.samples import random_packed, shuffled
+from families import build
 from tiny import save
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -110,6 +111,23 @@ def test_every_kind_of_term_runs_as_decoded(tmp_path: Path, sources: dict[str, P
     layers = [m for m in fast.modules() if isinstance(m, kernels.PackedLinear)]
     assert len(layers) == 14
     assert all(torch.equal(m.weight, meant.get_submodule(n).weight) for n, m in fast.named_modules() if m in layers)
+
+
+FORMATS = ["int4-g32-asym", "int8-channel-sym", "fp8-channel", "nvfp4-g16", "mxfp4-g32", "mxfp8-g32"]
+
+
+@pytest.mark.parametrize("level", FORMATS)
+def test_stock_transformers_reads_every_format_exactly_and_we_within_bf16(tmp_path: Path, level: str) -> None:
+    _, model = build("llama", **WIDE)
+    model.bfloat16().save_pretrained(tmp_path / "m")
+    written(Checkpoint.open(tmp_path / "m"), Level.parse(level), "nearest", tmp_path / "out", "transformers")
+    assay.export(tmp_path / "out", "plain", tmp_path / "plain")
+    with torch.no_grad():
+        meant, found = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype="auto").eval()(IDS).logits for f in ("plain", "out")
+        )
+        assert meant.dtype is torch.bfloat16 and torch.equal(found, meant)
+        assert (assay.load(tmp_path / "out")(IDS).logits - meant).abs().max() <= 0.02 * meant.abs().max()
 
 
 def test_it_generates_what_the_decoded_model_generates(tmp_path: Path, sources: dict[str, Path]) -> None:
