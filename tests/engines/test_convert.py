@@ -148,7 +148,7 @@ def test_groups_that_are_not_neighbours_only_move_to_layouts_that_name_them(tmp_
 
 
 def test_experts_of_a_layer_move_together(tmp_path: Path) -> None:
-    at = packed(tmp_path, "vllm", "int4-g32-sym", "mixtral")
+    at = packed(tmp_path, "vllm", "int4-g32-sym", "qwen3_moe")
     first = weights_of(at)
     assay.convert(at, "gptq", tmp_path / "gptq")
     assert any("experts.0." in n and n.endswith("qweight") for n in Checkpoint.open(tmp_path / "gptq").stored)
@@ -167,3 +167,9 @@ def test_the_recipe_goes_with_the_weights(tmp_path: Path) -> None:
     other.write_text("the lazy dog jumps. " * 40)
     verdicts = [assay.verify(tmp_path / f, model, text=other, tokens=256, window=32)["kl"] for f in ("out", "moved")]
     assert verdicts[0] == verdicts[1]
+
+
+def test_experts_under_names_that_vllm_does_not_find_stay_with_gptq(tmp_path: Path) -> None:
+    at = packed(tmp_path, "gptq", "int4-g32-sym", "mixtral")
+    with pytest.raises(InputError, match=r"24 of 32 weights.*not w1 "):
+        assay.convert(at, "compressed-tensors", tmp_path / "moved")

@@ -177,7 +177,7 @@ def test_memory_is_that_of_the_codes(sources: dict[str, Path]) -> None:
 
 def test_experts_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     source = Checkpoint.open(save("mixtral", tmp_path / "m", **WIDE))
-    written(source, Level(4, 32, True), "nearest", tmp_path / "out", "vllm")
+    written(source, Level(4, 32, True), "nearest", tmp_path / "out", "gptq")
     assay.export(tmp_path / "out", "plain", tmp_path / "plain")
     with torch.no_grad():
         meant = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", experts_implementation="eager").eval()(IDS).logits

@@ -33,7 +33,9 @@ def written(folder: Path, engine: str, level: str, keep: str = "o_proj", family:
     """A model at a level whose `keep` modules stay; the source and the loaders."""
     more = {"moe_intermediate_size": 128} if family == "qwen3_moe" else {}
     source = Checkpoint.open(save(family, folder / "m", **WIDE, **more))
-    names = [n for n in source.names if ("_proj" in n or ".experts." in n) and keep not in n]
+    plain = family != "llama" and engine == "vllm" and level in ("int4-g32-asym", "fp8-channel")
+    keep = ".experts." if plain else keep
+    names = [n for n in source.names if "_proj" in n and keep not in n]
     wanted = dict.fromkeys(names, Level.parse(level))
 
     def encode(name: str) -> Packed:
@@ -52,6 +54,18 @@ def test_what_we_write_is_what_the_loader_asks_for(tmp_path: Path, engine: str, 
     assert problems(Checkpoint.open(tmp_path / "out")) == []
     counts = reopen.compare(tmp_path / "out", source, loaders, engines.get(engine))
     assert counts["packed"] == len(loaders)
+
+
+@pytest.mark.parametrize("level", ["int4-g32-asym", "fp8-channel"])
+def test_levels_that_no_kernel_for_experts_has_are_neither_planned_nor_passed(tmp_path: Path, level: str) -> None:
+    source = Checkpoint.open(save("qwen3_moe", tmp_path / "m", **WIDE, moe_intermediate_size=128))
+    wanted = {n: Level.parse(level) for n in source.names if ".experts." in n}
+    encode = lambda n: Nearest().encode(source.read(n)[None], wanted[n], torch.float32, base.Statistics())[0]  # noqa: E731
+    write.write(tmp_path / "out", source, {n: partial(encode, n) for n in wanted}, engines.get("vllm"), {}, wanted)
+    assert any("experts" in line for line in problems(Checkpoint.open(tmp_path / "out")))
+    assert not engines.get("vllm").takes(Level.parse(level), 128, True)
+    assert engines.get("vllm").takes(Level.parse(level), 128)
+    assert "w1" in str(engines.get("vllm").refuses("mlp.gate", (64, 64), False, 0, "a.experts.0.w1.weight"))
 
 
 def groups(change: Callable[[dict], None]) -> Callable[[Path], None]:

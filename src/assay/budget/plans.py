@@ -43,7 +43,7 @@ def refused(contract: Contract, row: SiteRow | Site) -> str | None:
     """Why an engine keeps a site as it is."""
     if row.stacked:
         return "experts stored as one 3-D tensor"
-    return contract.refuses(row.role, row.shape, row.transposed, row.expert)
+    return contract.refuses(row.role, row.shape, row.transposed, row.expert, row.name)
 
 
 def decisions(
@@ -91,7 +91,7 @@ def _menu(
     for row in found:
         columns = row.shape[1]
         levels = [] if reasons[row.name] else [only] if only else kinds(columns)
-        offered[row.name] = [x for x in levels if contract.takes(x, columns)]
+        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None)]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
                          contract.fused, outside, keep, contract.nbytes)  # fmt: skip

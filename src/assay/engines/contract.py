@@ -18,8 +18,9 @@ class Contract:
     bits, group_sizes (None is one group per row) and symmetric narrow them, () for all; also: further levels by name;
     sums: whether exact weights and low-rank terms may go with the codes; one_level: whether all weights share a level;
     fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
-    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; rules: what the engine
-    would refuse in a written checkpoint, one sentence each.
+    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; expert_names: the
+    only names of experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, ()
+    for all; rules: what the engine would refuse in a written checkpoint, one sentence each.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Contract:
     multiples: tuple[int, int] = (1, 1)
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
+    expert_names: tuple[str, ...] = ()
+    expert_formats: tuple[str, ...] = ()
     rules: Callable[[Checkpoint], list[str]] | None = None
 
     def refusal(self, family: str, has_experts: bool) -> str | None:
@@ -51,12 +54,18 @@ class Contract:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"
         return None
 
-    def refuses(self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None) -> str | None:
-        """Why a weight [out, in] must stay as it is; None when it may be compressed."""
+    def refuses(
+        self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None, name: str = ""
+    ) -> str | None:  # fmt: skip
+        """Why a weight [out, in] must stay as it is; None when it may be compressed. name: of the stored tensor."""
         if transposed and not self.transposed:
             return f"{self.name} can't hold a transposed (Conv1D) layer in {self.layout}"
         if expert is not None and not self.experts:
             return f"{self.name} does not read compressed experts"
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if expert is not None and leaf and self.expert_names and leaf not in self.expert_names:
+            wanted = ", ".join(self.expert_names)
+            return f"{self.name} finds compressed experts named {wanted} only, not {leaf} (--engine gptq has no such rule)"
         if role == "head" and not self.head:
             return f"{self.name} keeps the head"
         if role == "embedding" and not self.embedding:
@@ -68,8 +77,10 @@ class Contract:
             return f"{self.name} packs {rows} outputs and {columns} inputs together; {shape[0]} and {shape[1]} don't divide"
         return None
 
-    def takes(self, level: Level, columns: int) -> bool:
-        """Whether a weight of so many inputs may be stored at a level."""
+    def takes(self, level: Level, columns: int, expert: bool = False) -> bool:
+        """Whether a weight of so many inputs, an expert's or not, may be stored at a level."""
+        if expert and self.expert_formats and not (level.format in self.expert_formats and level.symmetric):
+            return False
         whole = level.group_size is None or columns % level.group_size == 0
         if level.name in self.also:
             return whole

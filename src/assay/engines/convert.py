@@ -101,8 +101,8 @@ def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level]
         rows, columns = source.shape(name)[:: -1 if source.turned(name) else 1]
         site = sites.get(name)
         role, expert = (site.role, site.expert) if site else ("", None)
-        reason = whole or contract.refuses(role, (rows, columns), source.turned(name), expert)
-        if reason is None and not contract.takes(level, columns):
+        reason = whole or contract.refuses(role, (rows, columns), source.turned(name), expert, name)
+        if reason is None and not contract.takes(level, columns, expert is not None):
             reason = f"{contract.name} has no {level.name}"
         if reason is None and not LAYOUTS[contract.layout].ordered and _scattered(source, name):
             reason = f"{contract.name} wants neighbouring inputs in a group"

@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_ONLY_BITS = (4, 8)
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized")
-SUFFIXES = ("weight_packed", "weight")
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def problems(written: Checkpoint) -> list[str]:
@@ -48,6 +48,7 @@ def problems(written: Checkpoint) -> list[str]:
         elif own and not compressed:
             found.append(f"{module} is a target, but not compressed")
         elif compressed:
+            found += _expert_problems(module, own[0])
             found += _shape_problems(module, infos, own[0], str(own[0].get("format") or config.get("format")))
         elif module not in ignored and not module.endswith(("lm_head", "embed_tokens")) and groups and not own:
             found.append(f"{module} is a linear layer that is neither a target nor in ignore")
@@ -103,6 +104,20 @@ def _shape_problems(module: str, infos: Mapping[str, TensorInfo], group: Mapping
         elif info.dtype not in dtypes or info.shape != shape:
             found.append(f"{module}.{part} is {info.dtype} {list(info.shape)}, the kernel loads {dtypes[0]} {list(shape)}")
     return found
+
+
+def _expert_problems(module: str, group: Mapping[str, Any]) -> list[str]:
+    """Experts are found by the names of expert 0, and have fewer kernels than other layers."""
+    if ".experts." not in module:
+        return []
+    leaf, weights = module.rpartition(".")[2], group["weights"]
+    if leaf not in EXPERT_NAMES:
+        return [f"{module}: compressed experts are found by the names {', '.join(EXPERT_NAMES)} only"]
+    if not weights["symmetric"]:
+        return [f"{module}: experts have no zero points"]
+    if weights["type"] == "float" and weights["num_bits"] == 8 and not group.get("input_activations"):
+        return [f"{module}: FP8 experts need rounded inputs"]
+    return []
 
 
 def _wanted(infos: Mapping[str, TensorInfo], group: Mapping[str, Any], form: str) -> Shapes:

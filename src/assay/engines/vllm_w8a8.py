@@ -9,6 +9,6 @@ from assay.engines.vllm_rules import problems
 CONTRACT = Contract(
     name="vllm-w8a8", layout="compressed-tensors-w8a8", since="vllm 0.11", bits=(8,), group_sizes=(None,), symmetric=(True,),
     also=("fp8-channel",), experts=True,
-    rules=problems,
+    rules=problems, expert_names=("gate_proj", "up_proj", "down_proj"),
     fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip
