@@ -59,6 +59,7 @@ RIVALS = (
     Contestant("llm-compressor AWQ", "llm_compressor_awq.py", "llmc"),
     Contestant("auto-round, 200 steps", "auto_round_peer.py", "ar"),
     Contestant("HQQ", "hqq_peer.py", "misc"),
+    Contestant("quanto", "quanto_peer.py", "misc"),
 )
 
 

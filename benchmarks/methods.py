@@ -94,7 +94,7 @@ def measure(model: str, planned: Sequence[Trial], seed: int, given: argparse.Nam
             out = folder / f"trial{i}"
             try:
                 done = assay.compress(model, out, profile=folder / "profile", level=trial.level, method=trial.method,
-                                      engine="assay", threads=given.threads)  # fmt: skip
+                                      engine="assay", threads=given.threads, sequential=given.sequential)  # fmt: skip
                 verdict = assay.verify(out, model, text=judge, tokens=given.judge_tokens)
             except AssayError as error:
                 yield trial, {"failed": str(error)}
@@ -179,6 +179,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of the calibration text")
     parser.add_argument("--judge-tokens", type=int, default=8192)
     parser.add_argument("--seeds", type=int, default=1, help="how many calibration texts")
+    parser.add_argument("--sequential", action="store_true", help="compress in the order of the model")
+    parser.add_argument("--widths-only", action="store_true", help="no number formats, and nothing for the claims alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
@@ -196,9 +198,11 @@ def main() -> None:
     figures = {"seeds": given.seeds, "bits": given.bits, "machine": "", "models": {}}
     figures["settings"] = (
         f"{given.seeds} calibration seeds of {given.tokens} tokens; judged on {given.judge_tokens} tokens; windows of 256"
+        f"{'; sequential' if given.sequential else ''}"
     )
     for model in given.model:
         planned = trials(model, given.only or base.names(), given.bits)
+        planned = {k: [] if given.widths_only and not k.isdecimal() else v for k, v in planned.items()}
         part: dict[str, Any] = {"trials": {k: [" ".join(t) for t in v] for k, v in planned.items()}, "rows": {}}
         figures["models"][Path(model).name] = part
         for seed in range(given.seeds):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import assay
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +38,14 @@ def table() -> str:
 def _cells(method: dict[str, Any], tests: dict[Path, str]) -> list[str]:
     levels = [Level.parse(name) for name in method.get("levels", ())]
     return [
-        f"`{method['name']}`", method["verb"], ", ".join(method["needs"]) or "-", ", ".join(method.get("formats", ())) or "-",
+        f"`{method['name']}`", method["verb"], ", ".join(method["needs"]) or "-", _formats(method.get("formats", ())) or "-",
         summary(levels) or "-", method["paper"], f"`{checked_by(method['name'], tests).relative_to(ROOT).as_posix()}`",
     ]  # fmt: skip
+
+
+def _formats(names: Sequence[str]) -> str:
+    """In one word what llama.cpp has many of."""
+    return ", ".join([n for n in names if n not in KINDS] + (["blocks"] if set(names) & KINDS.keys() else []))
 
 
 def checked_by(name: str, tests: dict[Path, str]) -> Path:

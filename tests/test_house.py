@@ -16,10 +16,11 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LONGEST = 400
 FLOORS = {
     "model": 0, "builtin": 0,
-    "measure": 1, "engines": 1,
+    "measure": 1, "engines": 1, "runtime": 1,
     "methods": 2, "prove": 2,
     "budget": 3,
-    "execute": 4, "profiling": 4, "transforming": 4, "handover": 5, "polish": 5, "report": 4,
+    "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "reranking": 4, "report": 4,
+    "handover": 5, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "contest": 5,
     "run": 6, "": 6,
     "cli": 7, "__main__": 8,
 }  # fmt: skip

@@ -19,6 +19,7 @@ CASES = [
     ("squeezellm", "lut3-channel+sparse0.0045"), ("easy_quant", "int4-channel-sym+sparse0.005"),
     ("gwq", "int4-g32-asym+sparse0.01"), ("lorc", "int4-g32-asym+rank4"),
     ("pb_llm", "salient2.4-g32"), ("vptq", "vector2-channel"), ("bit_planes", "planes4-g32"),
+    ("ggml", "q4_1"), ("gptq", "iq4_nl"),
 ]  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_experts_stored_as_one_tensor_are_folded_one_by_one(family: str, tmp_pat
     save_file(running, given.folder / "model.safetensors", {"format": "pt"})
     source = Checkpoint.open(given.folder)
     profile = Made(given.folder, {"model": source.fingerprint})
-    for name in ("awq", "smooth_quant_plus", "permute_channels", "rotate"):
+    for name in ("awq", "smooth_quant_plus", "svd_smooth", "permute_channels", "rotate"):
         made = transform(source, [name], tmp_path / name, profile, 0, Silent())
         changed = load_file(made.folder / "model.safetensors")
         assert not torch.equal(running["model.layers.0.mlp.experts.down_proj"], changed["model.layers.0.mlp.experts.down_proj"])

@@ -29,4 +29,5 @@ make() { # NAME PACKAGE...
 
 make llmc llmcompressor==0.14.0.1 transformers==5.17.0
 make ar auto-round==0.16.1 transformers==5.23.0
-make misc hqq==0.2.8.post1 transformers==5.23.0 accelerate
+make misc hqq==0.2.8.post1 optimum-quanto==0.2.7 transformers==5.23.0 accelerate
+make kv kvpress==0.5.5

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = [
-    "builtin_model", "compress", "convert", "export", "inspect", "job", "list_methods", "load", "plan", "profile", "transform",
-    "verify",
-]  # fmt: skip
-
 if TYPE_CHECKING:
+    from assay.attaching import attach
+    from assay.cache_pricing import cache_menu, cache_prices, price_cache
+    from assay.reranking import rerank
     from assay.run import (
+        benchmark,
         builtin_model,
         compress,
         convert,
@@ -22,14 +21,26 @@ if TYPE_CHECKING:
         load,
         plan,
         profile,
+        rank,
+        report,
+        sweep,
         transform,
         verify,
-    )  # fmt: skip
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "attach", "benchmark", "builtin_model", "cache_menu", "cache_prices", "compress", "convert", "export", "inspect", "job",
+    "list_methods", "load", "plan", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform", "verify",
+]  # fmt: skip
+_HOMES = {
+    "attach": "attaching", "cache_menu": "cache_pricing", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",
+    "rerank": "reranking",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    """The public functions, imported when they are first used: torch takes seconds."""
     if name in __all__:
-        from assay import run
-
-        return getattr(run, name)
+        return getattr(importlib.import_module(f"assay.{_HOMES.get(name, 'run')}"), name)
     raise AttributeError(f"module 'assay' has no attribute {name!r}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -16,11 +16,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import read_weight, statistics
+from assay.budget.probe import statistics
 from assay.measure.damage import Curvature
+from assay.measure.pair import Met, Pair
 from assay.measure.profile import Profile
-from assay.measure.stream import StreamedModel
+from assay.measure.stream import StreamedModel, read_weight
+from assay.measure.text import recall
 from assay.methods import base
+from assay.methods.solve.target import compensated
 from assay.model import memory
 from assay.model.files import save_tensors
 from assay.model.level import Level
@@ -31,6 +34,7 @@ from assay.model.terms import restore
 from assay.model.threads import side_by_side
 
 BATCH_WEIGHTS = 1 << 25
+Part = tuple[dict[str, Tensor], list["Solved"]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ class Solved:
 class Results:
     """The finished blocks in a folder, by source tensor.
 
-    plain: tensors that were changed but not compressed; polish: what tuning the whole model did, for the recipe.
+    plain: tensors that were changed but not compressed; sequential: see `execute`; polish: what tuning the whole model
+    did, for the recipe.
     """
 
     plain: Mapping[str, Tensor] = MappingProxyType({})
     polish: Mapping[str, Any] | None = None
 
-    def __init__(self, folder: Path, blocks: list[int | None]) -> None:
+    def __init__(self, folder: Path, blocks: Sequence[int | None], sequential: bool = False) -> None:
+        self.sequential = sequential
         self.files = {block: folder / f"{_name(block)}.safetensors" for block in blocks}
         self.solved: dict[str, Solved] = {}
         self._home: dict[str, Path] = {}
@@ -72,80 +78,139 @@ class Results:
         """One compressed weight."""
         with safe_open(self._home[site], framework="pt") as file:
             names = [n for n in file.keys() if n.startswith(site + "|")]  # noqa: SIM118
-            stored = {n.rpartition("|")[2]: file.get_tensor(n).clone() for n in names}
-        solved = self.solved[site]
-        return restore(stored, Level.parse(solved.level), getattr(torch, solved.dtype))
+            return _packed({n: file.get_tensor(n).clone() for n in names}, self.solved[site])
+
+    def decoded(self, site: Site, weight: Tensor) -> Tensor:
+        """The weight [out, in], float32, that a site has now: an `Override`."""
+        return self.packed(key_of(site)).decode().float() if key_of(site) in self.solved else weight
 
 
-def execute(model: StreamedModel, plan: Plan, profile: Profile, folder: Path, progress: Progress) -> Results:
-    """Solve every planned site into `folder`."""
+def execute(
+    model: StreamedModel, plan: Plan, profile: Profile, folder: Path, progress: Progress, sequential: bool = False
+) -> Results:
+    """Solve every planned site into `folder`.
+
+    sequential: in the order in which the model runs, each for the inputs that the part before it, already compressed,
+    gives it, and with a target that makes up for how these differ from the original's. Needs the profile's text:
+    raises InputError where that is no longer there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    method = base.get(plan.method)()
-    blocks: list[int | None] = [*range(len(model.blocks)), None]
-    with progress.task("compressing, block by block", len(blocks)) as advance:
-        for block in blocks:
-            target = folder / f"{_name(block)}.safetensors"
-            if not target.exists():
-                started = perf_counter()
-                tensors, solved = _solve_block(model, plan, profile, block, method)
-                metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
-                save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
-                progress.log(_line(block, solved, perf_counter() - started))
-                memory.release()
-            advance()
-    return Results(folder, blocks)
+    blocks: list[int | None] = [None, *range(len(model.blocks))]
+    files = {block: folder / f"{_name(block)}.safetensors" for block in blocks}
+    if not all(path.exists() for path in files.values()):
+        pair = _pair(model, profile, folder) if sequential else None
+        with progress.task("compressing, block by block", len(blocks)) as advance:
+            for block, target in files.items():
+                if not target.exists():
+                    started = perf_counter()
+                    tensors, solved = _solve_block(model, plan, profile, block, pair)
+                    metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
+                    save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
+                    progress.log(_line(block, solved, perf_counter() - started))
+                    memory.release()
+                if pair is not None:
+                    pair.pass_by(block, Results(folder, [block]).decoded)
+                advance()
+        if pair is not None:
+            pair.close()
+    return Results(folder, blocks, sequential)
 
 
-def _solve_block(
-    model: StreamedModel, plan: Plan, profile: Profile, block: int | None, method: base.Encoder
-) -> tuple[dict[str, Tensor], list[Solved]]:
-    curvatures = profile.curvatures(block, base.weightwise(plan.method))
+def _pair(model: StreamedModel, profile: Profile, folder: Path) -> Pair:
+    text = recall(model.checkpoint, profile.index["calibration"], model.vocabulary, "--sequential")
+    return Pair(model, text.ids, folder / "pair", profile.index["settings"]["token_weights"])
 
-    def solve(batch: tuple[Level, list[Site]]) -> tuple[dict[str, Tensor], list[Solved]]:
-        level, sites = batch
-        weights, stats = [read_weight(model, site) for site in sites], [curvatures[key_of(site)] for site in sites]
-        scale_dtype = _scale_dtype(model, sites[0])
-        packed, reason = _encode(method, torch.stack(weights), level, scale_dtype, stats)
+
+def _solve_block(model: StreamedModel, plan: Plan, profile: Profile, block: int | None, pair: Pair | None) -> Part:
+    sites = [s for s in model.anatomy.sites.values() if s.block == block and _planned(plan, s)]
+    task = _Task(model, plan, profile.curvatures(block, base.weightwise(plan.method)))
+    if pair is None or block is None:
+        return task.solve(sites)
+    tensors: dict[str, Tensor] = {}
+    solved: dict[str, Solved] = {}
+
+    def changed(site: Site, weight: Tensor) -> Tensor:
+        name = key_of(site)
+        return _packed(tensors, solved[name]).decode().float() if name in solved else weight
+
+    for reads in [*pair.original(block), None]:
+        due = [s for s in sites if s.reads == reads or (reads is None and key_of(s) not in solved)]
+        if due:
+            new, done = task.solve(due, pair.met(block, reads, changed) if reads else None)
+            tensors |= new
+            solved |= {s.site: s for s in done}
+    return tensors, list(solved.values())
+
+
+def _planned(plan: Plan, site: Site) -> bool:
+    choice = plan.choices.get(key_of(site))
+    return choice is not None and choice.level is not None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Solving sites of one block."""
+
+    model: StreamedModel
+    plan: Plan
+    curvatures: Mapping[str, Curvature]
+
+    def solve(self, sites: Sequence[Site], met: Met | None = None) -> Part:
+        """Each site's tensors and what became of it. met: what these sites, that read one input, meet by now."""
+        batches = list(_batches(self.plan, sites))
+        largest = max((batch[0].count for _, batch in batches), default=0)
+        parts = side_by_side(lambda batch: self._batch(*batch, met), batches, largest)
+        return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
+
+    def _batch(self, level: Level, sites: list[Site], met: Met | None) -> Part:
+        weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[key_of(s)] for s in sites]
+        targets, used = weights, stats
+        if met is not None:
+            targets = [compensated(weight, met.h, met.cross) for weight in weights]
+            used = [replace(curvature, h=met.h) for curvature in stats]
+        dtype = scale_dtype(self.model, sites[0])
+        packed, reason = encode(base.get(self.plan.method)(), torch.stack(targets), level, dtype, used)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
-            dtype = str(scale_dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, plan.method, damage, dtype, reason))
+            stored = str(dtype).removeprefix("torch.")
+            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, reason))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
-    batches = list(_batches(model, plan, block))
-    parts = side_by_side(solve, batches, max((sites[0].count for _, sites in batches), default=0))
-    return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
+
+def _packed(tensors: Mapping[str, Tensor], solved: Solved) -> Packed:
+    """A solved weight from the tensors of a block."""
+    stored = {n.rpartition("|")[2]: t for n, t in tensors.items() if n.startswith(solved.site + "|")}
+    return restore(stored, Level.parse(solved.level), getattr(torch, solved.dtype))
 
 
-def _encode(
-    method: base.Encoder, weights: Tensor, level: Level, scale_dtype: torch.dtype, stats: list[Curvature]
+def encode(
+    method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
     if "H" in method.needs and not all(s.tokens for s in stats):
-        return method.encode(weights, level, scale_dtype, base.Statistics()), "no calibration token met it"
+        return method.encode(weights, level, dtype, base.Statistics()), "no calibration token met it"
     try:
-        return method.encode(weights, level, scale_dtype, statistics(method, stats)), ""
+        return method.encode(weights, level, dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        return method.encode(weights, level, scale_dtype, base.Statistics()), str(error).splitlines()[0]
+        return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 
 
-def _batches(model: StreamedModel, plan: Plan, block: int | None) -> Iterator[tuple[Level, list[Site]]]:
-    """Planned sites of a block that have one shape and level, in batches of bounded size."""
-    alike: dict[tuple[Level, tuple[int, int], bool], list[Site]] = {}
-    for site in model.anatomy.sites.values():
-        choice = plan.choices.get(key_of(site))
-        if site.block == block and choice is not None and choice.level is not None:
-            alike.setdefault((Level.parse(choice.level), site.shape, site.role == "head"), []).append(site)
-    for (level, shape, _), sites in alike.items():
+def _batches(plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[Level, list[Site]]]:
+    """Planned sites that have one shape and level, in batches of bounded size."""
+    alike: dict[tuple[str, tuple[int, int], bool], list[Site]] = {}
+    for site in sites:
+        alike.setdefault((str(plan.choices[key_of(site)].level), site.shape, site.role == "head"), []).append(site)
+    for (level, shape, _), same in alike.items():
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))
-        for start in range(0, len(sites), size):
-            yield level, sites[start : start + size]
+        for start in range(0, len(same), size):
+            yield Level.parse(level), same[start : start + size]
 
 
-def _scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
+def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
+    """In which a site's scales are stored: its source's."""
     return model.checkpoint.dtype(site.name)
 
 

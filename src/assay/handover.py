@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from assay.budget import plans
+from assay.budget import offers
+from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
 from assay.engines.fused import share_units
+from assay.engines.gguf import reopen as gguf_reopen
+from assay.engines.gguf import write as gguf_write
 from assay.engines.layout import nbytes
-from assay.execute import Results
+from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
+from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
-from assay.model.sites import Site
+from assay.model.sites import Site, key_of
+from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
@@ -35,25 +42,27 @@ def hand_over(
     loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
     source = model.checkpoint.replaced(results.plain)
     ledger = _ledger(model, source, plan, results, contract)
+    writer, reader = (gguf_write.write, gguf_reopen.compare) if contract.layout == "gguf" else (write.write, reopen.compare)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
         "calibration": dict(profile.index["calibration"]),
         "predicted": {"kl": plan.predicted, "low": plan.predicted_low, "high": plan.predicted_high,
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
-        "polish": results.polish,
+        "sequential": results.sequential, "polish": results.polish,
         "seed": profile.index["settings"]["seed"],
-        "damage": {s.site: s.damage for s in results.solved.values()},
+        "reference": asdict(Reference.of(profile)), "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }  # fmt: skip
     extra = {
         "assay/plan.yaml": plan.to_text(), "assay/recipe.json": json.dumps(recipe, indent=1, sort_keys=True) + "\n",
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
+        "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    write.write(destination, source, loaders, contract, extra, levels, turned)
+    writer(destination, source, loaders, contract, extra, levels, turned)
     try:
-        reopen.compare(destination, source, loaders, contract, turned)
+        reader(destination, source, loaders, contract, turned)
     except ShortfallError:
         shutil.rmtree(destination)
         raise
@@ -70,25 +79,63 @@ def hand_over(
 
 def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: Results, contract: Contract) -> Ledger:
     ledger, sites = Ledger(), model.anatomy.sites
+    after, dropped = _bytes_after(checkpoint, results, contract)
     for name in checkpoint.names:
         before = checkpoint.nbytes(name)
-        if name in results.solved:
+        if name in dropped:
+            ledger.add(Entry(name, None, "dropped", dropped[name], before, 0))
+        elif name in results.solved:
             solved = results.solved[name]
-            plain = contract.layout == "plain"
-            after = write.plain_nbytes(checkpoint, name) if plain else nbytes(contract.layout, results.packed(name))
             fate: Fate = "fell_back" if solved.fell_back else "done"
-            ledger.add(Entry(name, plan.choices[name].level, fate, solved.fell_back or solved.method, before, after))
+            reason = solved.fell_back or _how(plan, solved, sites[name])
+            ledger.add(Entry(name, plan.choices[name].level, fate, reason, before, after[name]))
         elif name in results.plain:
-            ledger.add(Entry(name, None, "done", "polished", before, write.kept_nbytes(checkpoint, name, contract)))
+            ledger.add(Entry(name, None, "done", "polished", before, after[name]))
         else:
             planned = plan.choices[name].level if name in plan.choices else None
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
-            ledger.add(Entry(name, planned, "copied", reason, before, write.kept_nbytes(checkpoint, name, contract)))
+            ledger.add(Entry(name, planned, "copied", reason, before, after[name]))
     return ledger
+
+
+def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
+    """The plan site by site, for the report; a matrix that is part of a larger tensor has its share of the bytes."""
+    rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
+    for name, choice in plan.choices.items():
+        site = sites[name]
+        weights, entry = math.prod(site.shape), ledger.entries.get(name)
+        before = entry.bytes_before if entry else weights * model.checkpoint.dtype(site.name).itemsize
+        after = entry.bytes_after if entry else choice.nbytes
+        level = choice.level or "keep"
+        rows.append(Row(name, site.block, site.role, weights, level, before, after, choice.damage, choice.why))
+    return rows
+
+
+def _how(plan: Plan, solved: Solved, site: Site) -> str:
+    """The method, and why the level is not the one that was asked for."""
+    asked = plan.budget.get("level")
+    if asked is None or Level.parse(asked).format not in KINDS or solved.level == asked:
+        return solved.method
+    return f"{solved.method}; {asked} has blocks of {KINDS[asked].weights} weights, which do not divide {site.shape[1]} inputs"
+
+
+def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -> tuple[dict[str, int], dict[str, str]]:
+    """Bytes that each tensor will take, and why some are left out."""
+    if contract.layout == "gguf":
+        return gguf_write.sizes(checkpoint, {name: Level.parse(s.level) for name, s in results.solved.items()})
+    found = {}
+    for name in checkpoint.names:
+        if name not in results.solved:
+            found[name] = write.kept_nbytes(checkpoint, name, contract)
+        elif contract.layout == "plain":
+            found[name] = write.plain_nbytes(checkpoint, name)
+        else:
+            found[name] = nbytes(contract.layout, results.packed(name))
+    return found, {}
 
 
 def _contract_reason(contract: Contract, site: Site | None) -> str | None:
     """Why an engine keeps a site as it is; None where it need not."""
     if site is None:
         return "part of a tensor that stays whole"
-    return plans.refused(contract, site)
+    return offers.refused(contract, site)

@@ -1,7 +1,8 @@
-"""Tunes what is left in floating point, scales and norms, of the whole rounded model at once against the original.
+"""Tunes what is left in floating point, scales, low-rank terms and norms, of the whole rounded model at once.
 
 Rounding treats one matrix at a time, so errors that could cancel across matrices remain. Here all scales and all
-vectors that stay (norms, biases) are multiplied by 1 + d, and d follows the gradient of the KL divergence from the
+vectors that stay (norms, biases) are multiplied by 1 + d, d times their root mean square is added to the factors of
+low-rank terms, and d follows the gradient of the KL divergence from the
 original's predictions, on the text that the profile was made from. After the first pass over that text a share of
 its tokens is drawn anew in each pass from what the original predicts there: new text of the same kind, without which
 the few tokens of a calibration are learned by heart. Text held out of it decides which of the states on the way is
@@ -28,7 +29,7 @@ from assay.execute import Results
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
-from assay.measure.text import windows
+from assay.measure.text import recall
 from assay.model import memory
 from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
@@ -51,18 +52,19 @@ WARM_UP = 10
 
 
 class Polished(Results):
-    """Results with tuned scales, and the plain tensors that were tuned with them."""
+    """Results with tuned scales and factors, and the plain tensors that were tuned with them."""
 
     def __init__(self, base: Results, tensors: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
         self.files, self.solved, self._home = base.files, base.solved, base._home
-        self._scales = {n: t for n, t in tensors.items() if n in base.solved}
+        self._numbers = {n: t for n, t in tensors.items() if n in base.solved}
         self.plain = {n: t for n, t in tensors.items() if n not in base.solved}
+        self.sequential = base.sequential
         self.polish = report
 
     def packed(self, site: str) -> Packed:
         """One compressed weight."""
         found = super().packed(site)
-        return _tunable(found).with_scales(self._scales[site].float()) if site in self._scales else found
+        return _tunable(found).with_numbers(self._numbers[site].float()) if site in self._numbers else found
 
 
 def check(model: StreamedModel, minutes: float) -> None:
@@ -71,7 +73,7 @@ def check(model: StreamedModel, minutes: float) -> None:
         raise InputError(f"--polish {minutes:g}: give a number of minutes above zero, or leave it out")
     weights = sum(torch.Size(model.checkpoint.shape(name)).numel() for name in model.checkpoint.names)
     need, free = BYTES_PER_WEIGHT * weights, memory.available()
-    if free is not None and need > free:
+    if need > free:
         wanted = f"--polish holds the whole model, about {need / 1e9:,.1f} GB, where {free / 1e9:,.1f} GB of memory are free"
         raise InputError(f"{wanted}; leave it out or use a larger machine")
 
@@ -86,7 +88,7 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
     target = folder / "polished.safetensors"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        text = _calibration(model, profile)
+        text = recall(model.checkpoint, profile.index["calibration"], model.vocabulary, "--polish").ids
         with model.whole(), stored_precision(model.checkpoint):
             tuning = Tuning(model, results)
             tensors, report = _tune(tuning, text, torch.tensor(profile.index["held_out"]), minutes, folder, progress)
@@ -104,18 +106,19 @@ def polish(model: StreamedModel, results: Results, profile: Profile, minutes: fl
 class Knob:
     """Numbers that are tuned: those of a site or plain tensor `name`, in the parameter `path` of the running model.
 
-    start: float32; decode: from such numbers to the parameter; dtype: in which both are stored.
+    start: float32; unit: the size of its changes; decode: from such numbers to the parameter; dtype: in which both are stored.
     """
 
     name: str
     path: str
     start: Tensor
+    unit: Tensor
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
 
 
 class Tuning:
-    """A rounded model as a function of one vector d: every knob is its start times 1 + its part of d."""
+    """A rounded model as a function of one vector d: every knob is its start plus its part of d in its units."""
 
     def __init__(self, model: StreamedModel, results: Results) -> None:
         self.model = model
@@ -129,7 +132,7 @@ class Tuning:
             if len(own) == len(stored) == 1 and not own[0].stacked and stored[0] in results.solved:
                 self._add_site(own[0], results)
             elif any(key_of(site) in results.solved for site in own):
-                self.fixed[path] = model.value(path, _decoded(results))
+                self.fixed[path] = model.value(path, results.decoded)
             elif not own and len(stored) == 1:
                 self._add_plain(path, stored[0])
 
@@ -141,7 +144,7 @@ class Tuning:
     def numbers(self, d: Tensor) -> list[Tensor]:
         """The knobs' numbers, float32, at d [size]."""
         parts = d.split([knob.start.numel() for knob in self.knobs])
-        return [k.start * (1 + part.view_as(k.start)) for k, part in zip(self.knobs, parts, strict=True)]
+        return [k.start + k.unit * part.view_as(k.start) for k, part in zip(self.knobs, parts, strict=True)]
 
     def weights(self, d: Tensor) -> dict[str, Tensor]:
         """The tuned parameters at d, before any rounding; differentiable."""
@@ -166,19 +169,19 @@ class Tuning:
         packed = results.packed(site.name)
         found = packed.tunable() if isinstance(packed, TunablePacked) else None
         if found is None:
-            self.fixed[site.parameter] = self.model.value(site.parameter, _decoded(results))
+            self.fixed[site.parameter] = self.model.value(site.parameter, results.decoded)
             return
-        scales, decode = found
-        turned = (lambda x: decode(x).mT) if site.transposed else decode
+        turned = (lambda x: found.decode(x).mT) if site.transposed else found.decode
         dtype = getattr(torch, results.solved[site.name].dtype)
-        self.knobs.append(Knob(site.name, site.parameter, scales, turned, dtype))
+        self.knobs.append(Knob(site.name, site.parameter, found.numbers, found.unit, turned, dtype))
 
     def _add_plain(self, path: str, name: str) -> None:
         checkpoint = self.model.checkpoint
         dtype = checkpoint.dtype(name)
         trained = path in dict(self.model.model.named_parameters())
         if trained and len(checkpoint.shape(name)) == 1 and dtype.is_floating_point and checkpoint.parts(name) == [name]:
-            self.knobs.append(Knob(name, path, self.model.value(path), lambda x: x, dtype))
+            start = self.model.value(path)
+            self.knobs.append(Knob(name, path, start, start, lambda x: x, dtype))
 
 
 class Text:
@@ -249,26 +252,9 @@ def _notes(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.metadata()["facts"]))
 
 
-def _decoded(results: Results) -> Callable[[Site, Tensor], Tensor]:
-    def override(site: Site, weight: Tensor) -> Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
-
-    return override
-
-
 def _tunable(packed: Packed) -> TunablePacked:
     assert isinstance(packed, TunablePacked)
     return packed
-
-
-def _calibration(model: StreamedModel, profile: Profile) -> Tensor:
-    """The windows [n, length] that a profile was measured on."""
-    facts = profile.index["calibration"]
-    source = str(facts["source"]).removesuffix(":calibration")
-    found = windows(model.checkpoint, source, "calibration", facts["tokens"], facts["window"], model.vocabulary)
-    if found.digest != facts["digest"]:
-        raise InputError(f"{source} has changed since {profile.folder} was measured, and --polish needs it; measure again")
-    return found.ids
 
 
 def _tune(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -17,28 +13,36 @@ from typing import Any
 
 import torch
 
-import assay.engines.convert
 import assay.engines.load
-from assay import engines
-from assay.budget import plans, presets
+from assay import engines, preflight
+from assay.budget import agreement, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
+from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
+from assay.budget.speed import Speeds
+from assay.budget.speed import benchmark as measure_speeds
+from assay.budget.sweep import STEP, frontier
+from assay.contest import blocks_folder, solve_better
 from assay.engines.write import check_space
-from assay.execute import Results, execute
+from assay.evolving import check as check_search
+from assay.evolving import evolved
+from assay.exporting import export as export_as
 from assay.handover import hand_over
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
-from assay.methods import base
+from assay.measure.text import load_tokenizer, seen, tokenizer_digest, windows
+from assay.methods import base, listing
+from assay.model import memory
 from assay.model.checkpoint import Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.files import save_json, unless_refused
+from assay.model.level import Level
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site, key_of
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
-from assay.profiling import REHEARSED, TOKENS, WINDOW, make_profile, stable_profile, text_digest
+from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
+from assay.report.page.render import write as write_report
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 
@@ -71,7 +75,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     anatomy = streamed.anatomy
     rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
-        for r in plans.rows(streamed, checkpoint.nbytes)
+        for r in offers.rows(streamed, checkpoint.nbytes)
     ]
     inside = [r for r in rows if r["block"] is not None]
     return {
@@ -82,40 +86,85 @@ def inspect(model: str | Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def rank(
+    profile: str | Path, by: Sequence[str] = ("kfac",), *, model: str | Path | None = None, bits: int = sensitivity.BITS,
+    progress: Progress | None = None,
+) -> list[Ranking]:  # fmt: skip
+    """Which weight matrices matter most, with error bars, and which to keep; a ranking for each sensitivity.
+
+    by: names that `assay methods` lists with the verb score; all but kfac run the model. Raises InputError.
+    """
+    streamed = None if model is None else StreamedModel(open_model(model))
+    measured = Profile.open(profile)
+    return [sensitivity.rank(measured, name, streamed, progress or Silent(), bits) for name in by]
+
+
 def profile(
     model: str | Path, out: str | Path, *, calibration: str | Path | None = None, tokens: int | str | None = None,
     window: int | None = None, seed: int = 0, methods: Sequence[str] = REHEARSED, levels: Sequence[str] = (),
-    token_weights: str = "none", progress: Progress | None = None,
+    token_weights: str = "none", select: str | None = None, target: str | Path | None = None, progress: Progress | None = None,
 ) -> Profile:  # fmt: skip
-    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off."""
+    """Measure a model into a folder. Continues where an earlier call with the same settings was cut off.
+
+    select: how to choose the windows from eight times as much text, `dsir` or `kmeans`; target: text that `dsir`
+    makes the choice resemble, and that the profile is compared with in any case.
+    """
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
+    streamed.batch_tokens = preflight.handling(streamed, window, memory.available()).batch
     wanted = [presets.level(name) for name in levels]
-    more = (seed, listener, methods, wanted, token_weights)
+    more = (seed, listener, methods, wanted, token_weights, Selection(select, target))
     if tokens == "auto":
         return stable_profile(streamed, Path(out), calibration, window, *more)
     return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
 
 
 def plan(
-    source: str | Path, *, size: str | int | None = None, bits: float | None = None, max_loss: float | None = None,
-    level: str | None = None, engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (),
-    planner: str = "lagrange", uniform: bool = False,
+    source: str | Path, *, engine: str = "transformers", method: str = "auto", keep: Sequence[str] = (),
+    planner: str = "lagrange", uniform: bool = False, speeds: str | Path | None = None, **budget: Any,
 ) -> Plan:  # fmt: skip
-    """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets."""
+    """Spend a budget on a profile; needs the profile only. Raises InputError for impossible budgets.
+
+    budget: see `Budget`; speeds: what `benchmark` wrote, for a budget of time.
+    """
+    if planner == "evolution":
+        raise InputError("evolution measures the running model; use assay compress MODEL --planner evolution --minutes N")
     chosen = _method(method, engine)
-    budget = _budget(size, bits, max_loss, level, chosen)
-    return plans.make(Profile.open(source), budget, engines.get(engine), chosen, keep, planner, uniform)
+    limits, table = _budget(chosen, **budget), Speeds.load(speeds) if speeds else None
+    measured = Profile.open(source)
+    return agreement.noted(measured, plans.make(measured, limits, engines.get(engine), chosen, keep, planner, uniform, table))
+
+
+def sweep(
+    source: str | Path, low: float, high: float, step: float = STEP, *, engine: str = "transformers", method: str = "auto",
+    keep: Sequence[str] = (), planner: str = "lagrange",
+) -> dict[str, Any]:  # fmt: skip
+    """Size and predicted loss of the best plan at every `step` of average bits, the uniform one beside it."""
+    return frontier(Profile.open(source), low, high, step, engines.get(engine), _method(method, engine), keep, planner)
+
+
+def benchmark(source: str | Path, out: str | Path) -> Speeds:
+    """Measure how fast this machine multiplies by the matrices of a profile, and write the table to a new file."""
+    _check_destination(Path(out))
+    measured = Profile.open(source)
+    names = {name for prices in measured.prices.values() for name in prices}
+    found = measure_speeds(offers.rows_of(measured), sorted(Level.parse(name) for name in names))
+    found.save(Path(out))
+    return found
 
 
 def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
-    size: str | int | None = None, bits: float | None = None, max_loss: float | None = None, level: str | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    polish: float | None = None, progress: Progress | None = None,
+    sequential: bool | None = None, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
+    dry_run: bool = False, progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
+    budget: see `Budget`; none where a plan is given.
+    sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
+    planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
+    two blocks and say what it will take.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
     Everything unfinished lies in `.NAME.assay` beside `out`; the same call continues from there. While that
     is there, `out` itself was not read back yet, and is written again.
@@ -128,39 +177,58 @@ def compress(
     unproven = work.exists() and _recipe(destination) is not None
     if not unproven:
         _check_destination(destination)
+    searched = check_search(
+        planner, minutes, "--plan" if plan else "--level" if budget.get("level") else "--uniform" if uniform else None
+    )
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(given.engine if given else engine)
-    method = _method(given.method, given.engine) if given else _method(method, engine)
-    budget = Budget(**given.budget) if given else _budget(size, bits, max_loss, level, method)
+    best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
+    limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
         check_polish(streamed, polish)
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    expected = given.nbytes_tensors if given else plans.outlook(streamed, budget, contract, method, keep)
-    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else expected)
+    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
+    check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
-    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, budget, progress)
+    by = preflight.handling(streamed, window, memory.available())
+    streamed.batch_tokens = by.batch
+    count = TOKENS if tokens in (None, "auto") else int(tokens or TOKENS)
+    if dry_run:
+        how = {"method": method, "calibration": calibration, "window": window, "engine": contract.name, "uniform": uniform}
+        wanted = {"bits": given.bits} if given else vars(limits)
+        return preflight.told(
+            streamed, contract, compress, wanted, how, ahead, count, by, profiled=bool(profile), planned=bool(given),
+            polish=polish, near=work.parent,
+        )  # fmt: skip
+    progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
+    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
     _check_profile(measured, streamed, method)
     if given is None:
-        chosen = plans.make(measured, budget, contract, method, keep, "lagrange", uniform)
+        chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
+        chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
     else:
         chosen = plans.checked(measured, given, contract)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
-    chosen, results = _solve_better(streamed, measured, chosen, twin, work, progress)
+    ordered = best if sequential is None else sequential
+    chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
     if polish is not None:
-        results = polish_whole(streamed, results, measured, polish, _blocks(work, chosen) / f"polish-{polish:g}", progress)
+        results = polish_whole(
+            streamed, results, measured, polish, blocks_folder(work, chosen, ordered) / f"polish-{polish:g}", progress
+        )
         chosen = plans.polished(chosen, results.polish or {})
     if unproven:
         shutil.rmtree(destination)
     report = hand_over(streamed, chosen, measured, contract, results, destination)
+    write_report(destination)
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
         raise ShortfallError(f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json")
-    return report | {"seconds": perf_counter() - started, "peak_rss_bytes": _peak_rss()}
+    return report | {"seconds": perf_counter() - started, "peak_rss_bytes": memory.peak()}
 
 
 def verify(
@@ -175,8 +243,9 @@ def verify(
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
-    if recipe and _seen(original, text, recipe["calibration"]):
+    if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
+    texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
     scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
     predicted = (recipe or {}).get("predicted", {})
     kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
@@ -186,9 +255,13 @@ def verify(
     verdict = {
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
-        "passed": limit is None or kl["measured"] <= limit,
+        "passed": limit is None or kl["measured"] <= limit, "texts": texts,
+        "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
-    save_json(result.folder / "assay" / "verdict.json", verdict) if recipe else None
+    if recipe:
+        save_json(result.folder / "assay" / "verdict.json", verdict)
+    if recipe and "damage" in recipe:
+        write_report(result.folder)
     return verdict
 
 
@@ -209,13 +282,19 @@ def transform(
 
 
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
-    """Write a compressed checkpoint in another layout, see `TARGETS`, where that holds the same weights exactly."""
+    """Write a compressed checkpoint in another layout, see `TARGETS`, where that holds the same weights exactly; or a
+    profile as an importance matrix, `imatrix`."""
     _check_destination(Path(destination))
-    contract = assay.engines.convert.convert(Path(out), to, Path(destination))
-    return {"out": str(destination), "to": to, "engine": contract.name, "bytes": Checkpoint.open(destination).weight_bytes}
+    return export_as(Path(out), to, Path(destination))
 
 
 convert = export
+
+
+def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
+    """Write one page about a result, which opens in any browser without a network."""
+    page = write_report(out, destination)
+    return {"report": str(page), "bytes": page.stat().st_size}
 
 
 def load(out: str | Path, kernels: bool = True) -> Any:
@@ -225,50 +304,7 @@ def load(out: str | Path, kernels: bool = True) -> Any:
 
 def list_methods() -> list[dict[str, Any]]:
     """Every method with its facts."""
-    encoders = [(name, base.get(name)()) for name in base.names()]
-    transforms = [(name, base.load(name, "transform")) for name in base.names("transform")]
-    return [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0],
-         "formats": list(m.formats), "levels": [x.name for x in m.levels(256)]}
-        for n, m in encoders
-    ] + [
-        {"name": n, "verb": m.verb, "paper": m.paper, "needs": list(m.needs), "summary": (m.__doc__ or "").splitlines()[0]}
-        for n, m in transforms
-    ]  # fmt: skip
-
-
-def _solve_better(
-    model: StreamedModel, profile: Profile, plan: Plan, twin: Plan | None, work: Path, progress: Progress
-) -> tuple[Plan, Results]:
-    """Carry out the plan and its uniform twin; the twin's measured loss corrects the promise, the better one stays."""
-    if twin is None:
-        progress.log(plan.sentence)
-        return plan, execute(model, plan, profile, _blocks(work, plan), progress)
-    held_out = _probe_windows(model, profile)
-    flat = execute(model, twin, profile, _blocks(work, twin), progress)
-    flat_kl = _mean_kl(model, flat, held_out, progress)
-    plan = plans.corrected(profile, plan, twin, flat_kl)
-    progress.log(plan.sentence)
-    results = execute(model, plan, profile, _blocks(work, plan), progress)
-    kl = _mean_kl(model, results, held_out, progress)
-    progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
-    if kl <= flat_kl:
-        return plan, results
-    sentence = f"{twin.sentence}; the uniform plan measured better ({flat_kl:.4f} against {kl:.4f}) and is used"
-    return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
-
-
-def _blocks(work: Path, plan: Plan) -> Path:
-    levels = json.dumps({n: c.level for n, c in plan.choices.items()}, sort_keys=True)
-    return work / f"blocks-{_digest(f'{plan.model}:{plan.profile}:{plan.method}:{levels}')}"
-
-
-def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress: Progress) -> float:
-    def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
-
-    scores = compare(model, {"plan": Candidate(model, override)}, windows, progress)["plan"]
-    return float(torch.cat(scores.kl).double().mean())
+    return listing.every()
 
 
 def _profile_in(
@@ -278,10 +314,6 @@ def _profile_in(
     levels = [budget.level] if budget.level else []
     with unless_refused(work):
         return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
-
-
-def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
-    return Windows(torch.tensor(profile.index["held_out"]), "held out of the calibration text")
 
 
 def _check_destination(destination: Path) -> None:
@@ -311,32 +343,22 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 def _method(name: str, engine: str) -> str:
     """What a name stands for: auto is the quick default, best what measured best in the engine's formats."""
     if name in ("auto", "best"):
-        best = "trellis" if "trellis" in engines.get(engine).formats else "admm"
+        held = engines.get(engine).formats
+        if "int" not in held:
+            return "ggml"
+        best = "trellis" if "trellis" in held else "admm"
         return best if name == "best" else "two_sided"
     base.get(name)
     return name
 
 
-def _budget(size: str | int | None, bits: float | None, max_loss: float | None, level: str | None, method: str) -> Budget:
+def _budget(method: str, **given: Any) -> Budget:
     """Raises InputError for none, for two, and for a level that the method can't make."""
-    wanted = presets.level(level) if level else None
+    wanted = presets.level(given["level"]) if given.get("level") else None
     if wanted:
         presets.fit(method, wanted)
-    return Budget(size=size, bits=bits, max_loss=max_loss, level=wanted.name if wanted else None)
+    return Budget(**(given | {"level": wanted.name if wanted else None}))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _seen(model: StreamedModel, text: str | Path | None, calibration: dict[str, Any]) -> bool:
-    """Whether a text starts with the very windows that a result was calibrated on."""
-    if text is None:
-        return False
-    both = windows(model.checkpoint, text, "calibration", calibration["tokens"], calibration["window"], model.vocabulary)
-    return both.digest == calibration["digest"]
-
-
-def _peak_rss() -> int:
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -146,7 +146,7 @@ def test_names_that_yaml_would_read_as_something_else(name: str, tmp_path: Path)
         ("\nbits: 4.0", "\nbits: true", "bits must be a number"),
         ("engine: vllm", "engine:", "engine must be text"),
         ("budget:\n  bits: 4", "budget: 4", "budget must be a mapping"),
-        ("budget:\n  bits: 4", "budget:\n  bots: 4", "budget must be one of size, bits, max_loss and level"),
+        ("budget:\n  bits: 4", "budget:\n  bots: 4", "budget must be one of size, bits, memory, max_loss"),
         ("budget:\n  bits: 4", "budget: {bits: 4, size: 1GB}", "--size and --bits"),
         ("  lm_head.weight: ", "  model.layers.1.o_proj.weight: keep\n  lm_head.weight: ", "is there twice"),
         ("gap: 0.0\n", "gap: 0.0\ngap: 0.0\n", "gap is there twice"),

@@ -166,6 +166,16 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         (("--level", "nf4-g64"), "transformers can't hold"),
         (("--level", "trellis3-channel", "--method", "gptq"), "gptq does not make trellis3-channel"),
         ((), "one budget"),
+        (("--memory", "1GB", "--engine", "vllm"), "--memory needs --context"),
+        (("--memory", "1GB", "--context", "32", "--engine", "vllm"), "MB of that are cache, activations and engine"),
+        (("--memory", "1 parsec", "--context", "32"), "write it like 3.5GB"),
+        (("--memory", "1GB", "--bits", "4", "--context", "32"), "one budget"),
+        (("--memory", "2GB", "--context", "32"), "use --engine vllm"),
+        (("--memory", "2GB", "--context", "32", "--engine", "vllm", "--cache", "fp4"), "vllm has fp16, fp8"),
+        (("--memory", "2GB", "--context", "32k", "--engine", "vllm"), "more than the 64 tokens that this model reads"),
+        *((("--bits", "5", "--context", text), "tokens above zero") for text in ("0", "-4", "1.5", "many")),
+        (("--bits", "5", "--context", "32", "--batch", "0"), "--batch 0"),
+        (("--bits", "5", "--batch", "2"), "--batch needs --context"),
     ],
 )
 @pytest.mark.parametrize("command", [("compress", "m", "--calibration", "text.txt", *SMALL), ("plan", "p")])
@@ -178,10 +188,33 @@ def test_budgets(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (("--sweep", "2:8", "--bits", "4"), "--sweep and --bits exclude each other"),
+        (("--sweep", "8:2"), "bits must rise"),
+        (("--sizes", "1MB,2MB", "--memory", "1GB", "-o", "out"), "--sizes and --memory exclude each other"),
+        (("--sizes", "1KB,2MB", "-o", "out"), "--size 1KB is out of reach"),
+        (("--bits", "5"), "give --output"),
+        (("--latency", "1", "-o", "out"), "needs --speeds"),
+        (("--tokens-per-second", "-1", "-o", "out"), "--tokens-per-second -1.0 must be a number above zero"),
+        (("--latency", "1", "--speeds", "plan.yaml", "-o", "out"), "not readable as JSON"),
+    ],
+)
+def test_plans_that_contradict_themselves(
+    room: Path, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    refused(capfd, room, ("plan", "p", *options), words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         (("--method", "gptk"), "did you mean gptq"),
         (("--engine", "vlm"), "did you mean vllm"),
         (("--keep", "*.q_prj"), "matches nothing; near it"),
         (("--keep", "*"), "--keep matches all"),
+        (("--planner", "lagrang"), "did you mean lagrange"),
+        (("--minutes", "3"), "--minutes bounds the search of --planner evolution"),
+        (("--planner", "evolution", "--minutes", "0"), "above zero"),
+        (("--planner", "evolution", "--uniform"), "--uniform leaves nothing"),
         (("--profile", "m"), "not a profile"),
         (("--profile", "absent"), "not a profile"),
     ],

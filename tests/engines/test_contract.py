@@ -19,7 +19,8 @@ SHAPE = (64, 64)
 def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
     contract = engines.get(name)
     assert contract.name == name
-    assert contract.layout in ("plain", "compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq", "assay")
+    layouts = ("plain", "compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq", "assay", "gguf")
+    assert contract.layout in layouts
     assert contract.refuses("attn.q", SHAPE, False, None) is None
     assert contract.refusal("llama", False) is None
 
@@ -27,7 +28,7 @@ def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
 def test_an_unknown_engine_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean transformers"):
         engines.get("transfomers")
-    with pytest.raises(InputError, match="there are assay, awq"):
+    with pytest.raises(InputError, match="there are assay, awq, gptq, gptq-v2, llama.cpp, llama.cpp-fast, plain"):
         engines.get("xyz")
 
 

@@ -162,11 +162,13 @@ def test_the_recipe_goes_with_the_weights(tmp_path: Path) -> None:
     assay.compress(model, tmp_path / "out", level="int4-g32-sym", calibration=text, tokens=256, window=32)
     assay.convert(tmp_path / "out", "gptq", tmp_path / "moved")
     first, second = (json.loads((tmp_path / f / "assay" / "recipe.json").read_text()) for f in ("out", "moved"))
+    first.pop("damage")
     assert second == first | {"engine": "gptq"}
     other = tmp_path / "other.txt"
     other.write_text("the lazy dog jumps. " * 40)
-    verdicts = [assay.verify(tmp_path / f, model, text=other, tokens=256, window=32)["kl"] for f in ("out", "moved")]
-    assert verdicts[0] == verdicts[1]
+    verdicts = [assay.verify(tmp_path / f, model, text=other, tokens=256, window=32) for f in ("out", "moved")]
+    assert verdicts[0]["kl"] == verdicts[1]["kl"]
+    assert verdicts[0]["restore"] and not verdicts[1]["restore"]
 
 
 def test_experts_under_names_that_vllm_does_not_find_stay_with_gptq(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def even(level: Level, rows: int, columns: int, dtype: torch.dtype) -> Packed:
     """Codes that use their whole range with scales of one size, as in a real weight."""
     weight = random_packed(level, rows, columns, torch.float32, 1)
     scale = (0.02 + 0.02 * torch.rand(weight.scale.shape, generator=torch.Generator().manual_seed(2))).to(dtype)
-    return weight.with_scales(scale) if dtype is torch.float32 else type(weight)(level, weight.codes, scale, weight.zero_point)
+    return replace(weight, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

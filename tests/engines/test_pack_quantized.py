@@ -24,7 +24,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.layouts.compressed_tensors import config as quantization_config
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
-from assay.model.shards import TensorInfo
+from assay.model.stored import TensorInfo
 
 GROUPS = st.sampled_from([None, 1, 3, 16, 32, 64, 128])
 LEVELS = st.builds(Level, st.integers(2, 8), GROUPS, st.booleans())

@@ -7,9 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from assay.methods.grid.base import Affine
-from assay.methods.grid.fits import fit_bias, fit_power, fit_scale_fixed_point
-from assay.methods.grid.integer import IntegerGrid
+from assay.methods.grid.fits import fit_bias, fit_power
 from assay.methods.grid.scales import split_e8m0
 from assay.methods.grid.table import TableGrid
 from assay.methods.grid.values import float_values, power_law
@@ -129,55 +127,3 @@ def test_a_real_bias_per_row_is_a_scale() -> None:
         levels = torch.tensor(float_values(2, 1, bias))
         scale = grid.fit(weight).scale[row, 0]
         torch.testing.assert_close(levels, torch.tensor(grid.values) * scale)
-
-
-# ---- scales ------------------------------------------------------------------------------------
-
-
-def row_errors(grid: TableGrid, weight: Tensor, affine: Affine) -> Tensor:
-    return grid.squared_errors(weight, affine).double().sum(-1)
-
-
-def test_the_fixed_point_satisfies_the_normal_equation() -> None:
-    weight = normal(13, 32, 512)
-    grid = TableGrid(power_law(4, 1.0), None, torch.float32)
-    start, end = grid.fit(weight), fit_scale_fixed_point(weight, grid)
-
-    def slope(affine: Affine) -> Tensor:
-        steps = torch.tensor(grid.values)[grid.encode(weight, affine).int()].double()
-        return ((steps * affine.scale - weight) * steps).sum(-1) / steps.square().sum(-1) / affine.scale[:, 0]
-
-    assert slope(end).abs().max() < 1e-6 < 1e-3 < slope(start).abs().mean()
-    assert (row_errors(grid, weight, end) < row_errors(grid, weight, start)).all()
-    assert row_errors(grid, weight, end).sum() < 0.75 * row_errors(grid, weight, start).sum()
-
-
-def test_the_error_falls_with_every_iteration() -> None:
-    weight, grid = normal(14, 4, 512), TableGrid(power_law(4, 1.0), None, torch.float32)
-    errors = torch.stack([row_errors(grid, weight, fit_scale_fixed_point(weight, grid, iterations=n)) for n in range(12)])
-    assert (errors[1:] <= errors[:-1] * (1 + 1e-6)).all()
-    assert (errors[1] < errors[0]).all()
-
-
-def test_the_slope_of_the_error_is_a_finite_difference() -> None:
-    weight, grid = normal(15, 1, 512).double(), TableGrid(power_law(4, 1.0), None, torch.float32)
-    scale = float(grid.fit(weight).scale) * 0.83
-    steps = torch.clamp((weight / scale).round(), -7, 7)
-    difference = sum(sign * ((scale + sign * 1e-6) * steps - weight).square().sum() for sign in (1, -1)) / 2e-6
-    assert float(difference) == pytest.approx(2 * float(((scale * steps - weight) * steps).sum()), rel=1e-5)
-
-
-def test_weights_that_cost_nothing_do_not_move_the_scale() -> None:
-    weight, grid = normal(16, 8, 256), TableGrid(power_law(4, 1.0), 64, torch.float32)
-    kept = normal(17, 8, 256).abs() < 1.5
-    inside = torch.where(kept, weight, 0.0)
-    masked = fit_scale_fixed_point(inside, grid, kept.float())
-    noisy = fit_scale_fixed_point(torch.where(kept, weight, 0.3), grid, kept.float())
-    torch.testing.assert_close(masked.scale, noisy.scale)
-
-
-def test_it_takes_integer_grids_and_keeps_their_zero_points() -> None:
-    weight, grid = normal(18, 16, 128), IntegerGrid(3, 32, symmetric=False)
-    start, end = grid.fit(weight), fit_scale_fixed_point(weight, grid)
-    assert torch.equal(start.zero_point, end.zero_point) and end.scale.dtype == torch.bfloat16
-    assert grid.squared_errors(weight, end).sum() < grid.squared_errors(weight, start).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import nearest
-from assay.methods.transform import awq, smooth_quant_plus
+from assay.methods.transform import awq, smooth_quant_plus, svd_smooth
 from assay.methods.transform._orthogonal import hadamard, keeping_mean, orthogonal, rotation, times
-from assay.methods.transform._scaling import Rounding, groups
+from assay.methods.transform._scaling import Rounding, cheapest, groups
 from assay.methods.transform._subject import Subject
 from assay.methods.transform.klt_rotate import klt
 from assay.methods.transform.permute_channels import falling
@@ -107,7 +108,7 @@ def test_awq_with_two_large_inputs_halves_the_loss_on_other_tokens(seed: int) ->
     seen, other = (m.T @ m / len(m) for m in x)
     rounding = Rounding(3, 128, torch.float32)
     found = awq.search([(weight, identity_curvature(seen, 64))], seen.diagonal().sqrt(), rounding)
-    assert 0 < found.exponent < 1
+    assert 0 < awq.EXPONENTS[found.place] < 1
     held_out = [(weight, identity_curvature(other, 64))]
     assert rounding.damage(held_out, found.scale) < 0.5 * rounding.damage(held_out, torch.ones(128))
 
@@ -121,7 +122,7 @@ def test_exponent_zero_is_rounding_to_nearest_exactly() -> None:
     stored = weight.bfloat16().float()
     rounded = nearest.solve(stored, grid)
     assert found.damages[0] == curvature.damage(grid.decode(rounded.codes, rounded.affine).float() - weight)
-    assert found.damages[awq.EXPONENTS.index(found.exponent)] == min(found.damages) <= found.damages[0]
+    assert found.damages[found.place] == min(found.damages) <= found.damages[0]
 
 
 def test_sampled_rows_stand_for_all_rows() -> None:
@@ -230,7 +231,9 @@ def test_without_scales_is_a_candidate_and_wins_where_scales_only_hurt() -> None
     assert smooth_quant_plus.cheapest([2.0, 1.0] + [3.0] * 20) == 0.0
 
 
-@pytest.mark.parametrize("name", ["awq:bits=3,group_size=32", "smooth_quant_plus:bits=3,group_size=32", "rotate"])
+@pytest.mark.parametrize(
+    "name", ["awq:bits=3,group_size=32", "smooth_quant_plus:bits=3,group_size=32", "svd_smooth:bits=3,rank=2", "rotate"]
+)
 def test_planted_outliers_cost_less_on_other_text(name: str, tmp_path: Path) -> None:
     given = enliven("llama", tmp_path / "in")
     for block in given.model.model.layers:
@@ -302,6 +305,32 @@ def pebble_inputs() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         for half in ids:
             model(half)
     return {n: (maps[n].weight.detach(), *(x.T @ x / len(x) for x in seen[n])) for n in maps}
+
+
+def test_a_larger_low_rank_term_leaves_less_to_rounding() -> None:
+    weight = torch.randn(96, 128, generator=seeded(20)) * torch.randn(128, generator=seeded(21)).exp()
+    curvature = identity_curvature(torch.eye(128), 96)
+    damages = [Rounding(4, 64, rank=rank).damage([(weight, curvature)], torch.ones(128)) for rank in (0, 8, 16, 32)]
+    assert damages == sorted(damages, reverse=True) and damages[3] < 0.7 * damages[0]
+
+
+def test_smoothing_pays_beside_a_low_rank_term_too() -> None:
+    """Scales searched with the term, on real weights and other text; those searched without it are never better for it."""
+    maps, rounding, gained = pebble_inputs(), Rounding(3, 64, torch.bfloat16, rank=8), []
+    for names in ([f"self_attn.{c}_proj" for c in "qkv"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]):
+        matrices = [(w, identity_curvature(h, len(w))) for w, h, _ in (maps[n] for n in names)]
+        held_out = [(w, identity_curvature(h, len(w))) for w, _, h in (maps[n] for n in names)]
+        size = matrices[0][1].h.diagonal().sqrt()
+        reach = torch.stack([w.abs().amax(0) for w, _ in matrices]).amax(0)
+        trials = [svd_smooth.scales(size, reach, a, b) for a, b in svd_smooth.EXPONENTS]
+        assert torch.equal(trials[0], torch.ones_like(size))
+        found = cheapest(matrices, trials, rounding)
+        assert min(found.damages) == found.damages[found.place] <= found.damages[0]
+        assert (
+            rounding.damage(matrices, awq.search(matrices, size, replace(rounding, rank=0)).scale) >= min(found.damages) * 0.999
+        )
+        gained.append(rounding.damage(held_out, found.scale) / rounding.damage(held_out, trials[0]))
+    assert max(gained) < 1
 
 
 def test_awq_beats_rounding_to_nearest_on_real_weights_and_other_text() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.methods.grid import _trellis
 from assay.methods.grid.lloyd_max import gaussian_distortion, lloyd_max
+from assay.methods.grid.trellis import distortion as told
 from assay.methods.grid.trellis import encode
 from assay.model import trellis as reader
 from assay.model.errors import InputError
@@ -211,6 +212,11 @@ def test_distortion_is_as_published_or_less_and_near_the_bound(rate: int) -> Non
     assert found == pytest.approx(MEASURED[rate], rel=0.01)
     assert bound < found < bound * 2 ** (2 * 0.1), "the gap to the bound should be at most 0.1 bit"
     assert found < 0.6 * gaussian_distortion(lloyd_max(rate))
+
+
+@pytest.mark.parametrize("rate", [1, 1.75, 2.25, 3, 3.5, 4.5, 5, 6])
+def test_the_formula_for_the_distortion_is_what_encoding_leaves(rate: float) -> None:
+    assert told(rate) == pytest.approx(distortion(Trellis.of_rate(rate), gaussian(16)), rel=0.025)
 
 
 @pytest.mark.parametrize("state_bits", [8, 12])

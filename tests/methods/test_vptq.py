@@ -16,6 +16,7 @@ from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.gptq import FixedGrid
 from assay.methods.solve.ordered import Order
 from assay.model.level import STAGES, Level
+from assay.model.terms import PackedSum
 from assay.model.vectors import PackedVectors
 
 
@@ -101,3 +102,16 @@ def test_on_real_weights_feedback_pays(bits: float) -> None:
 def test_on_real_weights_vectors_beat_scalars_at_two_bits() -> None:
     # 2.31 bits with the codebooks; the scalars with scales a group have 2.28
     assert damage("vptq", "vector2-channel") < 0.8 * damage("gptq", "int2-g64-asym")
+
+
+def test_outlier_columns_are_the_loudest_and_exact() -> None:
+    level = Level.parse("vector1-channel+sparse0.01")
+    for weight, curvature in list(pebble_block().values())[:2]:
+        packed = encode("vptq", level.name, weight, curvature)
+        assert isinstance(packed, PackedSum) and packed.exact is not None
+        mask = packed.exact.mask(weight.shape)
+        whole = curvature.h.diagonal().argsort(descending=True)[: level.kept(*weight.shape) // len(weight)]
+        assert mask.sum() == level.kept(*weight.shape) and mask[:, whole].all() and mask.any(0).sum() <= len(whole) + 1
+        # nothing was quantized before the loudest columns, so they are still the weights themselves
+        assert torch.equal(packed.decode()[:, whole].float(), weight[:, whole].bfloat16().float())
+    assert damage("vptq", level.name) < damage("vptq", level.base.name)

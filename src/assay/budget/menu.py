@@ -65,19 +65,27 @@ def build(
     fused: Sequence[frozenset[str]],
     treat_outside: bool,
     keep: Sequence[str] = (),
+    experts_by_role: bool = False,
     nbytes: Nbytes = Level.nbytes,
 ) -> list[Decision]:
-    """The menu. prices: damage by site and level name; fused: roles that must share a level; nbytes: see `Nbytes`.
+    """The menu. prices: damage by site and level name; fused: roles that must share a level; experts_by_role: whether
+    the experts of a layer share one for each role; nbytes: see `Nbytes`.
 
     A level is left out where it has no finite price at one of the sites decided together, or doesn't make
     them smaller. Raises InputError for a `keep` pattern that matches no site.
     """
     rows = list(rows)
     kept = _kept([row.name for row in rows], keep)
-    together: dict[tuple[object, ...], list[SiteRow]] = {}
+    found = together(rows, fused, experts_by_role)
+    return [_decision(group, prices, levels, treat_outside, kept, nbytes) for group in found]
+
+
+def together(rows: Iterable[SiteRow], fused: Sequence[frozenset[str]], experts_by_role: bool = False) -> list[list[SiteRow]]:
+    """Sites that are decided together. fused, experts_by_role: see `build`."""
+    found: dict[tuple[object, ...], list[SiteRow]] = {}
     for row in rows:
-        together.setdefault(_key(row, fused), []).append(row)
-    return [_decision(group, prices, levels, treat_outside, kept, nbytes) for group in together.values()]
+        found.setdefault(_key(row, fused, experts_by_role), []).append(row)
+    return list(found.values())
 
 
 def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
@@ -91,7 +99,9 @@ def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
     return kept
 
 
-def _key(row: SiteRow, fused: Sequence[frozenset[str]]) -> tuple[object, ...]:
+def _key(row: SiteRow, fused: Sequence[frozenset[str]], experts_by_role: bool) -> tuple[object, ...]:
+    if experts_by_role and row.expert is not None:
+        return (row.block, "experts", row.role)
     if fused and row.expert is not None:
         return (row.block, "experts")
     roles = next((r for r in fused if row.role in r), None)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from assay.budget.menu import Decision
-from assay.budget.size import Budget
+from assay.budget.size import LIMITS, Budget
 from assay.model.errors import InputError
 from assay.model.files import save_text
 from assay.model.level import Level
@@ -33,7 +33,8 @@ class Plan:
 
     bits: average inside the blocks with all overhead; bits_all: over all weights of the model; predicted:
     KL in nats per token with its 95% interval; uniform: the best single level in the same budget;
-    gap: damage above the proven lower bound, as a share of it.
+    gap: damage above the proven lower bound, as a share of it; serving: memory at the budget's context, with the
+    engine's flags; more: what some more bytes would buy.
     """
 
     model: str
@@ -51,6 +52,8 @@ class Plan:
     uniform: Mapping[str, Any]
     gap: float
     sentence: str
+    serving: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """YAML: the header, then one line a site."""
@@ -85,8 +88,10 @@ class Plan:
         except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a plan ({_reason(error)})") from error
         names = {f.name for f in fields(cls)} - {"choices"} | {"levels"}
-        if not isinstance(value, dict) or set(value) != names:
-            odd = sorted(map(str, names ^ set(value if isinstance(value, dict) else ())))
+        needed = names - {f.name for f in fields(cls) if f.default_factory is not MISSING}
+        if not isinstance(value, dict) or not needed <= set(value) <= names:
+            given = set(value if isinstance(value, dict) else ())
+            odd = sorted(map(str, needed - given | given - names))
             raise InputError(f"{path}: not a plan (missing or unknown: {', '.join(odd)})")
         levels = value.pop("levels")
         if not isinstance(levels, dict):
@@ -120,15 +125,15 @@ def _check_header(path: str | Path, header: Mapping[str, Any]) -> None:
         "str": (str, "text"), "int": (int, "a whole number"), "float": ((int, float), "a number"),
         "Mapping[str, Any]": (dict, "a mapping"),
     }  # fmt: skip
-    for field in fields(Plan):
-        kind, words = wanted.get(str(field.type), (object, ""))
-        value = header.get(field.name)
-        if field.name in header and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise InputError(f"{path}: {field.name} must be {words}, not {value!r}")
+    for own in fields(Plan):
+        kind, words = wanted.get(str(own.type), (object, ""))
+        value = header.get(own.name)
+        if own.name in header and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{path}: {own.name} must be {words}, not {value!r}")
     try:
         Budget(**header["budget"])
     except TypeError:
-        raise InputError(f"{path}: budget must be one of size, bits, max_loss and level") from None
+        raise InputError(f"{path}: budget must be one of {', '.join(LIMITS)}, and context, batch and cache") from None
     except InputError as error:
         raise InputError(f"{path}: budget: {error}") from None
 

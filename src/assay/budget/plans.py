@@ -1,191 +1,170 @@
-"""Plans from profiles: menus within an engine's contract, a budget, and a promise."""
+"""Plans from profiles: a budget spent on what an engine's contract allows, and a promise."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from assay.budget import menu, planners
+from assay.budget import planners, serving
 from assay.budget.forecast import Forecast
-from assay.budget.menu import Decision, SiteRow
+from assay.budget.menu import Decision, Option, SiteRow
+from assay.budget.offers import decisions, menus_of, only_level, priced, rows, rows_of
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
-from assay.budget.size import Budget
+from assay.budget.size import Budget, parse_size
+from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
+from assay.engines.gguf.write import whole_bytes
 from assay.engines.layout import check_alike
+from assay.engines.serving import GIB
+from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.methods import base
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import Site, key_of
 
 
-def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
-    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
-    held: dict[str, list[Site]] = {}
-    for site in model.anatomy.sites.values():
-        held.setdefault(site.name, []).append(site)
-    found = []
-    for name, sites in held.items():
-        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
-        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
-        for site, start, end in zip(sites, ends, ends[1:], strict=False):
-            found.append(SiteRow(
-                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
-                site.transposed, site.expert, site.stacked,
-            ))  # fmt: skip
-    return found
+@dataclass(frozen=True)
+class Outlook:
+    """What a result will be, as far as a budget says. files: most bytes of the weight files; tensors: bytes in them;
+    stays: tensors that nothing may compress."""
+
+    files: int
+    tensors: int
+    stays: list[str]
 
 
-def refused(contract: Contract, row: SiteRow | Site) -> str | None:
-    """Why an engine keeps a site as it is."""
-    if row.stacked:
-        return "experts stored as one 3-D tensor"
-    return contract.refuses(row.role, row.shape, row.transposed, row.expert, row.name)
+def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> Outlook:
+    """What the result will be within a budget, told before anything is measured.
 
-
-def decisions(
-    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
-) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
-
-    Raises InputError when it has no choice.
+    For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
     """
-    forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
-
-    def price(row: SiteRow, level: Level) -> float | None:
-        priced = profile.prices.get(row.name, {}).get(level.base.name)
-        return forecast.damage(method, level, priced[_price_kind(row, kind)]) if priced else None
-
-    return _menu(_rows(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
-
-
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> int:
-    """Bytes that the weight files may take within a budget, told before anything is measured.
-
-    For a bound on the loss the fewest that are possible. Raises InputError for what no measurement can make possible.
-    """
-    found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
-    outside = budget.size is not None
-    options = _menu(found, model.anatomy.family, contract, method, outside, keep, only, lambda row, level: 0.0)
-    fixed = _fixed_bytes(model.checkpoint.kept_file_bytes, options)
-    if budget.max_loss is not None or only:
-        return fixed + sum(d.options[0].nbytes for d in options)
-    return fixed + min(budget.limit_for(options, fixed), sum(d.options[-1].nbytes for d in options))
+    found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
+    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
+    whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
+    fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
+    if budget.bounds_bytes:
+        taken = min(_limit(budget, contract, options, whole, footprint(model)), most)
+    free = {site for d in options if len(d.options) > 1 for site in d.sites}
+    return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
 
 
-def _only(budget: Budget) -> Level | None:
-    return Level.parse(budget.level) if budget.level else None
+def outlook_of(plan: Plan) -> Outlook:
+    """The same for a plan, before its profile is known."""
+    stays = [name for name, choice in plan.choices.items() if choice.level is None]
+    return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
 
 
-def _menu(
-    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
-    only: Level | None, price: Callable[[SiteRow, Level], float | None],
-) -> list[Decision]:  # fmt: skip
-    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
-    reasons = {row.name: whole or refused(contract, row) for row in found}
-    offered: dict[str, list[Level]] = {}
-    prices: dict[str, dict[str, float]] = {}
-    for row in found:
-        columns = row.shape[1]
-        levels = [] if reasons[row.name] else [only] if only else kinds(columns)
-        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None)]
-        prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
-    options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep, contract.nbytes)  # fmt: skip
-    if any(len(d.options) > 1 for d in options):
-        return options
-    asked = [row.name for row in found if outside or row.block is not None]
-    if any(prices[name] for name in asked):
-        why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
-    elif any(offered[name] for name in asked):
-        wanted = f"--level {only.name}" if only else f"--method {method}"
-        why = f"the profile has no prices for that; run assay profile again with {wanted}"
-    elif all(reasons[name] for name in asked):
-        why = f"{'; '.join(sorted({str(reasons[name]) for name in asked}))}; --engine plain simulates it"
-    else:
-        example = (only or kinds(64)[0]).name
-        why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
-    raise InputError(f"nothing can be made smaller: {why}")
+def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
+    """Bytes of the files and of the tensors in them if every tensor stays. Raises InputError where there are none."""
+    checkpoint = model.checkpoint
+    if contract.layout == "gguf":
+        return whole_bytes(checkpoint)
+    return checkpoint.kept_file_bytes, sum(checkpoint.kept_nbytes(name) for name in checkpoint.names)
 
 
-def _rows(profile: Profile) -> list[SiteRow]:
-    return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
+def _limit(budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint) -> int:
+    """Bytes that the decisions may take together. whole: see `_stored`."""
+    if budget.memory is None:
+        return budget.limit_for(options, _fixed_bytes(whole[0], options, contract))
+    assert budget.load is not None, "a budget of memory says for what"
+    total = parse_size(budget.memory)
+    beside = total - serving.room(needs, budget.load, contract.name, total)
+    return budget.limit_for(options, whole[1] - sum(d.options[-1].nbytes for d in options), beside)
 
 
-def _price_kind(row: SiteRow, kind: str) -> str:
-    """Rows of an embedding or a head are not error-fed through each other."""
-    return "gptq" if row.block is None and kind == "two_sided" else kind
+def _limit_of(profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision]) -> int:
+    index = profile.index
+    needs = Footprint.from_json(index.get("footprint")) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
+    return _limit(budget, contract, options, _whole(profile, contract), needs)
 
 
 def make(
-    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
-) -> Plan:
-    """The plan for a budget. Raises InputError with the achievable range when there is none."""
-    if contract.one_level and budget.level is None:
-        return _best_single(profile, budget, contract, method, keep, planner, uniform)
-    return _make(profile, budget, contract, method, keep, planner, uniform, _only(budget))
+    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
+    speeds: Speeds | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a budget. Raises InputError with the achievable range when there is none.
 
-
-def _best_single(
-    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool
-) -> Plan:
-    """The best plan that gives every site one and the same level or keeps it. Raises InputError when none fits."""
-    columns = {row.shape[1] for row in _rows(profile)}
-    levels = {x for c in columns for x in base.get(method)().levels(c) if contract.takes(x, c)}
+    speeds: what a budget of time is counted by.
+    """
     found, problems = [], []
-    for level in sorted(levels):
+    for options in menus_of(profile, contract, method, budget.whole, keep, only_level(budget)):
         try:
-            found.append(_make(profile, budget, contract, method, keep, planner, uniform, level))
+            found.append(_spent(profile, budget, contract, method, options, planner, uniform, speeds))
         except InputError as error:
             problems.append(error)
-    if found:
-        return min(found, key=lambda p: (p.predicted, p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
-    raise problems[0] if problems else InputError(f"{contract.name} can't hold what {method} makes; --engine assay can")
+    if not found:
+        raise problems[0]
+    return min(found, key=lambda p: (p.predicted, p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
 
 
-def _make(
-    profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
-    only: Level | None,
+def _spent(
+    profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision], planner: str, uniform: bool,
+    speeds: Speeds | None,
 ) -> Plan:  # fmt: skip
-    options = decisions(profile, contract, method, budget.size is not None, keep, only)
+    """The plan that a planner makes of one menu."""
+    flat = None
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
-        choice = lagrange.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
+        search = planners.get("lagrange" if uniform else planner)
+        if not hasattr(search, "plan_for_loss"):
+            raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
+        choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     elif budget.level:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
+    elif budget.milliseconds is not None:
+        if speeds is None:
+            raise InputError("a budget of time needs --speeds: a file that assay benchmark writes")
+        divide, shapes = planners.get("uniform" if uniform else planner).plan, {row.name: row.shape for row in rows_of(profile)}
+        choice = speeds.plan(options, shapes, budget.milliseconds, divide)
+        flat = speeds.plan(options, shapes, budget.milliseconds, planners.get("uniform").plan)
+        limit = _totals(options, choice)[1]
     else:
-        limit = budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options))
+        limit = _limit_of(profile, budget, contract, options)
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    return _assemble(profile, budget, contract, method, options, choice, limit)
+    return _assemble(profile, budget, contract, method, options, choice, limit, flat)
 
 
-def _fixed_bytes(file_bytes: int, options: Sequence[Decision]) -> int:
+def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
+    """`_stored` of the model that was profiled. Raises InputError where there is no such file."""
+    if contract.layout != "gguf":
+        return int(profile.index["file_bytes"]), sum(profile.index["names"].values())
+    found = profile.index.get("gguf", {"refused": f"{profile.folder} says nothing about GGUF; run assay profile again"})
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return int(found["file_bytes"]), int(found["tensor_bytes"])
+
+
+def _fixed_bytes(file_bytes: int, options: Sequence[Decision], contract: Contract) -> int:
     """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
     decided = sum(d.options[-1].nbytes for d in options)
+    if contract.layout == "gguf":
+        return file_bytes - decided + ALIGNMENT * sum(len(d.sites) for d in options)
     names = sum(len(site) for d in options for site in d.sites)
     return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
 
 
 HEADER_PER_SITE = 420
+ALIGNMENT = 32
+"""Of the tensors in a GGUF file, whose headers are as long for any level."""
 
 
 def _assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], limit: int,
+    choice: list[int], limit: int, flat: list[int] | None = None,
 ) -> Plan:  # fmt: skip
-    plain, bound = planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
+    plain, bound = flat or planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
     forecast = Forecast.from_index(profile.index)
     damage, nbytes = _totals(options, choice)
-    low, expected, high = forecast.kl(method, damage)
-    plain_damage, plain_bytes = _totals(options, plain)
-    fixed = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in options)
+    low, expected, high = forecast.kl(method, forecast.total(_picked(options, choice)))
+    plain_bytes = _totals(options, plain)[1]
+    fixed = _whole(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
-    own = {row.name: row for row in _rows(profile)}
+    own = {row.name: row for row in rows_of(profile)}
     choices = {}
     for d, c in zip(options, choice, strict=True):
         option = d.options[c]
@@ -194,7 +173,7 @@ def _assemble(
             choices[site] = Choice(option.level, _nbytes(contract, own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
-        "predicted": forecast.kl(method, plain_damage)[1],
+        "predicted": forecast.kl(method, forecast.total(_picked(options, plain)))[1],
     }  # fmt: skip
     return Plan(
         model=profile.index["model"], profile=profile.index["calibration"]["digest"], engine=contract.name, method=method,
@@ -202,6 +181,8 @@ def _assemble(
         nbytes_tensors=tensors, bits=_bits(options, choice), bits_all=8 * tensors / int(profile.index["parameters"]),
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
+        serving=_serving(profile, budget, contract, tensors),
+        more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
     )  # fmt: skip
 
 
@@ -209,8 +190,30 @@ def _nbytes(contract: Contract, row: SiteRow, level: str | None) -> int:
     return row.stored_bytes if level is None else contract.nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
 
 
+def _serving(profile: Profile, budget: Budget, contract: Contract, tensors: int) -> dict[str, Any]:
+    """Memory of the result at the context that the budget names; empty where it names none."""
+    if budget.load is None:
+        return {}
+    needs, decoded = Footprint.from_json(profile.index.get("footprint")), sum(profile.index["names"].values())
+    return serving.summary(needs, budget.load, contract.name, tensors, decoded)
+
+
+def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
+    """What a GiB more would buy, or an eighth more where the weights take less than 8 GiB; empty when nothing is left to buy."""
+    step = min(GIB, tensors // 8)
+    most = sum(d.options[-1].nbytes for d in options)
+    if limit >= most:
+        return {}
+    bought = _picked(options, lagrange.plan(options, min(limit + step, most)))
+    return {"bytes": step, "predicted": forecast.kl(method, forecast.total(bought))[1]}
+
+
+def _picked(options: Sequence[Decision], choice: Sequence[int]) -> list[Option]:
+    return [d.options[c] for d, c in zip(options, choice, strict=True)]
+
+
 def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:
-    picked = [d.options[c] for d, c in zip(options, choice, strict=True)]
+    picked = _picked(options, choice)
     return sum(o.damage for o in picked), sum(o.nbytes for o in picked)
 
 
@@ -249,21 +252,41 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     What is uniform in its sentence is the best single level in its budget, or in its bytes where an edit needs more.
     """
     check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
-    known = {row.name: row for row in _rows(profile)}
+    known = {row.name: row for row in rows_of(profile)}
     for name, chosen in plan.choices.items():
         if name in known and chosen.level:
             _check_group_size(known[name], chosen.level)
     if contract.one_level:
         check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
     budget = Budget(**plan.budget)
-    outside = budget.size is not None or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, (), _only(budget))
+    outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
+    options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     limit = _totals(options, choice)[1]
-    if budget.size is not None or budget.bits is not None:
-        limit = max(limit, budget.limit_for(options, _fixed_bytes(int(profile.index["file_bytes"]), options)))
+    if budget.bounds_bytes:
+        limit = max(limit, _limit_of(profile, budget, contract, options))
     return _assemble(profile, budget, contract, plan.method, options, choice, limit)
+
+
+Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
+"""From a menu, the bytes that may be taken and the chosen options to other ones, and what they make of the KL."""
+
+
+def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
+    """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
+    budget, levels = Budget(**plan.budget), {Level.parse(c.level) for c in plan.choices.values() if c.level}
+    only = max(levels) if contract.one_level and levels else None
+    options = decisions(profile, contract, plan.method, budget.whole, keep, only)
+    choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
+    limit = _totals(options, choice)[1]
+    if budget.bounds_bytes:
+        limit = max(limit, _limit_of(profile, budget, contract, options))
+    found, ratio = search(options, limit, choice)
+    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
+    low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
+    return dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
+                               sentence=_sentence(expected, low, high, made.uniform))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:
@@ -284,7 +307,7 @@ def _check_group_size(row: SiteRow, level: str) -> None:
 def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str]) -> Plan | None:
     """The best uniform plan of the same budget, or None where there is none or it is the same plan."""
     budget = Budget(**plan.budget)
-    if budget.max_loss is not None or budget.level is not None:
+    if not budget.bounds_bytes:
         return None
     twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
     same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())

@@ -8,42 +8,89 @@ factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
+from assay.methods.grid import blocks
 from assay.methods.grid.formats import grid_of
-from assay.methods.grid.gaussian import gaussian_distortion
-from assay.methods.solve.curvature import feedback_cost
+from assay.methods.grid.trellis import distortion
+from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
+    falling_order,
+    feedback_cost,
+    inverse_factor,
+    permute,
+    shrink,
+)  # fmt: skip
+from assay.methods.solve.trellis import feedback_gain, swelling
+from assay.model.ggml import KINDS
+from assay.model.lattice import DISTORTION as LATTICE
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
 
-OWN = {"lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
+OWN = {"power": "nupes", "lut": "squeezellm", "salient": "pb_llm", "planes": "bit_planes", "vector": "vptq"}
 """Formats that aren't a grid for single weights, and the method that makes them."""
 
 SAMPLED_ROWS = 256
 """Rows of a matrix that are rounded to price it."""
 
 
-def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+@dataclass(frozen=True)
+class InputCosts:
+    """What a squared error costs at each input, for all matrices that read it, [in].
+
+    plain: rounded to nearest; fed: under feedback; rotated: both summed over the inputs of the rotated matrix, and
+    the gain of its feedback.
+    """
+
+    plain: Tensor
+    fed: Tensor
+    rotated: tuple[float, float, Tensor] | None = None
+
+    @classmethod
+    def of(cls, moment: Tensor, rotated: bool) -> InputCosts:
+        """From H [in, in] or its diagonal [in]. rotated: whether levels that rotate are to be priced."""
+        plain, fed = diagonal(moment), _inputs(moment)
+        if not rotated or moment.ndim == 1:
+            return cls(plain, fed)
+        turned = rotate_both(moment)
+        return cls(
+            plain, fed, (float(diagonal(turned).sum()), float(_inputs(turned).sum()), _gain(turned, INPUT_SHRINKAGE, True))
+        )
+
+
+def rotates(level: Level) -> bool:
+    """Whether a level's grid is for rotated weights."""
+    return level.format in ("trellis", "lattice")
+
+
+def price(
+    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts | None = None
+) -> dict[str, dict[str, float]]:
     """Damage in nats per token by level name and price ("nearest", "gptq", "two_sided").
 
-    weight: float32 [out, in].
+    weight: float32 [out, in]. inputs: the costs of the curvature's H, where they are known.
     """
-    scalar, rotated = [x for x in levels if x.format != "trellis"], [x for x in levels if x.format == "trellis"]
-    return _scalar_prices(weight, curvature, scalar) | _rotated_prices(weight, curvature, rotated)
+    inputs = inputs or InputCosts.of(curvature.h, any(map(rotates, levels)))
+    scalar, rotated = [x for x in levels if not rotates(x)], [x for x in levels if rotates(x)]
+    return _scalar_prices(weight, curvature, scalar, inputs) | _rotated_prices(weight, curvature, rotated, inputs)
 
 
-def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+def _scalar_prices(
+    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts
+) -> dict[str, dict[str, float]]:
     if not levels:
         return {}
-    columns, fed_columns = diagonal(curvature.h), _inputs(curvature.h)
+    columns, fed_columns = inputs.plain, inputs.fed
     weight, (rows, fed_rows) = _sample(weight, columns, diagonal(curvature.g), _outputs(curvature.g))
     errors: dict[Level, dict[str, float]] = {}
     found = {}
@@ -61,29 +108,46 @@ def _scalar_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]
     return found
 
 
-def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level]) -> dict[str, dict[str, float]]:
+def _rotated_prices(
+    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts
+) -> dict[str, dict[str, float]]:
     """Of grids for Gaussian weights: their distortion is known, and the rotation leaves every row's energy as it is."""
-    if not levels or curvature.h.ndim == 1:
+    if not levels or inputs.rotated is None:
         return {}
     energy = float(weight.square().mean())
-    columns, rows = (m if m.ndim == 1 else rotate_both(m) for m in (curvature.h, curvature.g))
-    outside, inside, fed_inside = (float(x.sum()) for x in (diagonal(rows), diagonal(columns), _inputs(columns)))
+    rows = curvature.g if curvature.g.ndim == 1 else rotate_both(curvature.g)
+    outside, (inside, fed_inside, across) = float(diagonal(rows).sum()), inputs.rotated
     both = {"nearest": outside * inside, "gptq": outside * fed_inside}
     both["two_sided"] = float(_outputs(rows, falling=False).sum()) * fed_inside
+    gains = {"nearest": torch.ones(()), "gptq": across, "two_sided": across * _gain(rows, OUTPUT_SHRINKAGE, False)}
+    unit = 0.5 * curvature.share * energy
     return {
-        level.name: {k: 0.5 * curvature.share * v * energy * gaussian_distortion(level.bits) for k, v in both.items()}
+        level.name: {k: unit * v * _distortion(level) * float(swelling(level.bits, gains[k])) for k, v in both.items()}
         for level in levels
     }
 
 
+def _distortion(level: Level) -> float:
+    """Mean squared error on a unit Gaussian."""
+    return LATTICE if level.format == "lattice" else distortion(level.bits)
+
+
 def _inputs(moment: Tensor) -> Tensor:
     """Cost of rounding errors at each input under feedback as the solvers do it."""
-    return feedback_cost(moment, 0.02, 0.01)
+    return feedback_cost(moment, INPUT_SHRINKAGE, DAMPING)
 
 
 def _outputs(moment: Tensor, falling: bool = True) -> Tensor:
     """The same at each output."""
-    return feedback_cost(moment, 0.1, 0.01, falling)
+    return feedback_cost(moment, OUTPUT_SHRINKAGE, DAMPING, falling)
+
+
+def _gain(moment: Tensor, shrinkage: float, falling: bool) -> Tensor:
+    """See `feedback_gain`; 1 for a diagonal [n]."""
+    if moment.ndim == 1:
+        return torch.ones(())
+    ordered = permute(moment, falling_order(moment)) if falling else moment
+    return feedback_gain(inverse_factor(shrink(ordered, shrinkage), DAMPING, torch.float32)[0])
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -108,6 +172,8 @@ def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[T
         method = base.get(OWN[level.format])()
         made = method.encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
         return (made - weight).square(), (made - weight).square()
+    if level.format in KINDS:
+        return blocks.squared_errors(level.format, weight), blocks.squared_errors(level.format, weight, importance)
     grid = grid_of(level, torch.float32)
     affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
     plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)

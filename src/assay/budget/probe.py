@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from assay.budget.prices import price
+from assay.budget.forecast import UNKNOWN_SPREAD
+from assay.budget.prices import InputCosts, price, rotates
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
 from assay.measure.profile import Curvatures
-from assay.measure.stream import Override, StreamedModel
+from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
@@ -25,14 +29,8 @@ from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
 GROUP = 64
-
-
-def read_weight(model: StreamedModel, site: Site) -> Tensor:
-    """Weight of a site as float32 [out, in], whatever its storage order."""
-    value = model.checkpoint.read(site.name).float()
-    if site.stacked and site.expert is not None and site.rows is not None:
-        return value[site.expert, slice(*site.rows)]
-    return value.T.contiguous() if site.transposed else value
+REHEARSED_SITES = 16
+REHEARSED_ROWS = 1024
 
 
 def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[Callable[[int], list[Level]]],
@@ -43,13 +41,15 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     with progress.task("pricing levels", len(blocks)) as advance:
         for block in blocks:
             curvatures = Curvatures(folder, block, total)
-            for site in (s for s in model.anatomy.sites.values() if s.block == block):
-                if (curvature := curvatures.get(key_of(site))) is not None:
-                    weight = read_weight(model, site)
-                    columns = site.shape[1]
-                    levels = {x.base for menu in menus for x in menu(columns)}
-                    with threads_for(weight.numel()):
-                        prices[key_of(site)] = price(weight, curvature, sorted(levels))
+            sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
+            costs: dict[str, InputCosts] = {}
+            for site in sites:
+                levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
+                with threads_for(math.prod(site.shape)):
+                    curvature, reads = curvatures[key_of(site)], curvatures.reads(key_of(site))
+                    if reads not in costs:
+                        costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
+                    prices[key_of(site)] = price(read_weight(model, site), curvature, levels, costs[reads])
             memory.release()
             advance()
     return prices
@@ -60,25 +60,37 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
     curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
-    sites = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures[key_of(s)].tokens][:16]
-    ratios: dict[str, dict[int, float]] = {}
-    with progress.task("rehearsing on one block", len(methods) * len(PROBED_BITS)) as advance:
-        for name in methods:
-            method = base.get(name)()
-            for bits in PROBED_BITS:
-                priced = done = 0.0
-                for site in sites:
-                    levels = [x for x in method.levels(site.shape[1]) if x.base.name in prices[key_of(site)]]
-                    if not levels:
+    met = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures.tokens(key_of(s))]
+    sites = met[:REHEARSED_SITES]
+    priced, done = ({name: dict.fromkeys(PROBED_BITS, 0.0) for name in methods} for _ in range(2))
+    with progress.task("rehearsing on one block", len(sites)) as advance:
+        for site in sites:
+            known = prices[key_of(site)]
+            weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
+            with threads_for(weight.numel()):
+                for name, bits in itertools.product(methods, PROBED_BITS):
+                    method = base.get(name)()
+                    if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in known]):
                         continue
-                    level, weight, curvature = _nearest_level(levels, bits), read_weight(model, site), curvatures[key_of(site)]
-                    with threads_for(weight.numel()):
-                        packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
-                    done += curvature.damage(packed.decode().float() - weight)
-                    priced += prices[key_of(site)][level.base.name][method.prices]
-                ratios.setdefault(name, {})[bits] = done / priced if priced else 1.0
-                advance()
-    return ratios
+                    level = _nearest_level(levels, bits)
+                    packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
+                    done[name][bits] += curvature.damage(packed.decode().float() - weight)
+                    whole = len(weight) == site.shape[0]
+                    costs = known if whole else price(weight, curvature, [level.base])
+                    priced[name][bits] += costs[level.base.name][method.prices]
+            memory.release()
+            advance()
+    return {name: {bits: done[name][bits] / p if p else 1.0 for bits, p in row.items()} for name, row in priced.items()}
+
+
+def _some_rows(weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
+    """At most `REHEARSED_ROWS` evenly spaced rows of a weight, and the statistics of a matrix of these alone."""
+    if len(weight) <= REHEARSED_ROWS:
+        return weight, curvature
+    picked = torch.linspace(0, len(weight) - 1, REHEARSED_ROWS).round().long()
+    g = curvature.g[picked] if curvature.g.ndim == 1 else curvature.g[picked][:, picked]
+    gradient, fisher = (None if m is None else m[picked] for m in (curvature.gradient, curvature.fisher))
+    return weight[picked], replace(curvature, g=g, gradient=gradient, fisher=fisher)
 
 
 def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
@@ -97,21 +109,30 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
 
 
 def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-          progress: Progress) -> list[tuple[float, float]]:  # fmt: skip
-    """(damage, KL) of the whole model rounded to nearest at a few widths."""
+          progress: Progress) -> tuple[list[tuple[float, float]], float]:  # fmt: skip
+    """(damage, KL) of the whole model rounded to nearest at a few widths, and the KL's relative standard error over windows."""
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress)
-    points = []
+    points, spread = [], 0.0
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
-        damage = sum(prices[key_of(s)][_probed(s.shape[1], bits).name]["nearest"] for s in blocks)
-        points.append((damage, float(torch.cat(scores[str(bits)].kl).mean())))
-    return points
+        damage = sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in blocks)
+        per_window = torch.cat(scores[str(bits)].kl).double().mean(1)
+        points.append((damage, float(per_window.mean())))
+        spread = max(spread, _relative_error(per_window))
+    return points, spread
+
+
+def _relative_error(values: Tensor) -> float:
+    """Standard error of the mean of independent values as a share of it; `UNKNOWN_SPREAD` for a single one."""
+    if len(values) < 2:
+        return UNKNOWN_SPREAD
+    return float(values.std() / values.mean().clamp_min(1e-12) / len(values) ** 0.5)
 
 
 def _rounded_to(bits: int) -> Override:
-    return nearest(lambda site: _probed(site.shape[1], bits))
+    return nearest(lambda site: probed_level(site.shape[1], bits))
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:
@@ -130,9 +151,10 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
 
 def probed_levels(columns: int) -> list[Level]:
     """The levels that `probe` rounds matrices to, which need prices."""
-    return [_probed(columns, bits) for bits in PROBED_BITS]
+    return [probed_level(columns, bits) for bits in PROBED_BITS]
 
 
-def _probed(columns: int, bits: int) -> Level:
+def probed_level(columns: int, bits: int) -> Level:
+    """The level of `probed_levels` of one width."""
     size = next((g for g in (GROUP, 32) if columns % g == 0), None)
     return Level(bits, None if size == columns else size)

@@ -1,14 +1,15 @@
-"""Budgets as people state them: file size, average bits, or a bound on the loss."""
+"""Budgets as people state them: file size, memory while serving, average bits, speed, or a bound on the loss."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from assay.budget.menu import Decision
+from assay.budget.serving import DEFAULT_CACHE, Load, parse_tokens
 from assay.model.errors import InputError
 from assay.model.level import Level
 
@@ -37,10 +38,15 @@ def bits_to_bytes(bits: float, count: int) -> int:
     return int(Fraction(str(bits)) * count / 8)
 
 
+LIMITS = ("size", "bits", "memory", "max_loss", "level", "latency", "tokens_per_second")
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of size (bytes of all weight files), bits (average inside the blocks), max_loss (KL, nats), level
-    (one for everything inside the blocks, by its name).
+    """Exactly one limit: size (bytes of all weight files), bits (average inside the blocks), memory (bytes while it is
+    served), max_loss (KL, nats), level (one for everything inside the blocks, by its name), latency (milliseconds a
+    token) or tokens_per_second. And for how much: context (tokens of a sequence), batch (sequences) and cache (how keys
+    and values are stored), which memory needs and which the others report on.
 
     Raises InputError naming what contradicts.
     """
@@ -49,28 +55,62 @@ class Budget:
     bits: float | None = None
     max_loss: float | None = None
     level: str | None = None
+    memory: str | int | None = None
+    latency: float | None = None
+    tokens_per_second: float | None = None
+    context: str | int | None = None
+    batch: int | None = None
+    cache: str | None = None
 
     def __post_init__(self) -> None:
-        given = {"--" + k.replace("_", "-"): v for k, v in vars(self).items() if v is not None}
-        if len(given) != 1:
-            names = " and ".join(given) if given else "none"
-            raise InputError(f"give one budget: --size, --bits, --max-loss or --level (got {names})")
+        check_limits({name: getattr(self, name) for name in LIMITS})
         if self.level is not None:
             Level.parse(self.level)
-        if self.size is not None:
-            parse_size(self.size)
-        for name, value in (("--bits", self.bits), ("--max-loss", self.max_loss)):
-            if value is not None and not _positive(value):
-                raise InputError(f"{name} {value} must be a number above zero")
+        for name in ("size", "memory"):
+            if getattr(self, name) is not None:
+                parse_size(getattr(self, name))
+        for name in ("bits", "max_loss", "latency", "tokens_per_second"):
+            if getattr(self, name) is not None and not _positive(getattr(self, name)):
+                raise InputError(f"{_flag(name)} {getattr(self, name)} must be a number above zero")
+        if self.context is not None:
+            parse_tokens(self.context)
+        elif needing := [name for name in ("memory", "batch", "cache") if getattr(self, name) is not None]:
+            raise InputError(f"{_flag(needing[0])} needs --context: how many tokens a sequence may have, like 32k")
+        if self.batch is not None and (isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1):
+            raise InputError(f"--batch {self.batch}: give a whole number of sequences above zero")
 
-    def limit_for(self, decisions: Sequence[Decision], fixed_bytes: int) -> int:
-        """Bytes that all decisions together may take. fixed_bytes: the rest of the weight files.
+    @property
+    def load(self) -> Load | None:
+        """What is served, where that was said."""
+        if self.context is None:
+            return None
+        return Load(parse_tokens(self.context), self.batch or 1, self.cache or DEFAULT_CACHE)
 
-        For bits: what lies outside the blocks counts as stored. Raises InputError with the achievable range.
+    @property
+    def bounds_bytes(self) -> bool:
+        """Whether it says how many bytes the weights may take."""
+        return self.size is not None or self.bits is not None or self.memory is not None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it counts what lies outside the blocks."""
+        return self.size is not None or self.memory is not None
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Bound on the time of a token, where there is one."""
+        return 1000 / self.tokens_per_second if self.tokens_per_second else self.latency
+
+    def limit_for(self, decisions: Sequence[Decision], fixed_bytes: int, beside: int = 0) -> int:
+        """Bytes that all decisions together may take. fixed_bytes: the rest of the weight files, or of the weights in memory.
+
+        beside: memory that is no weights; for bits: what lies outside the blocks counts as stored. Raises InputError
+        with the achievable range.
         """
-        if self.size is not None:
-            limit = parse_size(self.size) - fixed_bytes
-            self._check(limit, decisions, fixed_bytes)
+        given = self.size if self.size is not None else self.memory
+        if given is not None:
+            limit = parse_size(given) - fixed_bytes - beside
+            self._check(limit, decisions, fixed_bytes, beside)
             return limit
         assert self.bits is not None, "neither a loss bound nor a level has a byte limit"
         count = sum(d.count for d in decisions if d.inside)
@@ -84,11 +124,29 @@ class Budget:
             d.options[-1].nbytes for d in decisions if not d.inside
         )
 
-    def _check(self, limit: int, decisions: Sequence[Decision], fixed_bytes: int) -> None:
-        low, high = (fixed_bytes + sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
-        if limit + fixed_bytes < low:
-            allowed = f"{low / 1e6:,.2f} to {high / 1e6:,.2f} MB"
+    def _check(self, limit: int, decisions: Sequence[Decision], fixed_bytes: int, beside: int) -> None:
+        low, high = (fixed_bytes + beside + sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
+        if limit + fixed_bytes + beside >= low:
+            return
+        allowed = f"{low / 1e6:,.2f} to {high / 1e6:,.2f} MB"
+        if self.size is not None:
             raise InputError(f"--size {self.size} is out of reach; this model and engine allow {allowed}")
+        why = f"{beside / 1e6:,.2f} MB of that are cache, activations and engine; a shorter --context, smaller --batch or --cache"
+        raise InputError(
+            f"--memory {self.memory} is out of reach; this model, engine and context allow {allowed} ({why} need less)"
+        )
+
+
+def check_limits(given: Mapping[str, object]) -> None:
+    """Raises InputError unless exactly one limit is given, naming those that exclude each other."""
+    flags = [_flag(name) for name, value in given.items() if value is not None]
+    if len(flags) != 1:
+        every = ", ".join(_flag(name) for name in LIMITS[:-1]) + f" or {_flag(LIMITS[-1])}"
+        raise InputError(f"give one budget: {every} (got {' and '.join(flags) or 'none'})")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _positive(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,12 @@ class Table:
         width = int(count.max(initial=1))
         places = (np.cumsum(count) - count)[:, None] + np.minimum(np.arange(width), count[:, None] - 1)
         options = list(chain.from_iterable(d.options for d in decisions))
-        levels: dict[str | None, int] = {}
-        level = [levels.setdefault(o.level, len(levels)) for o in options]
+        names = list(map(attrgetter("level"), options))
+        levels = {name: index for index, name in enumerate(dict.fromkeys(names))}
         return cls(
-            np.array([o.nbytes for o in options], dtype=np.int64)[places],
-            np.array([o.damage for o in options], dtype=np.float64)[places],
-            np.array(level, dtype=np.int64)[places],
+            np.fromiter(map(attrgetter("nbytes"), options), np.int64, len(options))[places],
+            np.fromiter(map(attrgetter("damage"), options), np.float64, len(options))[places],
+            np.fromiter(map(levels.__getitem__, names), np.int64, len(options))[places],
             tuple(levels),
             count,
             np.array([d.count for d in decisions], dtype=np.int64),

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from assay.model import memory
 from assay.model.errors import AssayError
 
 P = ParamSpec("P")
@@ -80,6 +81,7 @@ def _prepare() -> None:
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    memory.steady()
 
 
 def _show(answer: Answer, as_json: bool) -> None:

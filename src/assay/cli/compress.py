@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from assay.cli.answer import Answer, command
 from assay.cli.options import (
+    Batch,
     Bits,
+    Cache,
     Calibration,
+    Context,
     Engine,
     Json,
     Keep,
     Level,
     MaxLoss,
+    Memory,
     Method,
     Model,
     Output,
@@ -33,35 +37,55 @@ Polish = Annotated[
     float | None,
     typer.Option("--polish", metavar="MINUTES", help="After rounding, tune scales and norms end to end for so long."),
 ]
+Sequential = Annotated[
+    bool | None,
+    typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
+]
+Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
+Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only rehearse on two blocks: print memory, disk, size and time, and write nothing.")
+]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of torch.", min=1)]
 
 
 @command(resumes=True)
 def run(
-    model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, max_loss: MaxLoss = None,
-    level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
+    model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, memory: Memory = None,
+    context: Context = None, batch: Batch = None, cache: Cache = None, max_loss: MaxLoss = None, level: Level = None,
+    method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
-    polish: Polish = None, threads: Threads = None, as_json: Json = False,
+    sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
+    threads: Threads = None, dry_run: DryRun = False, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
-    given = {"--size": size, "--bits": bits, "--max-loss": max_loss, "--level": level}
-    _one_of(plan, [name for name, value in given.items() if value is not None])
+    budget: dict[str, Any] = {
+        "size": size, "bits": bits, "memory": memory, "max_loss": max_loss, "level": level, "context": context,
+        "batch": batch, "cache": cache,
+    }  # fmt: skip
+    _one_of(plan, budget)
     count = token_count(tokens)
     import assay
     from assay.cli.progress import Bars
     from assay.report import tables
 
     report = assay.compress(
-        model, output, plan=plan, profile=profile, size=size, bits=bits, max_loss=max_loss, level=level,
-        method=method, calibration=calibration, tokens=count, window=window, engine=engine, keep=tuple(keep or ()),
-        uniform=uniform, threads=threads, polish=polish, progress=Bars(),
+        model, output, plan=plan, profile=profile, method=method, calibration=calibration, tokens=count, window=window,
+        engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform, sequential=sequential,
+        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=Bars(),
     )  # fmt: skip
+    if dry_run:
+        return Answer(report, lambda: tables.preflight(report))
     return Answer(report, lambda: tables.closing(report, model=model))
 
 
-def _one_of(plan: Path | None, budgets: list[str]) -> None:
-    if plan is not None and budgets:
-        raise InputError(f"--plan and {budgets[0]} exclude each other; the plan holds its budget")
-    if plan is None and len(budgets) != 1:
-        got = " and ".join(budgets) or "none"
-        raise InputError(f"give --plan or one budget: --size, --bits, --max-loss or --level (got {got})")
+def _one_of(plan: Path | None, budget: dict[str, Any]) -> None:
+    from assay.budget.size import LIMITS, check_limits
+
+    given = [name for name, value in budget.items() if value is not None]
+    if plan is not None and given:
+        raise InputError(f"--plan and --{given[0].replace('_', '-')} exclude each other; the plan holds its budget")
+    if plan is None and not given:
+        raise InputError("give --plan or one budget: --size, --bits, --memory, --max-loss or --level (got none)")
+    if plan is None:
+        check_limits({name: budget.get(name) for name in LIMITS})

@@ -10,17 +10,15 @@ import typer
 from assay.cli.answer import Answer, command
 from assay.cli.options import Json, Output
 
-FOLDER, NAMES = (
-    "Folder that assay compress wrote, or any compressed checkpoint.",
-    "plain, compressed-tensors, gptq, awq or assay.",
-)
+FOLDER = "Folder that assay compress wrote, any compressed checkpoint, or a profile."
+NAMES = "plain, compressed-tensors, gptq, awq, assay or gguf; of a profile imatrix."
 Result = Annotated[Path, typer.Argument(metavar="OUT", help=FOLDER, show_default=False)]
 Layout = Annotated[str, typer.Option("--to", metavar="LAYOUT", help=NAMES, show_default=False)]
 
 
 @command()
 def run(out: Result, to: Layout, output: Output, as_json: Json = False) -> Answer:
-    """Write a compressed checkpoint in another layout that holds the same weights exactly."""
+    """Write a compressed checkpoint in another layout that holds the same weights exactly; or a profile as an imatrix."""
     import assay
     from assay.report import tables
 

@@ -15,6 +15,21 @@ Bits = Annotated[
     float | None,
     typer.Option("--bits", metavar="BITS", help="Bound on the average bits of the weights in the blocks, all overhead counted."),
 ]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Bound on the memory of serving, like 22GB; needs --context.")
+]
+Context = Annotated[
+    str | None, typer.Option("--context", metavar="N", help="Tokens that a sequence may have, like 8192 or 32k (k is 1024).")
+]
+Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Sequences served at once; 1 if not given.")]
+Cache = Annotated[
+    str | None, typer.Option("--cache", metavar="TYPE", help="How keys and values are stored: fp16, fp8, int8 or int4.")
+]
+Latency = Annotated[float | None, typer.Option("--latency", metavar="MS", help="Bound on the time of one token; needs --speeds.")]
+TokensPerSecond = Annotated[
+    float | None, typer.Option("--tokens-per-second", metavar="N", help="The same as a rate; needs --speeds.")
+]
+Speeds = Annotated[Path | None, typer.Option("--speeds", metavar="FILE", help="What assay benchmark wrote on this machine.")]
 MaxLoss = Annotated[
     float | None, typer.Option("--max-loss", metavar="NATS", help="Bound on the KL to the original, in nats per token.")
 ]
@@ -23,7 +38,9 @@ Level = Annotated[
     typer.Option("--level", metavar="LEVEL", help="One level everywhere: a preset like W4A16 or NF4, or like int4-g64-asym."),
 ]
 Method = Annotated[str, typer.Option("--method", metavar="NAME", help="A name that assay methods lists, auto (quick) or best.")]
-Engine = Annotated[str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, assay or plain.")]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.")
+]
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Leave matching tensors as they are; may be repeated.")
 ]

@@ -18,11 +18,20 @@ Weights = Annotated[
     str, typer.Option("--token-weights", metavar="KIND", help="How tokens count in H: none, attention, first-N or chunk-A-B.")
 ]
 
+Select = Annotated[
+    str | None, typer.Option("--select", metavar="NAME", help="Choose among eight times as much text: dsir or kmeans.")
+]
+Target = Annotated[
+    str | None, typer.Option("--target", metavar="FILE", help="Your own text: what dsir looks for, and is compared with.")
+]
+Cache = Annotated[bool, typer.Option("--cache", help="Price keys and values of every layer too; loads the whole model.")]
+
 
 @command(resumes=True)
 def run(
     model: Model, output: Output, calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
-    seed: Seed = 0, token_weights: Weights = "none", method: Methods = None, level: Levels = None, as_json: Json = False,
+    seed: Seed = 0, token_weights: Weights = "none", method: Methods = None, level: Levels = None, select: Select = None,
+    target: Target = None, cache: Cache = False, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure a model on a text. A call that was cut off continues where it stopped."""
     count = token_count(tokens)
@@ -33,7 +42,10 @@ def run(
 
     measured = assay.profile(
         model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
-        levels=level or (), token_weights=token_weights, progress=Bars(),
+        levels=level or (), token_weights=token_weights, select=select, target=target, progress=Bars(),
     )  # fmt: skip
+    if cache:
+        assay.price_cache(assay.builtin_model() if model == "builtin" else model, measured.folder, calibration)
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
+    facts["target"] = measured.index["target"]
     return Answer(facts, lambda: tables.profiled(facts))

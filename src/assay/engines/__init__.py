@@ -9,17 +9,21 @@ import re
 from assay.engines.contract import Contract
 from assay.model.errors import InputError
 
-NAMES = ("assay", "awq", "gptq", "gptq-v2", "plain", "transformers", "vllm", "vllm-w8a8")
+NAMES = (
+    "assay", "awq", "gptq", "gptq-v2", "llama.cpp", "llama.cpp-fast", "plain", "transformers", "vllm", "vllm-w8a8",
+)  # fmt: skip
+ALIASES = {"gguf": "llama.cpp"}
 
 
 def get(name: str) -> Contract:
     """The contract of an engine, `name` or `name@version`. Raises InputError naming the nearest, or what is too old or new."""
     name, _, version = name.partition("@")
+    name = ALIASES.get(name, name)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
         raise InputError(f"unknown engine {name!r}; {hint}")
-    contract: Contract = importlib.import_module(f"assay.engines.{name.replace('-', '_')}").CONTRACT
+    contract: Contract = importlib.import_module(f"assay.engines.{re.sub('[.-]', '_', name)}").CONTRACT
     if version:
         _check_version(contract, version)
     return contract
@@ -28,7 +32,7 @@ def get(name: str) -> Contract:
 def _check_version(contract: Contract, version: str) -> None:
     """Refuse a version outside those that `since` names of the engine's own program."""
     program = contract.name.partition("-")[0]
-    known = re.search(rf"\b{program} ([\d.]+)(?: to ([\d.]+))?", contract.since)
+    known = re.search(rf"\b{re.escape(program)} ([\d.]+)(?: to ([\d.]+))?", contract.since)
     if known is None:
         raise InputError(f"{contract.name} takes no version ({contract.since})")
     if re.fullmatch(r"\d+(\.\d+)*", version) is None:

@@ -20,7 +20,8 @@ class Contract:
     fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
     least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; expert_names: the
     only names of experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, ()
-    for all; rules: what the engine would refuse in a written checkpoint, one sentence each.
+    for all; rules: what the engine would refuse in a written checkpoint, one sentence each; readable: families that it
+    can open, () for all; experts_by_role: whether a layer's experts of one role share one level.
     """
 
     name: str
@@ -45,10 +46,12 @@ class Contract:
     expert_names: tuple[str, ...] = ()
     expert_formats: tuple[str, ...] = ()
     rules: Callable[[Checkpoint], list[str]] | None = None
+    readable: tuple[str, ...] = ()
+    experts_by_role: bool = False
 
     def refusal(self, family: str, has_experts: bool) -> str | None:
         """Why nothing of this family may be compressed for the engine; None when it may."""
-        if family in self.unreadable:
+        if family in self.unreadable or (self.readable and family not in self.readable):
             return f"{self.name} can't open compressed {family} models"
         if has_experts and not self.reads_expert_models:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"

@@ -14,8 +14,11 @@ import torch
 from assay.engines import get, reopen, write
 from assay.engines.contract import Contract
 from assay.engines.fused import share_units, siblings
+from assay.engines.gguf import reopen as gguf_reopen
+from assay.engines.gguf import write as gguf_write
+from assay.engines.gguf.exact import as_blocks
 from assay.engines.layout import LAYOUTS
-from assay.model.checkpoint import Checkpoint, read_json
+from assay.model.checkpoint import INDEX, Checkpoint, read_json
 from assay.model.errors import InputError, ShortfallError
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedInteger
@@ -23,7 +26,7 @@ from assay.model.sites import Anatomy, survey
 
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "plain": ("plain",), "assay": ("assay",), "awq": ("awq",), "gptq": ("gptq", "gptq-v2"),
-    "compressed-tensors": ("vllm", "transformers"),
+    "compressed-tensors": ("vllm", "transformers"), "gguf": ("llama.cpp",),
 }  # fmt: skip
 """Engines by what people call their layout; the first whose contract holds everything is written for."""
 RECIPE = "assay/recipe.json"
@@ -38,11 +41,13 @@ def convert(folder: Path, to: str, destination: Path) -> Contract:
     the layout can't hold them, and for a name that is no layout.
     """
     if to not in TARGETS:
-        raise InputError(f"unknown layout {to!r}; there are {', '.join(sorted(TARGETS))}")
+        raise InputError(f"unknown layout {to!r}; there are {', '.join(sorted(TARGETS))}, and of a profile imatrix")
     source = Checkpoint.open(folder)
-    if (source.config.get("quantization_config") or {}).get("quant_method") == to:
+    if source.method == to:
         _copy(source, destination)
         return get(TARGETS[to][0])
+    if to == "gguf":
+        return _to_gguf(source, destination)
     if not source.levels and to != "plain":
         raise InputError(f"{folder} holds no compressed weights that assay can move; compress it with assay compress")
     contract, levels = _holder(source, to)
@@ -61,9 +66,28 @@ def convert(folder: Path, to: str, destination: Path) -> Contract:
 
 
 def _copy(source: Checkpoint, destination: Path) -> None:
+    """The files that belong to a checkpoint; a GGUF file may lie in a folder of anything."""
     write.check_space(destination.absolute().parent, source.weight_bytes)
+    named = [path for name in (INDEX, "config.json") if (path := source.folder / name).exists()]
     with write.new_folder(destination) as made:
-        shutil.copytree(source.folder, made, dirs_exist_ok=True)
+        for path in {*source.side_files(), *named, *(info.shard for info in source.stored.values())}:
+            target = made / path.relative_to(source.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _to_gguf(source: Checkpoint, destination: Path) -> Contract:
+    """Float weights as they are, compressed ones with the same codes and scales."""
+    contract = get("llama.cpp")
+    blocks, levels = as_blocks({name: partial(source.read_packed, name) for name in source.levels})
+    loaders = {name: partial(blocks.__getitem__, name) for name in blocks}
+    gguf_write.write(destination, source, loaders, contract, _recipe(source, contract), levels)
+    try:
+        gguf_reopen.compare(destination, source, loaders, contract)
+    except ShortfallError:
+        shutil.rmtree(destination)
+        raise
+    return contract
 
 
 def _holder(source: Checkpoint, to: str) -> tuple[Contract, Mapping[str, Level]]:
@@ -144,11 +168,12 @@ def _scattered(source: Checkpoint, name: str) -> bool:
 
 
 def _recipe(source: Checkpoint, contract: Contract) -> dict[str, str]:
-    """What the source's recipe promised holds of the same weights."""
+    """What the source's recipe promised holds of the same weights; its damage belongs to the bytes of the source."""
     path = source.folder / RECIPE
     if not path.exists():
         return {}
     recipe = read_json(path, "damaged result") | {"engine": contract.name}
+    recipe.pop("damage", None)
     return {RECIPE: json.dumps(recipe, indent=1, sort_keys=True) + "\n"}
 
 

@@ -61,6 +61,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "gptq": _gptq(False),
     "gptq-v2": _gptq(True),
     "awq": Layout(awq.tensors, awq.nbytes, lambda levels, kept, ordered: awq.config(levels, kept)),
+    "gguf": Layout(lambda weight: weight.tensors(), _own_nbytes),
     "plain": Layout(lambda weight: {"weight": weight.decode()}, _own_nbytes, ordered=True),
 }
 

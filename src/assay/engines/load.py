@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +13,44 @@ from transformers import GenerationConfig, PreTrainedModel
 from assay.engines.kernels import PackedExperts, PackedLinear
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.sites import Site, empty_model, survey
+from assay.model.ggml import KINDS
+from assay.model.sites import Site, empty_model, load_config, survey
 
 
 def load(folder: Path, kernels: bool = True) -> Any:
     """The model of a folder: its compressed linear layers stay compressed in memory and run through torch's kernels.
 
-    kernels: False decodes each layer at every call instead, to the bit what the weights say. Nothing compressed: the model
-    as stock transformers opens it. Raises InputError for what transformers has no model of.
+    kernels: False decodes each layer at every call instead, to the bit what the weights say. GGUF files are decoded whole.
+    Nothing compressed: the model as stock transformers opens it. Raises InputError for what transformers has no model of.
     """
     source = Checkpoint.open(folder)
-    if not source.levels:
+    if not source.levels and source.method not in ("assay", "gguf"):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-    model = empty_model(source)
+    model, dtype = empty_model(source), _dtype(source)
     anatomy = survey(source, model)
     sites: dict[str, list[Site]] = {}
     for site in anatomy.sites.values():
         sites.setdefault(site.parameter, []).append(site)
     for path, stored in anatomy.parameters.items():
         if stored:
-            _place(model, source, path, stored, sites.get(path, []), kernels)
+            _place(model, source, path, stored, sites.get(path, []), kernels, dtype)
     model.tie_weights()
     _finish(model, source)
     return model
 
 
+def _dtype(source: Checkpoint) -> torch.dtype:
+    """Dtype of the model: what the config says, else that of the largest tensor."""
+    named = getattr(load_config(source), "dtype", None)
+    return named or max(source.stored.values(), key=lambda info: math.prod(info.shape)).dtype
+
+
 def _place(
-    model: PreTrainedModel, source: Checkpoint, path: str, stored: tuple[str, ...], sites: list[Site], kernels: bool
-) -> None:
+    model: PreTrainedModel, source: Checkpoint, path: str, stored: tuple[str, ...], sites: list[Site], kernels: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Put one parameter into the model, compressed where the files hold it so."""
     home, _, leaf = path.rpartition(".")
     module = model.get_submodule(home)
@@ -51,7 +60,7 @@ def _place(
         groups = [packed[i : i + per_expert] for i in range(0, len(packed), per_expert)]
         shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
         del module._parameters[leaf]
-        setattr(module, leaf, PackedExperts(groups, shape, source.dtype(stored[0])))
+        setattr(module, leaf, PackedExperts(groups, shape, _dtype_of(source, stored[0], dtype)))
     elif leaf == "weight" and stored[0] in source.levels and isinstance(module, nn.Linear):
         bias = module.bias
         shape = (module.out_features, module.in_features)
@@ -59,16 +68,22 @@ def _place(
         parent, _, name = home.rpartition(".")
         setattr(model.get_submodule(parent), name, made)
     else:
-        value = _value(source, stored, sites)
+        value = _value(source, stored, sites, dtype)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
 
 
-def _value(source: Checkpoint, stored: tuple[str, ...], sites: list[Site]) -> Tensor:
-    """A parameter as the model holds it, in the dtype of the files."""
-    parts = [source.read(name) for name in stored]
+def _dtype_of(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a tensor in the model: its own, but the model's for ggml's blocks, which decode to float32 whatever it is."""
+    level = source.levels.get(name)
+    return dtype if source.method == "gguf" or (level and level.name in KINDS) else source.dtype(name)
+
+
+def _value(source: Checkpoint, stored: tuple[str, ...], sites: list[Site], dtype: torch.dtype) -> Tensor:
+    """A parameter as the model holds it."""
+    parts = [source.read(name).to(_dtype_of(source, name, dtype)) for name in stored]
     if len(parts) == 1:
         return parts[0]
     experts = len({site.expert for site in sites})

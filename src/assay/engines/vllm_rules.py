@@ -14,7 +14,7 @@ import torch
 
 from assay.engines.fused import siblings
 from assay.model.checkpoint import Checkpoint
-from assay.model.shards import TensorInfo
+from assay.model.stored import TensorInfo
 
 Shapes = Mapping[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -19,7 +20,8 @@ class Curvature:
     """Statistics of one site.
 
     h: [in, in], or [in] for a diagonal; g: [out, out], or [out] for a diagonal; share in (0, 1];
-    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for.
+    tokens: how many tokens h and g are averages over; gradient, fisher: [out, in], where they were measured and asked for;
+    parts: of how many tokens each part of the text gave [parts], and the diagonals of h and g on it [parts, in], [parts, out].
     """
 
     h: Tensor
@@ -28,12 +30,13 @@ class Curvature:
     tokens: int
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+    parts: tuple[Tensor, Tensor, Tensor] | None = None
 
     def damage(self, change: Tensor) -> float:
         """Nats per token of a change [out, in], float32."""
         left = change * self.g[:, None] if self.g.ndim == 1 else self.g @ change
         right = change * self.h if self.h.ndim == 1 else change @ self.h
-        return 0.5 * self.share * float((left.double() * right.double()).sum())
+        return 0.5 * self.share * float((left * right).sum(dtype=torch.float64))
 
 
 def diagonal(matrix: Tensor) -> Tensor:

@@ -27,10 +27,13 @@ from assay.model.files import load_tensors, save_json, save_tensors
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 
-VERSION = 2
+VERSION = 3
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
+PARTS = 8
+"""Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
 _EMPTY = "none"
+_PART = "part|"
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,52 @@ class Curvatures(Mapping[str, Curvature]):
         self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
         self._total = total
         with safe_open(self._gradients, framework="pt") as file:
-            self._keys = dict(key.split("|", 1) for key in file.keys() if key != _EMPTY)  # noqa: SIM118
+            keys = [key for key in file.keys() if key != _EMPTY and not key.startswith(_PART)]  # noqa: SIM118
+        self._keys = dict(key.split("|", 1) for key in keys)
+
+    def reads(self, site: str) -> str:
+        """Key of what a site reads: sites with one key have one H."""
+        return self._keys[site]
+
+    def tokens(self, site: str) -> int:
+        """How many tokens met a site."""
+        with safe_open(self._inputs, framework="pt") as file:
+            return int(file.get_tensor(f"n|{self.reads(site)}"))
 
     def __getitem__(self, site: str) -> Curvature:
         reads = self._keys[site]
         with safe_open(self._inputs, framework="pt") as file:
             seen = int(file.get_tensor(f"n|{reads}"))
             h = file.get_tensor(reads) / max(seen, 1)
+            parts = _parts(file, reads)
         with safe_open(self._gradients, framework="pt") as file:
             g = file.get_tensor(f"{site}|{reads}") / max(seen, 1)
-        more = {}
+            outputs = _parts(file, f"{site}|{reads}")
+        more: dict[str, Any] = {}
+        if parts and outputs:
+            counts = parts[0][:, None]
+            more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
         for kind, path in self._weightwise.items():
             with safe_open(path, framework="pt") as file:
                 more[kind] = file.get_tensor(site)
         return Curvature(h, g, seen / self._total, seen, **more)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._keys
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _parts(file: Any, key: str) -> tuple[Tensor, Tensor] | None:
+    """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
+    if f"{_PART}{key}" not in file.keys():  # noqa: SIM118
+        return None
+    counts = file.get_tensor(f"{_PART}n|{key}")
+    return counts[counts > 0], file.get_tensor(f"{_PART}{key}")[counts > 0]
 
 
 def measure(
@@ -115,7 +144,7 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, work.batch_tokens(model.batch_tokens))
     with stored_precision(model.checkpoint):
         _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()
@@ -137,6 +166,7 @@ def _sweep(
 def _forward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
 ) -> None:
+    places = _places(parts)
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))
@@ -149,6 +179,7 @@ def _forward(
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
+                    sums.places = places[b]
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b)
@@ -156,6 +187,12 @@ def _forward(
             sums.untouched(sites)
             save_tensors(target, sums.values)
         advance()
+
+
+def _places(parts: list[Tensor]) -> list[Tensor]:
+    """The part of the text, of `PARTS` or fewer, that each window of each batch is in."""
+    windows = sum(len(p) for p in parts)
+    return list((torch.arange(windows) * min(PARTS, windows) // windows).split([len(p) for p in parts]))
 
 
 def _tail(
@@ -214,7 +251,7 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
 def _backward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
 ) -> None:
-    total = sum(p.numel() for p in parts)
+    total, places = sum(p.numel() for p in parts), _places(parts)
     counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{_block_name(index)}.G.safetensors"
@@ -228,6 +265,7 @@ def _backward(
                 flows["t"] = [more["gradient"].gradient]
             with model.block(index):
                 for b in range(len(parts)):
+                    sums.places = places[b]
                     for flow, watchers in flows.items():
                         _descend(model, index, b, work, flow, watchers)
             sums.unreached(sites)
@@ -278,9 +316,12 @@ class Sums:
     """Sums over tokens, float32: second moments by key, and the tokens they cover.
 
     weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
+    places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
+    Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
     """
 
     def __init__(self) -> None:
+        self.places: Tensor | None = None
         self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
@@ -290,7 +331,14 @@ class Sums:
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if key not in self.values:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
-        self.values[key].addmm_(flat.T, flat if weights is None else flat * weights.reshape(-1, 1))
+        weighted = flat if weights is None else flat * weights.reshape(-1, 1)
+        self.values[key].addmm_(flat.T, weighted)
+        if self.places is not None:
+            squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
+            squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
+            counts = torch.full((len(places),), len(flat) / len(places))
+            self.values.setdefault(f"{_PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
+            self.values.setdefault(f"{_PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""

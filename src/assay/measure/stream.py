@@ -20,6 +20,7 @@ from assay.model.sites import Anatomy, Site, empty_model, survey
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
 LOGITS_AT_ONCE = 1 << 22
+BATCH_TOKENS = 2048
 
 
 class _Stop(Exception):
@@ -27,10 +28,14 @@ class _Stop(Exception):
 
 
 class StreamedModel:
-    """A model whose parameters are in memory only while they are needed. Computes in float32."""
+    """A model whose parameters are in memory only while they are needed. Computes in float32.
 
-    def __init__(self, checkpoint: Checkpoint, override: Override | None = None) -> None:
+    batch_tokens: how many tokens go through a block at once.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, override: Override | None = None, batch_tokens: int = BATCH_TOKENS) -> None:
         self.checkpoint = checkpoint
+        self.batch_tokens = batch_tokens
         self.model = empty_model(checkpoint)
         self.anatomy: Anatomy = survey(checkpoint, self.model)
         self.override = override
@@ -91,18 +96,19 @@ class StreamedModel:
             return self.model(input_ids=ids).logits
 
     @contextmanager
-    def outside(self, tail: bool) -> Iterator[None]:
+    def outside(self, tail: bool, override: Override | None = None) -> Iterator[None]:
         """Load what lies outside the blocks: the tail (norms and head) or the front (the rest)."""
         embedding = self.model.get_input_embeddings()
         name = next((n for n, m in self.model.named_modules() if m is embedding), "")
         head = self.model.get_output_embeddings()
         head_name = next((n for n, m in self.model.named_modules() if m is head), "-")
         if tail and not self.anatomy.tied:
-            with self._loaded([p for p in self._outside if not p.startswith(name + ".")]), self._blind(embedding):
+            paths = [p for p in self._outside if not p.startswith(name + ".")]
+            with self._loaded(paths, override or self.override), self._blind(embedding):
                 yield
         else:
             skip = head_name + "." if not tail and not self.anatomy.tied else "-"
-            with self._loaded([p for p in self._outside if not p.startswith(skip)]):
+            with self._loaded([p for p in self._outside if not p.startswith(skip)], override or self.override):
                 yield
 
     def forget(self) -> None:
@@ -240,6 +246,13 @@ class Activations:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def batch_tokens(self, wanted: int) -> int:
+        """The size of batches that lie here already, or the one wanted, which is noted."""
+        note = self.folder / "batch_tokens"
+        if not note.exists():
+            note.write_text(str(wanted))
+        return int(note.read_text())
+
     def put(self, name: str, batch: int, value: Tensor) -> None:
         np.save(self.folder / f"{name}.{batch}.npy", value.detach().numpy())
 
@@ -251,7 +264,7 @@ class Activations:
             path.unlink()
 
 
-def batches(ids: Tensor, tokens: int = 2048) -> list[Tensor]:
+def batches(ids: Tensor, tokens: int = BATCH_TOKENS) -> list[Tensor]:
     """Windows [n, length] in batches of about `tokens` tokens."""
     return list(ids.split(max(1, tokens // ids.shape[1])))
 
@@ -259,6 +272,20 @@ def batches(ids: Tensor, tokens: int = 2048) -> list[Tensor]:
 def micro(hidden: Tensor, vocabulary: int) -> list[Tensor]:
     """A batch split so that its logits stay within a bounded number of elements."""
     return list(hidden.split(max(1, LOGITS_AT_ONCE // (hidden.shape[1] * vocabulary))))
+
+
+def read_weight(model: StreamedModel, site: Site) -> Tensor:
+    """Weight of a site as float32 [out, in], whatever its storage order."""
+    value = model.checkpoint.read(site.name).float()
+    if site.stacked and site.expert is not None and site.rows is not None:
+        return value[site.expert, slice(*site.rows)]
+    return value.T.contiguous() if site.transposed else value
+
+
+def token_divergences(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL in nats from reference to candidate at each predicting token: logits [b, t, v] of both -> [b, t - 1]."""
+    p, q = reference[:, :-1].log_softmax(-1), candidate[:, :-1].log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> Tensor:

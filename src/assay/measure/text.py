@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Windows:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises InputError when it is missing, empty, or code of its own."""
+    if any(info.read is not None for info in checkpoint.stored.values()) and not checkpoint.side_files():
+        wanted = "put tokenizer.json and config.json of the original model beside it"
+        raise InputError(f"{checkpoint.folder}: a GGUF file alone, whose tokenizer only llama.cpp can run; {wanted}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,6 +84,33 @@ def windows(checkpoint: Checkpoint, text: str | Path | None, split: Split, token
     if max(ids) >= vocabulary:
         raise InputError(f"token {max(ids)} is beyond the model's {vocabulary}: tokenizer and model don't match")
     return Windows(torch.tensor(ids[: count * length]).view(count, length), f"{source}:{split}")
+
+
+def reread(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path | None = None) -> Windows:
+    """The windows that a profile was measured on, or those of another text in their places.
+
+    facts: what its index says of its calibration; a text that has changed since shows by the digest. Raises InputError.
+    """
+    source = text or str(facts["source"]).removesuffix(":calibration")
+    found = windows(checkpoint, source, "calibration", facts["pool"], facts["window"], vocabulary)
+    picked = torch.tensor(facts["picked"], dtype=torch.long)
+    if len(picked) == 0 or int(picked.max()) >= len(found.ids):
+        return found
+    return Windows(found.ids[picked], found.source)
+
+
+def seen(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, text: str | Path) -> bool:
+    """Whether a text holds the very windows that a result was calibrated on, in their places; facts: see `reread`."""
+    return reread(checkpoint, facts, vocabulary, text).digest == facts["digest"]
+
+
+def recall(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, purpose: str) -> Windows:
+    """`reread` of the text itself. Raises InputError, naming the purpose, where it is no longer there."""
+    found = reread(checkpoint, facts, vocabulary)
+    if found.digest != facts["digest"]:
+        source = str(facts["source"]).removesuffix(":calibration")
+        raise InputError(f"{source} has changed since the profile was measured, and {purpose} needs it; measure again")
+    return found
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:

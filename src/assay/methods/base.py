@@ -37,8 +37,8 @@ class Statistics:
 class Method(Protocol):
     """Facts that every method states about itself.
 
-    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher");
-    paper: title and year of its source.
+    verb: transform, score, encode, combine, attach or train; needs: statistics it reads ("H", "G", "gradient", "fisher"),
+    and "model" where it looks at the model itself; paper: title and year of its source.
     """
 
     verb: ClassVar[str]

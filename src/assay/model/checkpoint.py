@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from assay.model import layouts
+from assay.model import gguf_file, layouts
 from assay.model.errors import InputError
 from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
-from assay.model.shards import TensorInfo, read_header
+from assay.model.shards import read_header
+from assay.model.stored import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -42,7 +43,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
-        """Open a folder or a hub id (downloaded by huggingface_hub). Raises InputError."""
+        """Open a folder, a GGUF file or a hub id (downloaded by huggingface_hub). Raises InputError."""
+        if (path := gguf_file.find(source)) is not None:
+            beside = path.parent / "config.json"
+            config = read_json(beside, "not a model folder") if beside.exists() else None
+            return cls(path.parent, *gguf_file.read(path, config))
         folder = resolve(source)
         config = read_json(folder / "config.json", "not a model folder")
         stored: dict[str, TensorInfo] = {}
@@ -61,6 +66,14 @@ class Checkpoint:
         other = Checkpoint(self.folder, self.config, self.stored)
         other._replaced = tensors
         return other
+
+    @property
+    def method(self) -> str | None:
+        """How the weights are compressed: quant_method of the config, "gguf" for a GGUF file; None where it names none."""
+        if any(info.read is not None for info in self.stored.values()):
+            return "gguf"
+        named = (self.config.get("quantization_config") or {}).get("quant_method")
+        return None if named is None else str(named)
 
     @cached_property
     def packed(self) -> dict[str, Stored]:
@@ -107,7 +120,7 @@ class Checkpoint:
 
     def kept_nbytes(self, name: str) -> int:
         """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
-        if len(self.parts(name)) == 1:
+        if len(self.parts(name)) == 1 and (name not in self.stored or self.stored[name].read is None):
             return self.nbytes(name)
         return math.prod(self.shape(name)) * self.kept_dtype(name).itemsize
 
@@ -157,7 +170,12 @@ class Checkpoint:
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
-        """Every file a user needs beside the weights: all but weights, indexes and hidden files."""
+        """Every file a user needs beside the weights: all but weights, indexes and hidden files.
+
+        None beside a lone GGUF file, whose folder may be any.
+        """
+        if not (self.folder / "config.json").exists():
+            return []
         weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
         files = (p for p in sorted(self.folder.rglob("*")) if p.is_file())
         return [
@@ -194,6 +212,8 @@ class Checkpoint:
         if name in self._replaced:
             return self._replaced[name].clone()
         info = self.stored[name]
+        if info.read is not None:
+            return info.read()
         try:
             with safe_open(info.shard, framework="pt") as file:
                 return file.get_tensor(name).clone()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.trellis import Trellis
 
 _NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
@@ -23,7 +24,8 @@ class Format:
     matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
     are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
     `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
-    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`.
+    8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`; "lattice", 16 bits for
+    eight outputs of a column; "blocks", whole blocks of a kind of ggml, see `ggml.KINDS`, whose name is the level's.
     """
 
     bits: tuple[float, ...]
@@ -34,24 +36,28 @@ class Format:
     matrix_bytes: int = 0
     input_bytes: int = 0
     one_stream: bool = False
-    layout: Literal["codes", "planes", "salient", "vectors"] = "codes"
+    layout: Literal["codes", "planes", "salient", "vectors", "lattice", "blocks"] = "codes"
 
 
 ANY_GROUP = (32, 64, 128, None)
 FORMATS = {
     "int": Format((2, 3, 4, 5, 6, 7, 8), ANY_GROUP, symmetric=(False, True)),
+    "axis": Format((2, 3, 4, 5, 6, 8), ANY_GROUP, symmetric=(False, True), matrix_bytes=1),
     "nf": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "fp": Format((4, 6, 8), ANY_GROUP, table="matrix"),
     "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),
     "nvfp": Format((4,), (16,), scale_bytes=1, table="matrix", matrix_bytes=4),
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
+    "ternary": Format((2,), ANY_GROUP, table="matrix"),
+    "binary": Format((1,), ANY_GROUP, table="matrix"),
     "power": Format((2, 3, 4, 5, 6), ANY_GROUP, table="matrix"),
     "lut": Format((2, 3, 4), (None,), scale_bytes=0, table="row"),
     "trellis": Format(tuple(r / 4 for r in range(4, 25)), (None,), matrix_bytes=16, input_bytes=1, one_stream=True),
     "planes": Format((2, 3, 4, 5, 6), ANY_GROUP, layout="planes"),
     "salient": Format((1.35, 1.7, 2.4, 3.1), ANY_GROUP, layout="salient"),
+    "lattice": Format((2,), (None,), layout="lattice"),
     "vector": Format((1, 1.5, 2, 2.5, 3, 4), (None,), layout="vectors"),
-}
+} | {kind: Format((facts.bits,), (facts.weights,), layout="blocks") for kind, facts in KINDS.items()}
 PLANES_BASE = 2
 VECTOR = 4
 STAGES: dict[float, tuple[int, ...]] = {1: (4,), 1.5: (6,), 2: (8,), 2.5: (6, 4), 3: (6, 6), 4: (8, 8)}
@@ -86,6 +92,8 @@ class Level:
             raise InputError(f"a group holds at least one weight, not {self.group_size}")
         if not 0 <= self.sparse < 0.5 or self.rank < 0:
             raise InputError("a level keeps a share of 0 to 0.5 of its weights exact, and a rank of 0 or more")
+        if kind.layout == "blocks" and (self.group_size not in kind.group_sizes or self.sparse or self.rank):
+            raise InputError(f"{self.format} has blocks of {kind.group_sizes[0]} weights, and no terms beside them")
 
     def __lt__(self, other: Level) -> bool:
         return self._order < other._order
@@ -96,6 +104,8 @@ class Level:
 
     @property
     def name(self) -> str:
+        if FORMATS[self.format].layout == "blocks":
+            return self.format
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         sign = ("-sym" if self.symmetric else "-asym") if len(FORMATS[self.format].symmetric) > 1 else ""
         extra = (f"+sparse{self.sparse:g}" if self.sparse else "") + (f"+rank{self.rank}" if self.rank else "")
@@ -104,6 +114,8 @@ class Level:
     @classmethod
     def parse(cls, name: str) -> Level:
         """Inverse of `name`. Raises InputError for anything else."""
+        if name in KINDS:
+            return cls(KINDS[name].bits, KINDS[name].weights, True, name)
         match = _NAME.fullmatch(name)
         if match is None or match[1] not in FORMATS or (match[4] is None) != (FORMATS[match[1]].symmetric == (True,)):
             raise InputError(f"unknown level {name!r}; a level looks like int4-g64-asym, int8-channel-sym or nf4-g64")
@@ -121,6 +133,8 @@ class Level:
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights. Raises InputError if they don't divide."""
         size = self.group_size or columns
+        if FORMATS[self.format].layout == "blocks" and columns % size:
+            raise InputError(f"{self.format} cuts rows into blocks of {size} weights, which do not divide {columns} inputs")
         if columns % size:
             fits = [g for g in (32, 64, 128) if columns % g == 0]
             hint = f"sizes that fit: {', '.join(map(str, fits)) or 'none'}, or channel"
@@ -133,9 +147,17 @@ class Level:
 
     def nbytes(self, rows: int, columns: int, scale_itemsize: int = 2) -> int:
         """Exact bytes of a [rows, columns] weight: codes, parameters, padding, shape, exact weights, low-rank factors."""
+        if FORMATS[self.format].layout == "blocks":
+            return rows * self.groups(columns) * KINDS[self.format].nbytes
         factors = self.rank * (rows + columns) * scale_itemsize
         exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
-        body = {"codes": self._codes, "planes": self._planes, "salient": self._salient, "vectors": self._vectors}
+        body = {
+            "codes": self._codes,
+            "planes": self._planes,
+            "salient": self._salient,
+            "vectors": self._vectors,
+            "lattice": self._lattice,
+        }
         return body[FORMATS[self.format].layout](rows, columns, scale_itemsize) + SHAPE_BYTES + factors + exact
 
     def salient(self, rows: int, columns: int) -> int:
@@ -164,6 +186,9 @@ class Level:
         indices = sum(columns * words(-(-rows // VECTOR), width) * 4 for width in STAGES[self.bits])
         books = sum(VECTOR * 2**width for width in STAGES[self.bits])
         return indices + (books + 2 * columns) * scale_itemsize
+
+    def _lattice(self, rows: int, columns: int, scale_itemsize: int) -> int:
+        return columns * -(-rows // 8) * 2 + rows * scale_itemsize + 8
 
 
 def words(count: int, bits: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,20 +33,28 @@ class Packed(Protocol):
         ...
 
 
-Tunable = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""Scales float32, and the differentiable function from such scales to the weight [out, in], float32."""
+class Tunable(NamedTuple):
+    """What of a compressed weight is in floating point: scales and low-rank factors.
+
+    numbers: float32; unit: of the same shape, the size in which a change of each is measured; decode: the differentiable
+    function from such numbers to the weight [out, in], float32.
+    """
+
+    numbers: Tensor
+    unit: Tensor
+    decode: Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
 class TunablePacked(Packed, Protocol):
-    """A compressed weight whose scales can be tuned while its codes stay."""
+    """A compressed weight whose scales and factors can be tuned while its codes stay."""
 
     def tunable(self) -> Tunable | None:
-        """None where this weight has no scales in floating point."""
+        """None where this weight has none in floating point."""
         ...
 
-    def with_scales(self, scales: Tensor) -> Packed:
-        """The same codes with other scales, float32 in the shape of the tunable ones, rounded to their stored dtype."""
+    def with_numbers(self, numbers: Tensor) -> Packed:
+        """The same codes with other numbers, float32 in the shape of the tunable ones, rounded to their stored dtype."""
         ...
 
 
@@ -74,12 +82,12 @@ class PackedInteger:
 
     def tunable(self) -> Tunable:
         """See `TunablePacked`; scales [out, groups]."""
-        offsets = self._offsets().float()
-        return self.scale.float(), lambda scales: (offsets * scales[..., None]).flatten(1)
+        offsets, scale = self._offsets().float(), self.scale.float()
+        return Tunable(scale, scale, lambda scales: (offsets * scales[..., None]).flatten(1))
 
-    def with_scales(self, scales: Tensor) -> PackedInteger:
+    def with_numbers(self, numbers: Tensor) -> PackedInteger:
         """See `TunablePacked`."""
-        return replace(self, scale=scales.to(self.scale.dtype))
+        return replace(self, scale=numbers.to(self.scale.dtype))
 
     def _offsets(self) -> Tensor:
         """Codes above their zero point, int16 [out, groups, group size]."""
@@ -107,6 +115,55 @@ class PackedInteger:
         else:
             zero_point = unpack_rows(stored["weight_zero_point"].T, int(level.bits), rows).T.contiguous()
         return cls(level, unpack_rows(stored["weight_packed"], int(level.bits), columns), scale, zero_point)
+
+
+@dataclass(frozen=True)
+class PackedAxis:
+    """Codes on an integer grid whose groups run along the inputs of a row, or along the outputs of a column.
+
+    inner: those of the weight [out, in], or of its transpose if `by_input`. Both take the same bytes, see `fits`.
+    """
+
+    level: Level
+    inner: PackedInteger
+    by_input: bool
+
+    @staticmethod
+    def fits(level: Level, rows: int, columns: int) -> bool:
+        """Whether groups along the outputs divide them, and take as many bytes as groups along the inputs."""
+        base = replace(level, format="int")
+        even = level.group_size is None or rows % level.group_size == 0
+        return even and base.nbytes(rows, columns) == base.nbytes(columns, rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes + 1
+
+    def decode(self) -> Tensor:
+        """Weight [out, in] in the scale's dtype."""
+        weight = self.inner.decode()
+        return weight.T.contiguous() if self.by_input else weight
+
+    def tunable(self) -> Tunable:
+        """See `TunablePacked`; scales of the inner codes."""
+        found = self.inner.tunable()
+        return found._replace(decode=lambda scales: found.decode(scales).T) if self.by_input else found
+
+    def with_numbers(self, numbers: Tensor) -> PackedAxis:
+        """See `TunablePacked`."""
+        return replace(self, inner=self.inner.with_numbers(numbers))
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored, rows = self.inner.tensors(), torch.tensor([self.by_input], dtype=torch.uint8)
+        shape = stored["weight_shape"].flip(0) if self.by_input else stored["weight_shape"]
+        return stored | {"weight_shape": shape, "weight_axis": rows}
+
+    @classmethod
+    def from_tensors(cls, stored: Mapping[str, Tensor], level: Level) -> PackedAxis:
+        """Inverse of `tensors`."""
+        by_input, shape = bool(stored["weight_axis"]), stored["weight_shape"]
+        inner = {**stored, "weight_shape": shape.flip(0) if by_input else shape}
+        return cls(level, PackedInteger.from_tensors(inner, replace(level, format="int")), by_input)
 
 
 @dataclass(frozen=True)
@@ -142,12 +199,12 @@ class PackedTable:
         """See `TunablePacked`; scales [out, groups], where they are in the model's dtype."""
         if self.scale is None or self.scale.dtype != self.dtype:
             return None
-        values = self.table[self.codes.long()].unflatten(1, (self.scale.shape[1], -1))
-        return self.scale.float(), lambda scales: (values * scales[..., None]).flatten(1)
+        values, scale = self.table[self.codes.long()].unflatten(1, (self.scale.shape[1], -1)), self.scale.float()
+        return Tunable(scale, scale, lambda scales: (values * scales[..., None]).flatten(1))
 
-    def with_scales(self, scales: Tensor) -> PackedTable:
+    def with_numbers(self, numbers: Tensor) -> PackedTable:
         """See `TunablePacked`."""
-        return replace(self, scale=scales.to(self.dtype))
+        return replace(self, scale=numbers.to(self.dtype))
 
     def float_scale(self) -> Tensor:
         """What the table is multiplied with, float32 [out, groups]."""

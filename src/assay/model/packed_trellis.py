@@ -51,12 +51,12 @@ class PackedTrellis:
 
     def tunable(self) -> Tunable:
         """See `TunablePacked`; scales [out]."""
-        rows = unrotate(self.values(), self.seed)
-        return self.scale.float(), lambda scales: unrotate((rows * scales[:, None]).mT, self.seed).mT
+        rows, scale = unrotate(self.values(), self.seed), self.scale.float()
+        return Tunable(scale, scale, lambda scales: unrotate((rows * scales[:, None]).mT, self.seed).mT)
 
-    def with_scales(self, scales: Tensor) -> PackedTrellis:
+    def with_numbers(self, numbers: Tensor) -> PackedTrellis:
         """See `TunablePacked`."""
-        return replace(self, scale=scales.to(self.scale.dtype))
+        return replace(self, scale=numbers.to(self.scale.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from assay.model.errors import InputError
+from assay.model.stored import TensorInfo
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -19,16 +19,6 @@ DTYPES = {
     "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one stored tensor lies and what it is."""
-
-    shard: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:

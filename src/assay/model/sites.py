@@ -84,7 +84,10 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     if kind is None:
         raise InputError(f"{checkpoint.folder}: config.json has no model_type; not a transformers model")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        if (checkpoint.folder / "config.json").exists():
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(**checkpoint.config)
     except (ValueError, KeyError, OSError) as error:
         if "trust_remote_code" in str(error):
             problem = f"{checkpoint.folder}: {kind} needs code from its folder, which assay never runs"

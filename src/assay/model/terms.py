@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
-from assay.model.level import Level
+from assay.model.blocks import PackedBlocks
+from assay.model.lattice import PackedLattice
+from assay.model.level import FORMATS, Level
 from assay.model.ordered import PackedOrdered
-from assay.model.packed import Packed, PackedInteger, PackedTable, Tunable, TunablePacked
+from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
 
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
     "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
-    "weight_table_rest", "weight_low", "weight_places",
-    "weight_g_idx", "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
+    "weight_table_rest", "weight_low", "weight_places", "weight_axis", "weight_g_idx",
+    "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
 
@@ -76,28 +78,54 @@ class PackedSum:
         return weight
 
     def tunable(self) -> Tunable | None:
-        """See `TunablePacked`; scales of the base."""
+        """See `TunablePacked`; scales of the base, if it has any, and then both factors, flat [count] where there are some."""
         inner = self.base.tunable() if isinstance(self.base, TunablePacked) else None
-        if inner is None:
+        fixed = self.base.decode().float() if inner is None else None
+        if inner is None and self.factors is None:
             return None
-        scales, decode = inner
-        added = None if self.factors is None else self.factors[0].float() @ self.factors[1].float()
-        weight = decode(scales)
-        mask, kept = torch.zeros(weight.shape, dtype=torch.bool), torch.zeros_like(weight)
-        if self.exact is not None:
-            mask = self.exact.mask(weight.shape)
-            kept[mask] = self.exact.values.float()
+        mask, kept = self._kept()
 
-        def summed(scales: Tensor) -> Tensor:
-            base = decode(scales)
-            return torch.where(mask, kept, base if added is None else base + added)
+        def summed(numbers: Tensor) -> Tensor:
+            scales, factors = self._parted(numbers)
+            weight = fixed if inner is None else inner.decode(scales.view_as(inner.numbers))
+            assert weight is not None
+            return torch.where(mask, kept, weight if factors is None else weight + factors[0] @ factors[1])
 
-        return scales, summed
+        if self.factors is None:
+            assert inner is not None
+            return Tunable(inner.numbers, inner.unit, summed)
+        factors = [f.float() for f in self.factors]
+        sizes = [f.square().mean().sqrt().expand_as(f) for f in factors]
+        whole = [] if inner is None else [inner.numbers], [] if inner is None else [inner.unit]
+        numbers, unit = (torch.cat([t.flatten() for t in ts]) for ts in (whole[0] + factors, whole[1] + sizes))
+        return Tunable(numbers, unit, summed)
 
-    def with_scales(self, scales: Tensor) -> PackedSum:
+    def with_numbers(self, numbers: Tensor) -> PackedSum:
         """See `TunablePacked`."""
-        assert isinstance(self.base, TunablePacked)
-        return replace(self, base=self.base.with_scales(scales))
+        scales, factors = self._parted(numbers)
+        base, inner = self.base, self.base.tunable() if isinstance(self.base, TunablePacked) else None
+        if isinstance(base, TunablePacked) and inner is not None:
+            base = base.with_numbers(scales.view_as(inner.numbers))
+        if factors is None or self.factors is None:
+            return replace(self, base=base)
+        return replace(self, base=base, factors=(factors[0].to(self.factors[0].dtype), factors[1].to(self.factors[1].dtype)))
+
+    def _parted(self, numbers: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Tunable numbers as those of the base and the factors."""
+        if self.factors is None:
+            return numbers, None
+        left, right = self.factors
+        scales, first, second = numbers.split([numbers.numel() - left.numel() - right.numel(), left.numel(), right.numel()])
+        return scales, (first.view_as(left), second.view_as(right))
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Where weights are exact, bool [out, in], and their values there."""
+        shape = self.base.decode().shape
+        mask, kept = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        if self.exact is not None:
+            mask = self.exact.mask(shape)
+            kept[mask] = self.exact.values.float()
+        return mask, kept
 
     def tensors(self) -> dict[str, Tensor]:
         stored = self.base.tensors()
@@ -124,6 +152,12 @@ def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtyp
     if level.format == "int":
         codes = PackedInteger.from_tensors(stored, level)
         return PackedOrdered.of(codes, stored["weight_g_idx"]) if "weight_g_idx" in stored else codes
+    if level.format == "axis":
+        return PackedAxis.from_tensors(stored, level)
+    if level.format == "lattice":
+        return PackedLattice.from_tensors(stored, level)
+    if FORMATS[level.format].layout == "blocks":
+        return PackedBlocks.from_tensors(stored, level)
     if level.format == "trellis":
         return PackedTrellis.from_tensors(stored, level)
     if level.format == "planes":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from assay.measure.stream import Activations, Override, StreamedModel, batches, micro, token_losses
+from assay.measure.stream import Activations, Override, StreamedModel, batches, micro, token_divergences, token_losses
 from assay.measure.text import Windows
 from assay.model.progress import Progress
 
@@ -39,11 +39,10 @@ class Scores:
 
     def add(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> None:
         """Logits [b, t, v] of both for ids [b, t]."""
-        p, q = reference[:, :-1].log_softmax(-1), candidate[:, :-1].log_softmax(-1)
-        self.kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+        self.kl.append(token_divergences(reference, candidate))
         self.loss.append(token_losses(candidate, ids))
         self.reference_loss.append(token_losses(reference, ids))
-        self.agrees.append((p.argmax(-1) == q.argmax(-1)).float())
+        self.agrees.append((reference[:, :-1].argmax(-1) == candidate[:, :-1].argmax(-1)).float())
 
     def summary(self) -> dict[str, dict[str, float] | float]:
         """Means with 95% bootstrap intervals over windows, and the KL's median and 99th percentile."""
@@ -83,7 +82,7 @@ def compare(
     """Run the windows through the reference and every candidate, one block in memory at a time."""
     runs = {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
-    parts = batches(windows.ids)
+    parts = batches(windows.ids, reference.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         work = Activations(Path(folder))
         for model in models.values():

@@ -14,6 +14,7 @@ from assay.budget.plan import Plan
 
 Facts = Mapping[str, Any]
 UNKNOWN = "-"
+RESTORED = 5
 
 
 def closing(report: Facts, model: str, verdict: Facts | None = None) -> Group:
@@ -46,8 +47,19 @@ def verdict(found: Facts) -> Group:
     table.add_row("bytes of the weight files", "", size(found["bytes"]))
     table.add_row("bits per weight, in the blocks", "", number(found["bits"]))
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
+    undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(table, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+    return Group(table, *undo, *_texts(found.get("texts")), f"{'passed' if found['passed'] else 'missed'}: {bound}")
+
+
+def _restorations(found: Sequence[Facts]) -> Table:
+    """What full precision would bring back first, by loss per byte."""
+    title = "worth most per byte at full precision (--keep)"
+    table = Table("group", "level", "bytes added", "KL expected less", "share", "per MB", title=title, title_justify="left")
+    for row in found[:RESTORED]:
+        each = number(row["kl"] / row["bytes"] * 1e6)
+        table.add_row("\n".join(row["tensors"]), row["level"], size(row["bytes"]), number(row["kl"]), f"{row['share']:.1%}", each)
+    return table
 
 
 def inspection(found: Facts) -> Group:
@@ -70,7 +82,8 @@ def plan_facts(plan: Plan, path: Path) -> dict[str, Any]:
     return {
         "plan": str(path), "bits": plan.bits, "bits_all": plan.bits_all, "levels": dict(sorted(levels.items())),
         "kl": {"predicted": plan.predicted, "predicted_low": plan.predicted_low, "predicted_high": plan.predicted_high},
-        "uniform": dict(plan.uniform), "gap": plan.gap, "sentence": plan.sentence,
+        "uniform": dict(plan.uniform), "gap": plan.gap, "sentence": plan.sentence, "nbytes": plan.nbytes_tensors,
+        "serving": dict(plan.serving), "more": dict(plan.more),
     }  # fmt: skip
 
 
@@ -80,12 +93,96 @@ def planned(found: Facts) -> Group:
     for level, count in found["levels"].items():
         table.add_row(level, str(count))
     bits = f"{number(found['bits'])} bits per weight in the blocks, {number(found['bits_all'])} over all"
-    return Group(table, bits, found["sentence"])
+    return Group(table, bits, found["sentence"], *_served(found.get("serving")), *_more(found.get("more"), found["kl"]))
+
+
+def _served(serving: Facts | None) -> list[str]:
+    """Memory of a plan while it is served, and the engine's flags."""
+    if not serving:
+        return []
+    parts = " + ".join(f"{name} {size(count)}" for name, count in serving["bytes"].items())
+    load = f"{serving['batch']} x {serving['context']} tokens, {serving['cache_type']} cache"
+    return [f"memory at {load}: {parts} = {size(serving['total'])}", f"run with: {serving['flags']}"]
+
+
+def _more(more: Facts | None, kl: Facts) -> list[str]:
+    """What some more bytes would buy."""
+    if not more:
+        return []
+    return [
+        f"{size(more['bytes'])} more would bring the predicted KL from {number(kl['predicted'])} to {number(more['predicted'])}"
+    ]
+
+
+def preflight(found: Facts) -> Group:
+    """What a run will take."""
+    table = Table("what it takes", "", title="nothing was written", title_justify="left")
+    table.add_row("time", f"{found['seconds']:.0f} s")
+    table.add_row("memory", size(found["memory"]))
+    table.add_row("memory of a GPU", "none")
+    table.add_row("disk, at most", size(found["disk"]))
+    table.add_row("bytes of the weight files", size(found["bytes"]) + ratio(found["source_bytes"], found["bytes"]))
+    lines = [f"measured on {found['basis']}", *([found["said"]] if found["said"] else []), *found["short"]]
+    return Group(table, *lines)
+
+
+def several(found: Sequence[Facts]) -> Group:
+    """Plans for several sizes, one a row."""
+    table = Table("plan", "tensors", "bits in blocks", "KL, nats/token", "uniform", title="plans", title_justify="left")
+    for row in found:
+        kl = span(row["kl"]["predicted"], row["kl"]["predicted_low"], row["kl"]["predicted_high"])
+        flat = f"{number(row['uniform']['predicted'])} ({row['uniform']['level'] or 'keep'})"
+        table.add_row(row["plan"], size(row["nbytes"]), number(row["bits"]), kl, flat)
+    return Group(table)
+
+
+def frontier(found: Facts) -> Group:
+    """Every size with its predicted loss, and the uniform plan that fits in it."""
+    title = f"{found['profile']} ({size(found['profile_bytes'])}): {found['method']} for {found['engine']}"
+    table = Table(
+        "bits in blocks", "tensors", "KL, nats/token", "uniform fits", "its KL", "ratio", title=title, title_justify="left"
+    )
+    for point in found["points"]:
+        flat = point["uniform"]
+        kl = span(point["predicted"], point["predicted_low"], point["predicted_high"])
+        share = number(point["predicted"] / flat["predicted"]) if flat["predicted"] else UNKNOWN
+        level = flat["level"] or f"{flat['levels']} levels"
+        row = (
+            f"{point['bits']:.3f}",
+            size(point["bytes"]),
+            kl,
+            f"{level}, {flat['bits']:.3f} bits",
+            number(flat["predicted"]),
+            share,
+        )
+        table.add_row(*row)
+    low, high = found["achievable_bits"]
+    return Group(table, f"achievable: {low:.3f} to {high:.3f} bits; the source has {size(found['source_bytes'])}")
+
+
+def speeds(found: Facts) -> Group:
+    """Measured times of one token's products."""
+    table = Table("level", "out x in", "microseconds", title=found["machine"], title_justify="left")
+    for row in found["rows"]:
+        table.add_row(row["level"], f"{row['shape'][0]} x {row['shape'][1]}", f"{1e6 * row['seconds']:.1f}")
+    return Group(table)
 
 
 def profiled(found: Facts) -> Group:
     """The end of `profile`."""
-    return Group(f"{found['profile']}: {found['family']}, {found['tokens']} tokens of {found['source']}")
+    how = f", chosen by {found['select']}" if found.get("select") else ""
+    return Group(
+        f"{found['profile']}: {found['family']}, {found['tokens']} tokens of {found['source']}{how}", *_texts(found["target"])
+    )
+
+
+def _texts(found: Facts | None) -> list[str]:
+    """What comparing two texts said."""
+    if found is None:
+        return []
+    if found["warning"]:
+        return [f"warning: {found['warning']}"]
+    return [f"what matters on {found['text']} matters in the calibration text (extra loss {found['extra_loss']:.1%})"]
 
 
 def methods(rows: Sequence[Facts]) -> Table:

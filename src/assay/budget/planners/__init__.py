@@ -1,4 +1,7 @@
-"""Planners: each file has `plan(decisions, budget) -> option index per decision`, never above the budget."""
+"""Planners: each file has `plan(decisions, budget) -> option index per decision`, never above the budget.
+
+Files whose names begin with `_` are helpers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from assay.model.errors import InputError
 
 def names() -> list[str]:
     """Every planner."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def get(name: str) -> ModuleType:

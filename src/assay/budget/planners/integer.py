@@ -14,6 +14,7 @@ from scipy.sparse import coo_array
 
 from assay.budget.menu import Decision
 from assay.budget.planners import lagrange, refuse_impossible
+from assay.budget.planners._quiet import stdout_to_stderr
 from assay.budget.table import Floats, Ints, Table
 
 SECONDS = 30.0
@@ -57,22 +58,23 @@ def solve(decisions: Sequence[Decision], budget: int, seconds: float) -> tuple[l
 
 def _solve(table: Table, best: Ints, limit: int, price: float, gap: float, seconds: float) -> tuple[Ints | None, float]:
     """(choice or None, lower bound on the damage) of the program without hopeless options."""
-    owner, option = _hopeful(table, best, price, gap)
+    owner, option = hopeful(table, best, price, gap)
     base = table.nbytes.min(1)
     room = max(limit - int(base.sum()), 1)
     least = table.damage.min(1)
-    found = milp(
-        (table.damage[owner, option] - least[owner]) / gap * GAP_SCALE,
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        constraints=_constraints(owner, (table.nbytes[owner, option] - base[owner]) / room),
-        options={"time_limit": max(seconds, 0.01), "mip_rel_gap": 0.0},
-    )
+    with stdout_to_stderr():  # HiGHS reports some repairs there whatever its options
+        found = milp(
+            (table.damage[owner, option] - least[owner]) / gap * GAP_SCALE,
+            integrality=np.ones(len(owner)),
+            bounds=Bounds(0, 1),
+            constraints=_constraints(owner, (table.nbytes[owner, option] - base[owner]) / room),
+            options={"time_limit": max(seconds, 0.01), "mip_rel_gap": 0.0},
+        )
     proven = float(least.sum()) + _dual_bound(found) / GAP_SCALE * gap
     return (None if found.x is None else _choice(found, owner, option, best)), proven
 
 
-def _hopeful(table: Table, best: Ints, price: float, gap: float) -> tuple[Ints, Ints]:
+def hopeful(table: Table, best: Ints, price: float, gap: float) -> tuple[Ints, Ints]:
     """(decision, option) of whatever can be in a plan better than `best`, and of `best` itself."""
     cost = table.damage + price * table.nbytes
     reduced = cost - cost.min(1, keepdims=True)

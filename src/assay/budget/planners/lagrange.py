@@ -13,6 +13,7 @@ import numpy as np
 
 from assay.budget.menu import Decision
 from assay.budget.planners import refuse_impossible, uniform
+from assay.budget.planners._hull import hulls
 from assay.budget.table import Floats, Ints, Table
 from assay.model.errors import InputError
 
@@ -26,9 +27,7 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     refuse_impossible(decisions, budget)
     table = Table.of(decisions)
     choice, left = _climb(table, budget)
-    choice = _fill(decisions, table, choice, left)
-    flat = uniform.best(table, budget)
-    return (choice if table.damage_of(choice) <= table.damage_of(flat) else flat).tolist()
+    return uniform.or_better(table, fill(decisions, table, choice, left), budget).tolist()
 
 
 def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
@@ -81,6 +80,15 @@ def dual(table: Table, budget: int) -> tuple[float, float]:
     return max(0.0, damage - price * left), price
 
 
+def on_hulls(table: Table) -> list[list[int]]:
+    """The options of every decision that lie on its lower convex hull, by rising bytes."""
+    found = [[0] for _ in range(len(table.count))]
+    steps = _steps(table)
+    for owner, target in sorted(zip(steps.owner.tolist(), steps.target.tolist(), strict=True)):
+        found[owner].append(target)
+    return found
+
+
 @dataclass(frozen=True)
 class _Steps:
     """Moves to a decision's next hull point, by falling gain per byte. extra: bytes; gain: nats per token."""
@@ -92,23 +100,16 @@ class _Steps:
 
 
 def _steps(table: Table) -> _Steps:
-    """Walks every hull at once: each point leads to the one of most gain per byte, the farthest of equals."""
-    active, at = table.rows, np.zeros_like(table.count)
-    steepest = np.full(len(active), np.inf)
-    found = [(at[:0], at[:0], at[:0], steepest[:0], steepest[:0])]
-    while len(active):
-        rows, size, damage = np.arange(len(active)), table.nbytes[active], table.damage[active]
-        extra, gain = size - size[rows, at][:, None], damage[rows, at][:, None] - damage
-        slope = np.divide(gain, extra, out=np.full(gain.shape, -np.inf), where=(extra > 0) & (gain > 0))
-        target = np.minimum(slope.shape[1] - 1 - slope[:, ::-1].argmax(1), table.count[active] - 1)
-        live = slope[rows, target] > 0
-        active, target, rows = active[live], target[live], rows[live]
-        steepest = np.minimum(steepest[live], slope[rows, target])
-        found.append((active, target, extra[rows, target], gain[rows, target], steepest))
-        at = target
-    owner, target, extra, gain, slope = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.lexsort((target, owner, -slope))
-    return _Steps(owner[order], target[order], extra[order], gain[order])
+    """Those of all hulls. Of equal gain per byte: by decision, and along each hull."""
+    target, slope, length = np.zeros_like(table.nbytes), np.zeros_like(table.damage), np.zeros_like(table.count)
+    hulls(table.nbytes, table.damage, table.count, target, slope, length)
+    owner, step = np.nonzero(np.arange(target.shape[1]) < length[:, None])
+    order = np.argsort(-slope[owner, step], kind="stable")
+    owner, step = owner[order], step[order]
+    to = target[owner, step]
+    start = np.where(step > 0, target[owner, step - 1], 0)
+    extra, gain = table.nbytes[owner, to] - table.nbytes[owner, start], table.damage[owner, start] - table.damage[owner, to]
+    return _Steps(owner, to, extra, gain)
 
 
 def _climb(table: Table, budget: int) -> tuple[Ints, int]:
@@ -132,8 +133,8 @@ def _climb(table: Table, budget: int) -> tuple[Ints, int]:
     return choice, left
 
 
-def _fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:
-    """Spend the bytes left on the single upgrades that gain most per byte, off the hull as well."""
+def fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:
+    """`choice` with `left` bytes spent on the single upgrades that gain most per byte, off the hull as well."""
     choice, rows = choice.copy(), table.rows
     following = np.minimum(choice + 1, table.count - 1)
     extra = table.nbytes[rows, following] - table.nbytes[rows, choice]

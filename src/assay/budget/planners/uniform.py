@@ -26,7 +26,7 @@ def best(table: Table, budget: int) -> Ints:
     found = np.zeros_like(table.count)
     merit = table.damage_of(found), table.bytes_of(found)
     for level in range(len(table.levels)):
-        alike = _at(table, level)
+        alike = at(table, level)
         for trial in (alike, np.where(table.inside, alike, table.count - 1)):
             size = table.bytes_of(trial)
             if size <= budget and (table.damage_of(trial), size) < merit:
@@ -34,7 +34,13 @@ def best(table: Table, budget: int) -> Ints:
     return found
 
 
-def _at(table: Table, level: int) -> Ints:
+def or_better(table: Table, choice: Ints, budget: int) -> Ints:
+    """`choice`, or the best single level that fits where that does less damage."""
+    flat = best(table, budget)
+    return choice if table.damage_of(choice) <= table.damage_of(flat) else flat
+
+
+def at(table: Table, level: int) -> Ints:
     """Option of every decision at a level, or its next larger one in bytes per weight."""
     same = table.level == level
     choice, has = same.argmax(1), same.any(1)

@@ -170,18 +170,18 @@ def encode_rows(bits: int, steps: Any, tables: Any, window: int, reach: int, x: 
             root[:] = np.sqrt(weight[r] / (top if top > 0 else np.float32(1)))
         best_path(bits, steps, tables, phases[seam], x[r][seam], root[seam], -1, False, window, nearby)
         best_path(bits, steps, tables, phases, x[r], root, nearby[side] >> steps[0], True, window, states)
-        _write(steps, phases, states, words[r])
+        write(steps, states, words[r])
         for t in range(n):
             values[r, t] = tables[phases[t], states[t]]
 
 
 @njit(nogil=True)
-def _write(steps: Any, phases: Any, states: Any, words: Any) -> None:
-    """The bits that each step shifted in, most significant first."""
+def write(steps: Any, states: Any, words: Any) -> None:
+    """The bits that each step shifted in, most significant first; steps in turn."""
     held, fill, place = np.uint64(0), 0, 0
     for t in range(len(states)):
-        k = steps[phases[t]]
-        held = (held << np.uint64(k)) | np.uint64(states[t] & ((1 << k) - 1))
+        k = steps[t % len(steps)]
+        held = (held << np.uint64(k)) | np.uint64(np.int64(states[t]) & ((1 << k) - 1))
         fill += k
         if fill >= 32:
             fill -= 32

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.grid.base import Affine, Grid, importance_in_groups, in_groups
+from assay.methods.grid.base import Affine
 from assay.methods.grid.scales import ScaleFormat
 from assay.methods.grid.table import TableGrid
 from assay.methods.grid.values import float_values, power_law
@@ -109,27 +109,3 @@ def _fit(weight: Tensor, grid: TableGrid, importance: Tensor | None, parameter: 
     if importance is not None:
         errors = errors * importance
     return Fit(grid, affine, float(errors.double().sum()), parameter)
-
-
-def fit_scale_fixed_point(weight: Tensor, grid: Grid, importance: Tensor | None = None, iterations: int = 100) -> Affine:
-    """Scales of `weight` [..., out, in] that are the least-squares optimum of the codes they give (EasyQuant, 2023).
-
-    s = sum(w k) / sum(k^2) with k = snap(w / s), from `grid.fit` on until no code moves: where gradient descent on s
-    ends, without a learning rate. The error never rises on the way; zero points stay. At the end the
-    scales are rounded to their stored form. importance: as in `Grid.fit_clipped`; weights that cost 0
-    still count for the start, so set them to 0 if they are kept elsewhere.
-    """
-    groups = grid.groups(weight.shape[-1])
-    weights = in_groups(weight, groups)
-    cost = torch.ones(()) if importance is None else importance_in_groups(importance, weight, groups)
-    affine = grid.fit(weight)
-    scale, low, high = (p[..., None] for p in grid.centred(affine))
-    steps = grid.snap(weights, scale, low, high)
-    for _ in range(iterations):
-        length = (cost * steps.square()).sum(-1, keepdim=True)
-        scale = torch.where(length > 0, (cost * weights * steps).sum(-1, keepdim=True) / length, scale)
-        moved = grid.snap(weights, scale, low, high)
-        if torch.equal(moved, steps):
-            break
-        steps = moved
-    return Affine(grid.round_scale(scale[..., 0]), affine.zero_point)

@@ -22,7 +22,7 @@ FLOATS = {4: values.float_values(2, 1), 6: values.float_values(2, 3), 8: values.
 def grid_of(level: Level, scale_dtype: torch.dtype) -> Grid:
     """The grid of a level whose values are fixed. Raises InputError for other formats."""
     bits = int(level.bits)
-    if level.format == "int":
+    if level.format in ("int", "axis"):
         return IntegerGrid(bits, level.group_size, level.symmetric, scale_dtype)
     scales: ScaleFormat = {"mxfp": "e8m0", "nvfp": "nvfp4"}.get(level.format, "dtype")  # type: ignore[assignment]
     return TableGrid(_values(level.format, bits), level.group_size, scale_dtype, scales)
@@ -33,6 +33,8 @@ def _values(name: str, bits: int) -> tuple[float, ...]:
         return values.quantile_values(bits)
     if name == "pow":
         return values.power_of_two(bits)
+    if name in ("ternary", "binary"):
+        return values.TERNARY if name == "ternary" else values.BINARY
     if name in ("fp", "mxfp", "nvfp"):
         return FLOATS[bits]
     raise InputError(f"the values of {name} depend on the weights; only its own methods make it")

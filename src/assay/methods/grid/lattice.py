@@ -1,19 +1,7 @@
-"""A finite E8 lattice codebook: eight weights in sixteen bits.
-
-E8 moved by a quarter along the diagonal is the half-odd vectors with an even sum, each moved by +1/4 or by -1/4. A
-codebook entry is thus a pattern of absolute values (227 with squared norm up to 10, and 29 of the 224 with 12), the
-signs of seven of them (the parity of the sum gives the eighth), and which way it is moved: 8 + 7 + 1 bits, and a table
-of 256 patterns. Source: E8P of QuIP# (Tseng et al., 2024); which 29 patterns is our choice.
-
-Measured mean squared error on a unit Gaussian: 0.0912, and 0.0891 with the shells of the table pulled apart as below,
-which costs nothing. From memory of QTIP (Tseng et al., 2024), E8P has 0.089; a scalar quantizer has 0.1175, the default
-trellis 0.0687.
-"""
+"""The entry of the E8 codebook (`model.lattice`) that is nearest to each eight numbers."""
 
 from __future__ import annotations
 
-from functools import cache
-from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,14 +9,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.lattice import SCALE, SHIFT, SIZE, decode, half_odd, patterns
 from assay.model.threads import spread
-
-SIZE = 8
-SCALE = 0.945
-"""Spacing of the lattice with the least error on a unit Gaussian."""
-STRETCH = 0.07
-"""Patterns of squared norm 10 and 12 are longer by so much, shorter ones shorter: their cells' means lie there."""
-_SHIFT = 0.25
 
 
 class Encoded(NamedTuple):
@@ -55,43 +37,9 @@ def encode(sequences: Tensor, weight: Tensor | None = None) -> Encoded:
         raise ValueError("sequences and weights of the lattice must be finite, and weights not negative")
     codes = torch.empty(len(targets), dtype=torch.int16)
     odd = half_odd().sum(1).int() % 2 == 1
-    spread(_nearest, len(targets), (_patterns().T.contiguous().numpy(), odd.numpy()), (targets / SCALE, prices, codes))
+    spread(_nearest, len(targets), (patterns().T.contiguous().numpy(), odd.numpy()), (targets / SCALE, prices, codes))
     codes = codes.view(len(sequences), -1)
     return Encoded(codes.to(sequences.device), decode(codes).to(sequences.device))
-
-
-def decode(codes: Tensor) -> Tensor:
-    """The numbers that codes int16 [n, length / 8] stand for, float32 [n, length]."""
-    return codebook().to(codes.device)[codes.long() & 0xFFFF].flatten(1)
-
-
-@cache
-def codebook() -> Tensor:
-    """All entries by code, float32 [65536, 8]: bits 15..8 the pattern, 7..1 the signs of numbers 0..6, 0 the shift."""
-    code = torch.arange(1 << 16)
-    negative = code[:, None] >> torch.arange(1, SIZE) & 1
-    last = (half_odd()[code >> 8].sum(1).long() + negative.sum(1)) % 2
-    signs = 1 - 2 * torch.cat((negative, last[:, None]), 1)
-    return (signs * _patterns()[code >> 8] + _SHIFT * (1 - 2 * (code[:, None] & 1))) * SCALE
-
-
-def _patterns() -> Tensor:
-    plain = half_odd()
-    outer = plain.square().sum(1, keepdim=True) > 9
-    return plain * torch.where(outer, 1 + STRETCH, 1 - STRETCH)
-
-
-@cache
-def half_odd() -> Tensor:
-    """Absolute values of the lattice's vectors before they are moved, float32 [256, 8], in units of its spacing.
-
-    Of the longest every 224 / 29th in lexical order.
-    """
-    halves = [p for p in product((0.5, 1.5, 2.5), repeat=SIZE) if sum(v * v for v in p) <= 12]
-    inner = [p for p in halves if sum(v * v for v in p) <= 10]
-    outer = [p for p in halves if sum(v * v for v in p) == 12]
-    missing = 256 - len(inner)
-    return torch.tensor(inner + [outer[i * len(outer) // missing] for i in range(missing)])
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "nsz", "nnan"})
@@ -111,7 +59,7 @@ def _nearest(patterns: Any, odd: Any, targets: Any, weight: Any, codes: Any) -> 
             turns[:] = np.inf
             negatives = 0
             for i in range(len(patterns)):
-                moved[i] = targets[n, i] - np.float32(_SHIFT - 2 * _SHIFT * shift)
+                moved[i] = targets[n, i] - np.float32(SHIFT - 2 * SHIFT * shift)
                 size, price, row = abs(moved[i]), weight[n, i], patterns[i]
                 negatives += moved[i] < 0
                 for p in range(count):
@@ -124,7 +72,7 @@ def _nearest(patterns: Any, odd: Any, targets: Any, weight: Any, codes: Any) -> 
                 if error < best:
                     best, chosen, turned, way = error, p, wrong, shift
         code = (chosen << 8) | way
-        move = np.float32(_SHIFT - 2 * _SHIFT * way)
+        move = np.float32(SHIFT - 2 * SHIFT * way)
         cheapest, where = np.float32(np.inf), -1
         for i in range(len(patterns)):
             moved[i] = targets[n, i] - move

@@ -90,11 +90,6 @@ def split_nvfp4(scale: Tensor) -> TwoLevel:
     return TwoLevel(parts, whole[..., 0, 0])
 
 
-def join_nvfp4(stored: TwoLevel, dtype: torch.dtype) -> Tensor:
-    """Inverse of `split_nvfp4`."""
-    return (stored.parts.float() * stored.whole[..., None, None]).to(dtype)
-
-
 # ---- MX ------------------------------------------------------------------------------------
 
 
@@ -104,8 +99,3 @@ def split_e8m0(scale: Tensor) -> Tensor:
     if bool((mantissa != 0.5).any()):
         raise ValueError("these scales are no powers of two")
     return (exponent - 1 + E8M0_BIAS).to(torch.uint8)
-
-
-def join_e8m0(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `split_e8m0`."""
-    return power_of_two(stored.int() - E8M0_BIAS, dtype)

@@ -68,3 +68,8 @@ def encode(trellis: Trellis, sequences: Tensor, weight: Tensor | None = None) ->
     )  # fmt: skip
     spread(encode_rows, count, shared, (targets, prices, stream, values))
     return Encoded(stream.to(sequences.device), values.to(sequences.device))
+
+
+def distortion(rate: float) -> float:
+    """Mean squared error that `encode` leaves of a unit Gaussian with the default states, to 2% from 1 to 6 bits."""
+    return (1.066 + 0.01 * rate + 0.003 * rate * rate) * 2.0 ** (-2 * rate)

@@ -1,4 +1,4 @@
-"""From a solver's codes to packed weights, on any grid of fixed values times a scale."""
+"""From a solver's codes to packed weights, on any grid of fixed values times a scale, and on blocks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,28 @@ import torch
 from torch import Tensor
 
 from assay.methods.grid.formats import grid_of, packed
+from assay.methods.solve import blocks
+from assay.model.blocks import PackedBlocks
+from assay.model.ggml import KINDS, Parts
 from assay.model.level import Level
 from assay.model.packed import Packed
 
 
 def pack(
-    solve: Callable[..., Any], weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None
-) -> list[Packed]:
-    """Solve a batch [batch, out, in] on the level's grid and pack each matrix."""
+    solve: Callable[..., Any], weight: Tensor, level: Level, scale_dtype: torch.dtype, h: Tensor | None, g: Tensor | None,
+    solver: blocks.Solver | None = None,
+) -> list[Packed]:  # fmt: skip
+    """Solve a batch [batch, out, in] on the level's grid and pack each matrix; solver: what does it on blocks."""
+    if solver and level.format in KINDS:
+        return pack_blocks(solver, weight, level, h, g)
     grid = grid_of(level, scale_dtype)
     rounded = solve(weight, grid, H=h, G=g)
     scale, zero_point = rounded.affine
     return [packed(level, grid, c, s, z) for c, s, z in zip(rounded.codes, scale, zero_point, strict=True)]
+
+
+def pack_blocks(solver: blocks.Solver, weight: Tensor, level: Level, h: Tensor | None, g: Tensor | None) -> list[Packed]:
+    """The same for a level that is a block format."""
+    level.groups(weight.shape[-1])
+    found = blocks.solve(weight, level.format, solver, h, g)
+    return [PackedBlocks.of(level.format, Parts(*(None if p is None else p[i] for p in found))) for i in range(len(weight))]  # type: ignore[arg-type]

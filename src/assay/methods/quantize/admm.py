@@ -24,12 +24,12 @@ class Admm:
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
     prices: ClassVar[str] = "two_sided"
     paper: ClassVar[str] = "Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM (2017)"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(admm.solve, weight, level, scale_dtype, stats.h, stats.g)
+        return pack(admm.solve, weight, level, scale_dtype, stats.h, stats.g, "admm")
 
 
 METHOD = Admm

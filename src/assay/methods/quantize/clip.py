@@ -24,12 +24,12 @@ class Clip:
     needs: ClassVar[tuple[str, ...]] = ("H",)
     prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization (2023), the clipping step"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(clip.solve, weight, level, scale_dtype, stats.h, None)
+        return pack(clip.solve, weight, level, scale_dtype, stats.h, None, "clip")
 
 
 METHOD = Clip

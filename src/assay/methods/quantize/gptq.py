@@ -24,12 +24,12 @@ class Gptq:
     needs: ClassVar[tuple[str, ...]] = ("H",)
     prices: ClassVar[str] = "gptq"
     paper: ClassVar[str] = "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (2022)"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(gptq.solve, weight, level, scale_dtype, stats.h, None)
+        return pack(gptq.solve, weight, level, scale_dtype, stats.h, None, "gptq")
 
 
 METHOD = Gptq

@@ -24,12 +24,12 @@ class Nearest:
     needs: ClassVar[tuple[str, ...]] = ()
     prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "none (round to nearest)"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(nearest.solve, weight, level, scale_dtype, None, None)
+        return pack(nearest.solve, weight, level, scale_dtype, None, None, "nearest")
 
 
 METHOD = Nearest

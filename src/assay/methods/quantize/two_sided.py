@@ -24,12 +24,12 @@ class TwoSided:
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
     prices: ClassVar[str] = "two_sided"
     paper: ClassVar[str] = "GPTQ (2022) along the columns and, through the Kronecker-factored Fisher (2015), along the rows"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack(two_sided.solve, weight, level, scale_dtype, stats.h, stats.g)
+        return pack(two_sided.solve, weight, level, scale_dtype, stats.h, stats.g, "two_sided")
 
 
 METHOD = TwoSided

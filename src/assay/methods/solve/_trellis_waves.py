@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.grid._trellis import best_path
+from assay.methods.grid._trellis import best_path, write
 
 
 @njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
@@ -39,8 +39,8 @@ def _encode(bits: int, steps: Any, tables: Any, window: int, weight: Any, scale:
     longest = min(down, across)
     target, left = np.empty(longest, dtype=np.float32), np.empty(longest, dtype=np.float32)
     x, root = np.empty(longest, dtype=np.float32), np.empty(longest, dtype=np.float32)
-    states = np.empty(longest, dtype=np.int64)
-    state, count, held, fill, word = 0, 0, np.uint64(0), 0, 0
+    states, path = np.empty(longest, dtype=np.int64), np.empty(down * across, dtype=np.uint16)
+    state, count = 0, 0
     for wave in range(down + across - 1):
         first, last = max(0, wave - across + 1), min(down - 1, wave)
         n = last - first + 1
@@ -61,13 +61,6 @@ def _encode(bits: int, steps: Any, tables: Any, window: int, weight: Any, scale:
             values[i, j] = tables[phases[a], states[a]]
             errors[i, j] = (target[a] - values[i, j] * scale[i]) / (rows[i, i] * columns[j, j])
             handed[j, i] = left[a] + errors[i, j] * columns[j, j]
-            k = steps[phases[a]]
-            held = (held << np.uint64(k)) | np.uint64(states[a] & ((1 << k) - 1))
-            fill += k
-            if fill >= 32:
-                fill -= 32
-                words[word] = np.int32((held >> np.uint64(fill)) & np.uint64(0xFFFFFFFF))
-                word += 1
+        path[count : count + n] = states[:n]
         state, count = states[n - 1], count + n
-    if fill:
-        words[word] = np.int32((held << np.uint64(32 - fill)) & np.uint64(0xFFFFFFFF))
+    write(steps, path, words)

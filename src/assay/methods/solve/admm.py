@@ -7,6 +7,8 @@ Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM, 2017.) The
 at once, where error feedback commits to one after another.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,14 +47,36 @@ def solve(
 
 
 def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: float, coupled: bool = True) -> Rounding:
-    """The best rounded copy of `steps`, on the grid of `start`.
+    """The best rounded copy of `steps`, on the grid of `start`; coupled: False if G is diagonal, and there is nothing to turn."""
+    grid = problem.grid
+    scale, low, high = grid.per_weight(start.affine, problem.weight.shape[-1])
+
+    def snap(values: Tensor) -> tuple[Tensor, Tensor]:
+        centred = grid.snap(values, scale, low, high)
+        return centred, grid.level(centred, scale)
+
+    levels = grid.level(start.centred, scale)
+    moments = (problem.inputs, problem.outputs)
+    best = iterate(problem.weight, *moments, (start.centred, levels), snap, steps, loose, tight, coupled)
+    return Rounding(best, start.affine)
+
+
+def iterate(
+    weight: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    start: tuple[Tensor, Tensor],
+    snap: Callable[[Tensor], tuple[Tensor, Tensor]],
+    steps: int,
+    loose: float,
+    tight: float,
+    coupled: bool = True,
+) -> Tensor:
+    """The best of `steps` rounded copies of weight [batch, out, in]; start, snap: the steps of a grid, and their levels.
 
     Weights are scaled by sqrt(G_ii H_jj), so that G and H have ones on their diagonals and rho ties every weight
     as tightly as its own cost asks. Scaling changes neither f nor what is nearest, only the way there.
-    coupled: False if G is diagonal, and there is nothing to turn.
     """
-    grid, outputs, inputs = problem.grid, problem.outputs, problem.inputs
-    scale, low, high = grid.per_weight(start.affine, problem.weight.shape[-1])
     down, across = diagonal(outputs).sqrt(), diagonal(inputs).sqrt()
     loud = down[..., None] * across[..., None, :]
     columns, right = _eigen(inputs / (across[..., None] * across[..., None, :]))
@@ -67,22 +91,22 @@ def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: fl
     def restored(matrix: Tensor) -> Tensor:
         return matrix @ right.mT if left is None else left @ matrix @ right.mT
 
-    goal, best = turned(problem.weight * loud), start.centred
-    rounded, lowest = turned(grid.level(best, scale) * loud), torch.full_like(goal[:, :1, :1], torch.inf)
+    goal, best = turned(weight * loud), start[0]
+    rounded, lowest = turned(start[1] * loud), torch.full_like(goal[:, :1, :1], torch.inf)
     push, turned_push = torch.zeros_like(goal), torch.zeros_like(goal)
     growth = (tight / loose) ** (1 / max(1, steps - 1))
     for step in range(steps):
         rho = loose * growth**step
         free = (curvature * goal + rho * (rounded - turned_push)) / (curvature + rho)
         wanted = restored(free) + push
-        centred = grid.snap(wanted / loud, scale, low, high)
-        levels = grid.level(centred, scale) * loud
+        centred, levels = snap(wanted / loud)
+        levels = levels * loud
         rounded = turned(levels)
         # Both sums hold forces divided by rho, so they shrink as rho grows.
         push, turned_push = (wanted - levels) / growth, (turned_push + free - rounded) / growth
         value = (curvature * (goal - rounded).square()).sum((1, 2), keepdim=True)
         best, lowest = torch.where(value < lowest, centred, best), value.minimum(lowest)
-    return Rounding(best, start.affine)
+    return best
 
 
 def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,9 +49,6 @@ class _Mixed:
         self.scale, self.low, self.high = (p[..., 0] for p in grid.centred(affine))
         self.plus, self.codes = torch.zeros_like(self.salient), torch.zeros_like(self.salient, dtype=torch.uint8)
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: both grids are fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         centred = self.grid.snap(values, self.scale, self.low, self.high)
         plus = values >= self.mean[:, column]
@@ -82,9 +79,6 @@ class _Plane:
         self.before = order.taken(before).mT.contiguous()
         self.distance = order.taken(distance.float().repeat_interleave(size, -1)).mT.contiguous()
         self.plus = torch.zeros_like(self.before, dtype=torch.bool)
-
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the distances are fixed."""
 
     def __call__(self, column: int, values: Tensor) -> Tensor:
         before, distance = self.before[:, column], self.distance[:, column]

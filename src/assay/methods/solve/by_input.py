@@ -11,7 +11,7 @@ from torch import Tensor
 
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.grid.table import TableGrid
-from assay.methods.solve.curvature import diagonal, take_columns
+from assay.methods.solve.curvature import DAMPING, INPUT_SHRINKAGE, diagonal, take_columns
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.gptq import visit
 from assay.methods.solve.rounded import Rounded, check_shapes
@@ -49,9 +49,6 @@ class ColumnGroups:
         self.grid, self.importance, self.shrinks = grid, importance, shrinks
         self.columns: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: columns are fitted one at a time."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         row = values[:, None].contiguous()  # [batch, 1, out]: to the grid a column is a matrix of one row
         affine = self.grid.fit(row) if self.shrinks is None else self.grid.fit_clipped(row, self.importance, self.shrinks)
@@ -74,8 +71,8 @@ def gptq(
     *,
     act_order: bool = True,
     shrinks: Sequence[float] | None = SHRINKS,
-    shrinkage: float = 0.02,
-    damping: float = 0.01,
+    shrinkage: float = INPUT_SHRINKAGE,
+    damping: float = DAMPING,
     block: int = 32,
 ) -> Rounded:
     """GPTQ with groups along the outputs; parameters as in `gptq.solve` and `nearest`.

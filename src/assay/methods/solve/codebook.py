@@ -44,9 +44,6 @@ class RowTables:
         self.table = table
         self.codes = torch.empty(len(table), columns, table.shape[1], dtype=torch.uint8)
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the tables are fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         self.codes[:, column] = nearest(values[..., None], self.table)[..., 0]
         return self.table.gather(-1, self.codes[:, column, :, None].long())[..., 0]

@@ -8,6 +8,18 @@ what a sample gets most wrong. Shrinkage and damping take that trust back.
 import torch
 from torch import Tensor
 
+INPUT_SHRINKAGE = 0.02
+"""How far H moves towards its diagonal where errors are fed back along the inputs."""
+
+JOINT_INPUT_SHRINKAGE = 0.05
+"""The same where codes are then moved one by one as well: they would fit what the sample got wrong."""
+
+OUTPUT_SHRINKAGE = 0.1
+"""How far G moves: its samples are noisier than H's."""
+
+DAMPING = 0.01
+"""What is added to the diagonal, as a fraction of its mean; the usual value since GPTQ."""
+
 MAX_DAMPING = 10.0
 """Ten times the mean diagonal: with that, any finite symmetric second moment has a Cholesky factor."""
 
@@ -31,22 +43,18 @@ def shrink(moment: Tensor, amount: float) -> Tensor:
     channels (diagonal 0) get the mean diagonal and no correlations: their weights are rounded to
     nearest instead of being zeroed, since a channel silent on the sample may still speak later.
     """
-    moment = (moment.float() + moment.float().mT) / 2
-    entries = diagonal(moment)
+    entries, mean = diagonal(moment.float()), mean_diagonal(moment.float())
     dead = entries <= 0
-    kept = moment.masked_fill(dead[..., None] | dead[..., None, :], 0) * (1 - amount)
-    return set_diagonal(kept, torch.where(dead, mean_diagonal(moment)[..., None], entries))
-
-
-def set_diagonal(moment: Tensor, entries: Tensor) -> Tensor:
-    """A copy of `moment` [..., n, n] with the diagonal `entries` [..., n]."""
-    return moment.diagonal_scatter(entries, dim1=-2, dim2=-1)
+    kept = (moment + moment.mT).float().mul_((1 - amount) / 2)
+    kept.masked_fill_(dead[..., None], 0).masked_fill_(dead[..., None, :], 0)
+    kept.diagonal(dim1=-2, dim2=-1).copy_(torch.where(dead, mean[..., None], entries))
+    return kept
 
 
 def damp(moment: Tensor, amount: float | Tensor) -> Tensor:
     """`moment` plus `amount` (a number, or one per matrix) times its mean diagonal on the diagonal."""
     amount = torch.as_tensor(amount, dtype=moment.dtype, device=moment.device)
-    return set_diagonal(moment, diagonal(moment) + (amount * mean_diagonal(moment))[..., None])
+    return moment.diagonal_scatter(diagonal(moment) + (amount * mean_diagonal(moment))[..., None], dim1=-2, dim2=-1)
 
 
 def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
@@ -54,26 +62,45 @@ def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.fl
 
     Damping is a fraction of the mean diagonal; for the matrices that are still not positive
     definite it is doubled (from 1e-6 at least) until they are. Reversing rows and columns turns the
-    lower Cholesky factor into an upper one, whose inverse is U: one factorisation, one triangular solve,
+    lower Cholesky factor into an upper one, whose inverse is U: one factorisation, one triangular inverse,
     and the inverse itself, which would square the condition number, is never formed. In float64 for solvers,
-    because the loss of a few digits here would be paid in every weight. Holds three matrices of `dtype` at most.
+    because the loss of a few digits here would be paid in every weight. Works in one matrix of `dtype`.
     """
-    reversed_ = moment.to(dtype).flip(-1, -2)
-    amount = torch.full(moment.shape[:-2], float(damping), dtype=dtype, device=moment.device)
+    mean = mean_diagonal(moment).to(dtype)
+    amount = torch.full_like(mean, float(damping))
     while True:
-        factor, info = torch.linalg.cholesky_ex(damp(reversed_, amount))
-        failed = info != 0
+        lower = moment.flip(-1, -2).to(dtype)
+        lower.diagonal(dim1=-2, dim2=-1).clamp_(min=0).add_((amount * mean)[..., None])
+        failed = _factor_in_place(lower) != 0
         if not bool(failed.any()):
             break
         if float(amount.max()) > MAX_DAMPING:
             raise ValueError("a second moment has no Cholesky factor even when damped tenfold; is it one?")
         amount = torch.where(failed, (2 * amount).clamp(min=1e-6), amount)
-    del reversed_
-    factor = factor.flip(-1, -2)
-    upper = torch.zeros_like(factor)
-    upper.diagonal(dim1=-2, dim2=-1).fill_(1)
-    torch.linalg.solve_triangular(factor, upper, upper=True, out=upper)
-    return upper.float(), float(amount.max())
+    _invert_in_place(lower)
+    inverse = lower.float()
+    del lower
+    return inverse.flip(-1, -2), float(amount.max())
+
+
+def _factor_in_place(moment: Tensor) -> Tensor:
+    """Replace [..., n, n] by its lower Cholesky factor; returns LAPACK's `info` [...], 0 where there is one."""
+    transposed = moment.mT  # LAPACK counts by columns
+    info = torch.empty(moment.shape[:-2], dtype=torch.int32, device=moment.device)
+    torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
+    return info
+
+
+def _invert_in_place(lower: Tensor, block: int = 256) -> None:
+    """Replace lower triangular matrices [..., n, n] by their inverses, block column by block column from the last."""
+    size = lower.shape[-1]
+    for start in range((size - 1) // block * block, -1, -block):
+        stop = min(start + block, size)
+        corner = lower[..., start:stop, start:stop]
+        eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device).expand_as(corner)
+        corner.copy_(torch.linalg.solve_triangular(corner, eye, upper=False))
+        below = lower[..., stop:, start:stop]
+        below.copy_(lower[..., stop:, stop:] @ (below @ corner)).neg_()
 
 
 def conditional_importance(factor: Tensor, order: Tensor) -> Tensor:
@@ -88,16 +115,20 @@ def conditional_importance(factor: Tensor, order: Tensor) -> Tensor:
 def feedback_cost(moment: Tensor, shrinkage: float, damping: float, falling: bool = True) -> Tensor:
     """What a unit squared rounding error at each place costs once feedback has spread it, [n] in order of index.
 
-    With the factor U of the shrunken and damped moment M, an error r at place i becomes D = r U_i / U_ii, which
+    With the factor U of the shrunken and damped moment S, an error r at place i becomes D = r U_i / U_ii, which
     costs D M D^T: the D of L D L^T if nothing is shrunken (QuIP: 2-Bit Quantization of Large Language Models With
-    Guarantees, 2023). moment: [n, n], or a diagonal [n] that no feedback goes through.
+    Guarantees, 2023). S is (1 - shrinkage) M plus a diagonal, and U S U^T = I, so no product with M is needed.
+    moment: [n, n], or a diagonal [n] that no feedback goes through.
     """
     if moment.ndim == 1:
         return moment
     order = falling_order(moment) if falling else torch.arange(len(moment))
     moment = permute(moment, order)
-    factor, _ = inverse_factor(shrink(moment, shrinkage), damping, torch.float32)
-    spread = ((factor @ moment) * factor).sum(-1) / factor.diagonal().square()
+    shrunken, own = shrink(moment, shrinkage), (1 - shrinkage) * diagonal(moment)
+    factor, used = inverse_factor(shrunken, damping, torch.float32)
+    added = diagonal(damp(shrunken, used)) - own
+    squares = factor.square_()
+    spread = (1 - squares @ added).clamp(min=0) / (1 - shrinkage) / squares.diagonal()
     return torch.empty_like(spread).index_copy_(0, order, spread)
 
 

@@ -14,10 +14,6 @@ from torch import Tensor
 class ColumnQuantizer(Protocol):
     """Rounds one column at a time and remembers its codes itself."""
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Told before columns `start` .. `start + block` are visited, with their present values
-        [batch, block, out]: feedback of all columns before is in, so a grid may be fitted to them."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         """What the values [batch, out] of a column become; `column` counts in order of visit."""
         ...
@@ -37,7 +33,6 @@ def column_feedback(weight: Tensor, factor: Tensor, quantize: ColumnQuantizer, b
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         present, upper = values[:, start:stop], factor[:, start:stop, start:stop]
-        quantize.begin_block(start, present)
         _round_block(present, upper, errors[:, start:stop], quantize, start)
         if stop < columns:
             reach = factor[:, start:stop, stop:].mT

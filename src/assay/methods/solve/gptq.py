@@ -9,6 +9,8 @@ from torch import Tensor
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
     conditional_importance,
     falling_order,
     inverse_factor,
@@ -29,9 +31,6 @@ class FixedGrid:
         self.grid = grid
         self.scale, self.low, self.high = (p.mT.contiguous() for p in parameters)
         self.codes = torch.empty_like(self.scale, dtype=torch.uint8)
-
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the grid is fixed."""
 
     def __call__(self, column: int, values: Tensor) -> Tensor:
         scale, low = self.scale[:, column], self.low[:, column]
@@ -68,8 +67,8 @@ def solve(
     act_order: bool = True,
     clipped: bool = True,
     shrinks: Sequence[float] = SHRINKS,
-    shrinkage: float = 0.02,
-    damping: float = 0.01,
+    shrinkage: float = INPUT_SHRINKAGE,
+    damping: float = DAMPING,
     block: int = 32,
 ) -> Rounded:
     """Round `weight` [..., out, in] to keep tr(D H D^T) small; without H, `clip` is what is left of it.

@@ -20,10 +20,6 @@ class Kept:
         self.mask = order.taken(mask).mT.contiguous()
         self.values = torch.empty(self.mask.shape)
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """See `ColumnQuantizer`."""
-        self.inner.begin_block(start, values)
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         self.values[:, column] = values.to(self.dtype)
         return torch.where(self.mask[:, column], self.values[:, column], self.inner(column, values))

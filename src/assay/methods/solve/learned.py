@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
-from assay.methods.solve.curvature import damp, diagonal, shrink
-from assay.methods.solve.refine import Problem, Rounding, better, polish
+from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, damp, diagonal, shrink
+from assay.methods.solve.refine import Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 
 Start = Literal["nearest", "clip"]
@@ -23,9 +23,9 @@ def pose(
     H: Tensor,
     G: Tensor | None,
     *,
-    shrink_inputs: float = 0.05,
-    shrink_outputs: float = 0.1,
-    damping: float = 0.01,
+    shrink_inputs: float = JOINT_INPUT_SHRINKAGE,
+    shrink_outputs: float = OUTPUT_SHRINKAGE,
+    damping: float = DAMPING,
 ) -> Problem:
     """The problem that `two_sided.solve` poses for `weight` [..., out, in]; ValueError for shapes that don't fit."""
     check(weight, grid, H, G)
@@ -48,8 +48,7 @@ def finish(problem: Problem, start: Rounding, learned: Rounding, polished: bool,
     """The learned rounding, or `start` where that is better, in the weight's shape [..., out, in]."""
     best = better(problem, start, learned)
     best = polish(problem, best) if polished else best
-    codes = problem.grid.codes(best.centred, problem.grid.per_weight(best.affine, shape[-1])[1])
-    return Rounded(codes.reshape(shape), Affine(*(p.reshape(*shape[:-1], -1) for p in best.affine)))
+    return rounded(problem, best, shape)
 
 
 def pull(problem: Problem, levels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from assay.methods.solve.curvature import inverse_factor, shrink
+from assay.methods.solve.curvature import DAMPING, inverse_factor, shrink
 
 
 def factors(
-    matrix: Tensor, rank: int, H: Tensor | None = None, G: Tensor | None = None, damping: float = 0.01
+    matrix: Tensor, rank: int, H: Tensor | None = None, G: Tensor | None = None, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor]:
     """(A [..., out, rank], B [..., rank, in]), float32, that minimise tr(G D H Dᵀ) for D = matrix - A B.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.solve.curvature import conditional_importance, take_columns
+from assay.methods.solve.curvature import DAMPING, INPUT_SHRINKAGE, conditional_importance, take_columns
 from assay.methods.solve.feedback import ColumnQuantizer, column_feedback
 from assay.methods.solve.gptq import visit
 
@@ -19,7 +19,7 @@ class Order(NamedTuple):
     """U [batch, in, in] of the visited order, inv(H) = UᵀU; None where there is no H."""
 
     @classmethod
-    def of(cls, weight: Tensor, H: Tensor | None, shrinkage: float = 0.02, damping: float = 0.01) -> "Order":
+    def of(cls, weight: Tensor, H: Tensor | None, shrinkage: float = INPUT_SHRINKAGE, damping: float = DAMPING) -> "Order":
         """For weight [batch, out, in] and H [batch, in, in]; without H the columns' own order and no feedback."""
         if H is None:
             return cls(torch.arange(weight.shape[-1]).expand(len(weight), -1), None)

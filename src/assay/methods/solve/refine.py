@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.methods import compiled
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve.curvature import damage, diagonal
+from assay.methods.solve.rounded import Rounded
 from assay.model.threads import spread
 
 
@@ -50,6 +51,13 @@ def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
     wins = wins[:, None, None]
     affine = Affine(*(torch.where(wins, a, b) for a, b in zip(one.affine, other.affine, strict=True)))
     return Rounding(torch.where(wins, one.centred, other.centred), affine)
+
+
+def rounded(problem: Problem, found: Rounding, shape: torch.Size, damping_used: float = 0.0) -> Rounded:
+    """What a solver returns for a weight of `shape` [..., out, in]."""
+    codes = problem.grid.codes(found.centred, problem.grid.per_weight(found.affine, shape[-1])[1])
+    affine = Affine(*(p.reshape(*shape[:-1], -1) for p in found.affine))
+    return Rounded(codes.reshape(shape), affine, damping_used)
 
 
 def polish(problem: Problem, start: Rounding, refits: int = 2, sweeps: int = 3) -> Rounding:
@@ -161,9 +169,8 @@ def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 6
     free = least_squares_scales(problem, centred, affine.scale, iterations)
     present = affine.scale.float()
     scale = problem.grid.round_scale(torch.where(free / present > 1 / 3, free, present))
-    trial = Affine(scale, affine.zero_point)
-    better = objective(problem, centred, trial) < objective(problem, centred, affine)
-    return Affine(torch.where(better[:, None, None], scale, affine.scale), affine.zero_point)
+    trial = Rounding(centred, Affine(scale, affine.zero_point))
+    return better(problem, Rounding(centred, affine), trial).affine
 
 
 def row_scales(weight: Tensor, inputs: Tensor, outputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:

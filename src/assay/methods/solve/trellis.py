@@ -13,13 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from assay.methods.grid.trellis import MEMORIES_DECIDED
+from assay.methods.grid.trellis import MEMORIES_DECIDED, distortion
 from assay.methods.solve._trellis_waves import encode_waves
-from assay.methods.solve.curvature import damp, falling_order, inverse_factor, permute, shrink, take_columns
+from assay.methods.solve.curvature import (
+    DAMPING,
+    INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
+    damp,
+    falling_order,
+    inverse_factor,
+    permute,
+    shrink,
+    take_columns,
+)
 from assay.methods.solve.refine import row_scales
 from assay.model.packed_trellis import place_of, visiting_order
 from assay.model.threads import spread
 from assay.model.trellis import Trellis
+
+SWELLING = 0.9
 
 
 class Streams(NamedTuple):
@@ -37,12 +49,12 @@ class Streams(NamedTuple):
 
 def solve(
     weight: Tensor, code: Trellis, scale_dtype: torch.dtype, H: Tensor | None, G: Tensor | None, *,
-    shrinkage: float = 0.02, output_shrinkage: float = 0.1, damping: float = 0.01,
+    shrinkage: float = INPUT_SHRINKAGE, output_shrinkage: float = OUTPUT_SHRINKAGE, damping: float = DAMPING,
 ) -> Streams:  # fmt: skip
     """Encode weights [batch, out, in], rotated on both sides, under H [batch, in, in] and G [batch, out, out], rotated too.
 
-    None for either: all weigh the same. Columns are visited by falling H_jj. Scales start at the rows' root
-    mean square and end at their least-squares optimum for the codes.
+    None for either: all weigh the same. Columns are visited by falling H_jj. Scales start at the root mean square of what
+    is expected to be encoded in each row, and end at their least-squares optimum for the codes.
     """
     batch, rows, columns = weight.shape
     inputs = shrink(torch.eye(columns).expand(batch, -1, -1) if H is None else H, shrinkage)
@@ -51,7 +63,7 @@ def solve(
     order = torch.stack([visiting_order(p) for p in places])
     weight, inputs = take_columns(weight, order), permute(inputs, order)
     (right, used), (left, used_outputs) = inverse_factor(inputs, damping), inverse_factor(outputs, damping)
-    scale = weight.square().mean(-1).sqrt()
+    scale = weight.square().mean(-1).sqrt() * swelling(code.rate, feedback_gain(right) * feedback_gain(left)).sqrt()[:, None]
     empty = scale == 0
     scale = scale.masked_fill(empty, 1.0).to(scale_dtype).float()
     upwards = _costs_less_upwards(left, right)
@@ -63,6 +75,20 @@ def solve(
     spread(encode_waves, batch, shared, (weight.contiguous(), scale, *factors, upwards, words, values))
     fitted = row_scales(weight, damp(inputs, used), damp(outputs, used_outputs), values, scale)
     return Streams(words, fitted.masked_fill(empty, 0.0).to(scale_dtype), places, upwards)
+
+
+def feedback_gain(factor: Tensor) -> Tensor:
+    """How much stronger errors are once feedback through the factor U [..., n, n] has spread them, [...]; 1 for a diagonal."""
+    return (factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]).square().sum(-2).mean(-1)
+
+
+def swelling(rate: float, gain: Tensor) -> Tensor:
+    """Energy of what is encoded over that of the weights: feedback adds errors of the weights before.
+
+    They come to (gain - 1) times the distortion on average, but the tails decide what a coarse code loses. Fitted on
+    pebble, where starting at this scale takes 14, 3 and 1% of the damage away at 1.5, 2.25 and 3.25 bits.
+    """
+    return 1 + SWELLING * (gain - 1) * distortion(rate) ** 0.5
 
 
 def _costs_less_upwards(left: Tensor, right: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ from torch import Tensor
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
+    DAMPING,
+    JOINT_INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
     conditional_importance,
     damp,
     falling_order,
@@ -26,7 +29,7 @@ from assay.methods.solve.curvature import (
     take_columns,
     take_rows,
 )
-from assay.methods.solve.refine import Problem, Rounding, better, polish
+from assay.methods.solve.refine import Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 from assay.methods.solve.wavefront import wavefront
 
@@ -49,9 +52,9 @@ def solve(
     G: Tensor | None = None,
     *,
     shrinks: Sequence[float] = SHRINKS,
-    shrink_inputs: float = 0.05,
-    shrink_outputs: float = 0.1,
-    damping: float = 0.01,
+    shrink_inputs: float = JOINT_INPUT_SHRINKAGE,
+    shrink_outputs: float = OUTPUT_SHRINKAGE,
+    damping: float = DAMPING,
     second_grid: bool | None = None,
     refits: int = 2,
     sweeps: int = 3,
@@ -72,17 +75,15 @@ def solve(
     flat = flatten_batch(weight)
     inputs = shrink(flatten_batch(H), shrink_inputs)
     outputs = _identity(flat) if G is None else shrink(flatten_batch(G), shrink_outputs)
-    problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
     columns, used_inputs = _order(inputs, damping)
     rows, used_outputs = _order(outputs, damping)
+    problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
+    del inputs, outputs
     tile = tile or (64 if flat.device.type == "cpu" else 16)
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
     best = polish(problem, best, refits, sweeps)
-    codes = grid.codes(best.centred, grid.per_weight(best.affine, flat.shape[-1])[1])
-    shape = weight.shape[:-1]
-    affine = Affine(*(p.reshape(*shape, -1) for p in best.affine))
-    return Rounded(codes.reshape(weight.shape), affine, max(used_inputs, used_outputs))
+    return rounded(problem, best, weight.shape, max(used_inputs, used_outputs))
 
 
 def _identity(weight: Tensor) -> Tensor:
@@ -120,7 +121,6 @@ def _pass(problem: Problem, rows: _Order, columns: _Order, affine: Affine, tile:
     def restored(matrix: Tensor) -> Tensor:
         return take_rows(take_columns(matrix, columns.back), rows.back)
 
-    scale, low, high = problem.grid.per_weight(affine, problem.weight.shape[-1])
-    parameters = (ordered(scale), ordered(low), ordered(high))
+    parameters = map(ordered, problem.grid.per_weight(affine, problem.weight.shape[-1]))
     wave = wavefront(ordered(problem.weight), columns.factor, rows.factor, problem.grid, parameters, tile)
     return Rounding(restored(wave.centred), affine), restored(wave.targets)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from assay.methods.solve.kept import Kept
 from assay.methods.solve.ordered import Order
 from assay.model.vectors import cut
 
@@ -88,9 +89,6 @@ class VectorQuantizer:
         self.codes = [torch.empty(shape, dtype=torch.uint8) for _ in tables]
         self.left = torch.empty(*shape, tables[0].shape[-1])
 
-    def begin_block(self, start: int, values: Tensor) -> None:
-        """Nothing to do: the codebooks are fixed."""
-
     def __call__(self, column: int, values: Tensor) -> Tensor:
         low, span = self.low[:, column, None], self.span[:, column, None]
         left = cut((values - low) / span, self.left.shape[-1])
@@ -104,30 +102,40 @@ class VectorQuantizer:
 
 
 class Coded(NamedTuple):
-    """What `solve` found: indices uint8 [batch, in, vectors] and tables [batch, size, v] of each stage, and the frame."""
+    """What `solve` found: indices uint8 [batch, in, vectors] and tables [batch, size, v] of each stage, and the frame.
+
+    values: [batch, out, in], what each weight was at its turn.
+    """
 
     codes: list[Tensor]
     tables: list[Tensor]
     frame: Frame
+    values: Tensor
 
 
-def solve(weight: Tensor, order: Order, widths: Sequence[int], length: int, dtype: torch.dtype) -> Coded:
+def solve(
+    weight: Tensor, order: Order, widths: Sequence[int], length: int, dtype: torch.dtype, kept: Tensor | None = None
+) -> Coded:
     """Codebooks of 2^width vectors of `length` rows for weight [batch, out, in], a stage for each width, and their codes.
 
     The first codebook is fitted to the weights, each further one to what the columns, at their turn, had left.
     A squared error counts by what feedback leaves of its cost, in units of the column's span.
+    kept: bool [batch, out, in], weights that are stored as they are at their turn.
     """
+    mask = torch.zeros(weight.shape, dtype=torch.bool) if kept is None else kept
     frame = Frame.of(weight, dtype)
     scaled = ((weight - frame.low.float()[:, None]) / frame.span.float()[:, None]).mT
     targets = cut(scaled, length)
-    price = (order.importance * frame.span.float().square())[..., None].expand(targets.shape[:-1])
+    importance = order.importance.masked_fill(mask.all(-2), 0)
+    price = (importance * frame.span.float().square())[..., None].expand(targets.shape[:-1])
     tables: list[Tensor] = []
     for width in widths:
         fitted = [k_means(t.flatten(0, 1), p.flatten(), 2**width) for t, p in zip(targets, price, strict=True)]
         tables.append(torch.stack(fitted).to(dtype))
         quantizer = VectorQuantizer(order, frame, tables, weight.shape[1])
-        order.feed(weight, quantizer)
+        feed = Kept(quantizer, order, mask, dtype)
+        order.feed(weight, feed)
         back = order.visit.argsort(-1)
         targets = torch.stack([left[b] for left, b in zip(quantizer.left, back, strict=True)])
     codes = [torch.stack([c[b] for c, b in zip(stage, back, strict=True)]) for stage in quantizer.codes]
-    return Coded(codes, tables, frame)
+    return Coded(codes, tables, frame, order.restored(feed.values.mT))

@@ -13,6 +13,7 @@ done in tiles: the antidiagonal of tiles is a batch, inside each tile runs a sec
 tiles the feedback is a matrix product.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -38,20 +39,20 @@ def wavefront(
     inputs_factor: Tensor,
     outputs_factor: Tensor,
     grid: Grid,
-    parameters: tuple[Tensor, Tensor, Tensor],
+    parameters: Iterable[Tensor],
     tile: int = 16,
 ) -> Wave:
     """Round `weight` [batch, out, in], in the order of its rows and columns.
 
     inputs_factor: U [batch, in, in]; outputs_factor: A [batch, out, out], both upper.
-    parameters: scale, lowest and highest step per weight, [batch, out, in] each.
+    parameters: scale, lowest and highest step per weight, [batch, out, in] each; read once.
     With errors E, D = A^T E U and the sum of E^2 equals tr(G D H D^T).
     """
     _, rows, columns = weight.shape
     tiles = _Tiles(weight, inputs_factor, outputs_factor, grid, parameters, tile)
     for step in range(tiles.down + tiles.across - 1):
         tiles.round_diagonal(step)
-    return Wave(tiles.join(tiles.centred)[:, :rows, :columns], tiles.join(tiles.targets)[:, :rows, :columns])
+    return Wave(tiles.join(tiles.centred)[:, :rows, :columns], tiles.join(tiles.values)[:, :rows, :columns])
 
 
 class _Tiles:
@@ -66,24 +67,23 @@ class _Tiles:
         inputs_factor: Tensor,
         outputs_factor: Tensor,
         grid: Grid,
-        parameters: tuple[Tensor, Tensor, Tensor],
+        parameters: Iterable[Tensor],
         tile: int,
     ) -> None:
         self.tile, self.grid = tile, grid
         self.down, self.across = -(-weight.shape[1] // tile), -(-weight.shape[2] // tile)
-        self.values = self.cut(weight)
-        self.scale, self.low, self.high = self.cut(parameters[0], 1.0), self.cut(parameters[1]), self.cut(parameters[2])
-        self.centred, self.targets, self.errors = (torch.zeros_like(self.values) for _ in range(3))
+        self.scale, self.low, self.high = (self.cut(p, filler) for p, filler in zip(parameters, (1.0, 0.0, 0.0), strict=True))
+        self.values = self.cut(weight)  # become the targets
+        self.centred, self.errors = torch.zeros_like(self.values), torch.zeros_like(self.values)
         # Q = E U so far, [batch, across, down, tile, tile]: what earlier rows of tiles hand down
         self.handed = torch.zeros_like(self.values.transpose(1, 2))
         upper, over = self._padded(inputs_factor), self._padded(outputs_factor)
-        batch, wide, tall = len(weight), self.across * tile, self.down * tile
         # strips of U, one per tile column, their rows in the reversed tile order of `errors`
         strips = upper.unflatten(1, (self.across, tile)).unflatten(3, (self.across, tile)).flip(1, 3)
-        self.from_left = strips.permute(0, 3, 1, 2, 4).reshape(batch, self.across, wide, tile)
+        self.from_left = strips.flatten(1, 2).transpose(1, 2)
         self.inside_columns = strips.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
         strips = over.unflatten(1, (self.down, tile)).unflatten(3, (self.down, tile))
-        self.from_above = strips.permute(0, 3, 4, 1, 2).reshape(batch, self.down, tile, tall)
+        self.from_above = over.mT.unflatten(1, (self.down, tile))
         self.inside_rows = strips.diagonal(dim1=1, dim2=3).permute(0, 3, 2, 1).contiguous()  # A_II^T
 
     def cut(self, matrix: Tensor, filler: float = 0.0) -> Tensor:
@@ -100,6 +100,8 @@ class _Tiles:
     def _padded(self, factor: Tensor) -> Tensor:
         """A factor with ones on the padded diagonal, so that padding moves nothing but padding."""
         extra = -factor.shape[-1] % self.tile
+        if not extra:
+            return factor
         full = pad(factor, (0, extra, 0, extra))
         full.diagonal(dim1=1, dim2=2)[:, factor.shape[-1] :] = 1
         return full
@@ -117,7 +119,7 @@ class _Tiles:
         wave = _Wave(values, inside_rows, inside_columns)
         parts = (view(p).permute(0, 3, 1, 2).flatten(0, 1).flatten(1) for p in (self.scale, self.low, self.high))
         errors, centred, targets = wave.round(self.grid, *parts)
-        for store, cells in ((self.errors, errors), (self.centred, centred), (self.targets, targets)):
+        for store, cells in ((self.errors, errors), (self.centred, centred), (self.values, targets)):
             view(store).copy_(cells.permute(0, 2, 3, 1))
         self.handed.diagonal(-offset, 1, 2).copy_((carried + errors @ inside_columns).permute(0, 2, 3, 1))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from assay.measure.damage import Curvature, diagonal
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.transform._subject import Subject
 from assay.methods.transform.norm_fold import gain_of
+from assay.model.errors import InputError
+from assay.model.progress import Progress
 from assay.model.sites import key_of
 from assay.model.streams import Inner, Linear, Norm
 from assay.model.weights import Edits, Weights
@@ -23,12 +26,14 @@ FLOOR = 1e-4
 class Rounding:
     """Round to nearest on groups of inputs, as a score sees it.
 
-    rows: of a matrix with more rows, so many evenly spaced ones stand for all.
+    rank: of a product that is taken from the matrix first and kept in floating point; rows: of a matrix with more rows,
+    so many evenly spaced ones stand for all.
     """
 
     bits: int
     group_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype = torch.float32
+    rank: int = 0
     rows: int = 512
 
     def grid(self, columns: int) -> IntegerGrid:
@@ -46,8 +51,10 @@ class Rounding:
         for weight, curvature in matrices:
             grid = self.grid(weight.shape[1])
             scaled = (weight * scale).to(self.dtype).float()
-            affine = grid.fit(scaled)
-            total += curvature.damage(grid.decode(grid.encode(scaled, affine), affine).float() / scale - weight)
+            kept = _strongest(scaled, self.rank) if self.rank else torch.zeros(())
+            affine = grid.fit(scaled - kept)
+            decoded = grid.decode(grid.encode(scaled - kept, affine), affine).float() + kept
+            total += curvature.damage(decoded / scale - weight)
         return total
 
     def sampled(self, weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
@@ -58,6 +65,15 @@ class Rounding:
         g = curvature.g[picked] if curvature.g.ndim == 1 else curvature.g[picked][:, picked]
         raised = curvature.share * float(diagonal(curvature.g).sum() / diagonal(g).sum().clamp_min(1e-30))
         return weight[picked], Curvature(curvature.h, g, raised, curvature.tokens)
+
+
+def _strongest(matrix: Tensor, rank: int) -> Tensor:
+    """A product of this rank near the best for a matrix [out, in]: its part in a subspace found by power iteration."""
+    start = torch.randn(matrix.shape[1], min(rank, *matrix.shape), generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+    return basis @ (basis.mT @ matrix)
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,45 @@ def groups(subject: Subject) -> Iterator[Group]:
     found = [Group(norm.block, norm.readers, norm=norm) for norm in norms if norm.block is not None]
     found += [Group(stream.block, stream.readers, inner=stream) for stream in subject.streams.inner if stream.divided]
     yield from sorted(found, key=lambda group: group.block)
+
+
+class Found(NamedTuple):
+    """Which of the trials was best, its scales [in], and the damage of every trial; the first one changes nothing."""
+
+    place: int
+    scale: Tensor
+    damages: tuple[float, ...]
+
+
+def cheapest(matrices: Sequence[tuple[Tensor, Curvature]], trials: Sequence[Tensor], rounding: Rounding) -> Found:
+    """The scales of `trials` that make rounding cheapest, of matrices [out, in] that share an input."""
+    damages = tuple(rounding.damage(matrices, scale) for scale in trials)
+    place = damages.index(min(damages))
+    return Found(place, trials[place], damages)
+
+
+def scaled_best(
+    subject: Subject, name: str, rounding: Rounding, progress: Progress,
+    search: Callable[[Group, Sequence[tuple[Tensor, Curvature]], Rounding], Found],
+) -> Subject:  # fmt: skip
+    """The subject with the scales that `search` finds folded into each group. Raises InputError where there are no groups."""
+    wanted = list(groups(subject))
+    if not wanted:
+        raise InputError(f"{name}: {subject.streams.family} has no channels whose scale can be folded")
+    edits, before, after, used = Edits(), 0.0, 0.0, 0
+    with progress.task("searching scales", len(wanted)) as advance:
+        for group in wanted:
+            stored = replace(rounding, dtype=subject.weights.source.dtype(group.readers[0].inputs.tensor))
+            matrices = group.matrices(subject.weights, subject.measured()(group.block), stored)
+            if matrices:
+                found = search(group, matrices, stored)
+                before, after = before + found.damages[0], after + min(found.damages)
+                if found.place:
+                    used += 1
+                    group.fold(subject.weights, found.scale, edits)
+            advance()
+    note = f"{used} of {len(wanted)} groups scaled; predicted damage of rounding them {before:.5f} -> {after:.5f} nats/token"
+    return replace(subject, weights=subject.weights.edited(edits.by_tensor())).noting(note)
 
 
 def mean_square(matrices: Sequence[tuple[Tensor, Curvature]]) -> Tensor:

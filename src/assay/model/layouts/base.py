@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
-from assay.model.shards import TensorInfo
+from assay.model.stored import TensorInfo
 
 Parts = Mapping[str, Tensor]
 """Stored tensors of one logical tensor, by the suffix that follows its module's name."""

@@ -9,6 +9,7 @@ import torch
 
 from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.layouts.base import Headers, Parts, Stored, modules, packed, parts_of
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -16,7 +17,7 @@ from assay.model.terms import SUFFIXES, restore
 
 
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
-    """Every weight that quantization_config lists; its shape is a stored part."""
+    """Every weight that quantization_config lists; its shape is a stored part, except for ggml's blocks."""
     weights = config["quantization_config"]["weights"]
     found = {}
     for module in modules(stored, "weight_packed"):
@@ -25,11 +26,15 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
             raise InputError(f"config.json gives no quantization scheme for {name}")
         facts = weights[name]
         level, dtype = Level.parse(str(facts["level"])), torch_dtype(str(facts["dtype"]))
+        turned, shape = bool(facts.get("transposed")), None
+        if level.name in KINDS:
+            rows, nbytes = stored[f"{module}weight_packed"].shape
+            shape, dtype = (rows, KINDS[level.name].columns(nbytes))[:: -1 if turned else 1], torch.float32
 
         def read(parts: Parts, level: Level = level, dtype: torch.dtype = dtype) -> Packed:
             return restore(parts, level, dtype)
 
-        found[name] = packed(parts_of(stored, module, SUFFIXES), None, dtype, level, read, bool(facts.get("transposed")))
+        found[name] = packed(parts_of(stored, module, SUFFIXES), shape, dtype, level, read, turned)
     return found
 
 

@@ -1,0 +1,1 @@
+"""Activation sparsity: each file masks the inputs of linear maps while the model runs. Files that begin with `_` are helpers."""

@@ -1,0 +1,72 @@
+"""Reads few tokens, found by few channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from assay.methods.cache._watch import watch
+from assay.model.errors import InputError
+from assay.runtime.attention import Step, group_reduce, grouped
+
+
+@dataclass(frozen=True, eq=False)
+class DoubleSparsity:
+    """Each new token reads `read` of the cache (at least `least`): the largest logits by `label` of the channels.
+
+    Channels are those with the largest mean |query * key| of a token with itself on the calibration text, fixed for each
+    layer and head. The first `dense` layers and prompts read everything; nothing is dropped, so memory grows by the
+    labels and what falls is what is read.
+    """
+
+    verb: ClassVar[str] = "attach"
+    needs: ClassVar[tuple[str, ...]] = ("calibration",)
+    paper: ClassVar[str] = "Post-Training Sparse Attention with Double Sparsity (2024), without its offloading"
+    read: float = 1 / 16
+    least: int = 16
+    label: float = 0.25
+    dense: int = 2
+    channels: tuple[Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (0 < self.read <= 1 and 0 < self.label <= 1):
+            raise InputError(f"read={self.read:g} and label={self.label:g}; give shares above 0 and up to 1")
+
+    def calibrated(self, model: PreTrainedModel, ids: Tensor) -> DoubleSparsity:
+        """With channels measured on token ids [windows, tokens]."""
+        sums: dict[int, Tensor] = {}
+
+        def see(step: Step) -> None:
+            own = grouped(step.query, step.keys.shape[1]) * step.keys[:, :, None]
+            sums[step.layer] = sums.get(step.layer, 0) + own.float().abs().sum((0, 2, 3))
+
+        watch(model, ids, see)
+        count = max(int(self.label * next(iter(sums.values())).shape[-1]), 1)
+        return replace(self, channels=tuple(sums[i].topk(count, -1)[1].sort(-1)[0] for i in range(len(sums))))
+
+    def labels(self, keys: Tensor, layer: int, head: int) -> Tensor:
+        """See `Reader`."""
+        if layer < self.dense:
+            return keys[..., :0]
+        return keys.gather(3, self._index(layer, head, keys))
+
+    def pick(self, query: Tensor, labels: Tensor, positions: Tensor, layer: int, head: int) -> Tensor | None:
+        """See `Reader`."""
+        slots = labels.shape[2]
+        count = min(max(int(self.read * slots), self.least), slots)
+        if layer < self.dense or count == slots:
+            return None
+        asked = group_reduce(grouped(query, labels.shape[1]))
+        guess = asked.gather(3, self._index(layer, head, asked)) @ labels.mT
+        return guess[:, :, 0].masked_fill(positions < 0, -torch.inf).topk(count, -1)[1].sort(-1)[0]
+
+    def _index(self, layer: int, head: int, x: Tensor) -> Tensor:
+        index = self.channels[layer][head : head + x.shape[1]]
+        return index[None, :, None].expand(len(x), -1, x.shape[2], -1)
+
+
+METHOD = DoubleSparsity

@@ -1,0 +1,1 @@
+"""Selection: each file is one way to choose the windows of text that a model is measured on."""

@@ -1,0 +1,1 @@
+"""Sensitivities: each file is one way to say which weight matrices matter most."""

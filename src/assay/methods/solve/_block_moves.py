@@ -1,0 +1,121 @@
+"""Moves that lower f = 1/2 tr(G D H D^T) one at a time: vectors of a codebook, and the scales of blocks. Compiled with numba."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from assay.methods.grid._blocks import half, pattern_of
+
+FAST = {"contract", "reassoc", "nsz"}
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any, outputs: Any, through: Any, gradient: Any,
+                    scale: Any, steps: Any) -> None:  # fmt: skip
+    """Offer every vector of columns start..stop of each matrix the codes near its optimum, one vector after another.
+
+    As `compiled.descend_block`; inverses [matrices, in / v, v, v]: of the blocks on the diagonal of `inputs`. Where the
+    number of signs in 8 weights is even, it stays so.
+    """
+    magnitudes, bounds, nearby, even = book
+    size = magnitudes.shape[1]
+    target, move, best = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    signs = np.empty(size, np.float32)
+    for n in range(len(steps)):
+        rows = steps.shape[2]
+        pushed = np.zeros((size, rows), dtype=np.float32)
+        for j in range(start, stop, size):
+            local, inverse = inputs[n, j : j + size, j : j + size], inverses[n, j // size]
+            moves = 0
+            pushed[:] = 0
+            for i in range(rows):
+                weight, spacing = outputs[n, i, i], scale[n, j, i]
+                odd = False
+                for a in range(size):
+                    pull = np.float32(0)
+                    for b in range(size):
+                        pull += inverse[a, b] * gradient[n, j - start + b, i]
+                    ratio = steps[n, j + a, i] + pull / (weight * spacing)
+                    target[a], signs[a] = abs(ratio), np.float32(-1) if ratio < 0 else np.float32(1)
+                    odd ^= ratio < 0
+                if size == 4 and even:
+                    for a in range(4):
+                        odd ^= steps[n, (j ^ 4) + a, i] < 0
+                least = np.float32(0)
+                for code in nearby[pattern_of(target, bounds)]:
+                    turn = -1
+                    if even and odd:
+                        lowest = np.float32(np.inf)
+                        for a in range(size):
+                            cost = local[a, a] * target[a] * magnitudes[code, a]
+                            if cost < lowest:
+                                lowest, turn = cost, a
+                    value = np.float32(0)
+                    for a in range(size):
+                        sign = -signs[a] if a == turn else signs[a]
+                        move[a] = (sign * magnitudes[code, a] - steps[n, j + a, i]) * spacing
+                    for a in range(size):
+                        bent = np.float32(0)
+                        for b in range(size):
+                            bent += local[a, b] * move[b]
+                        value += move[a] * (np.float32(0.5) * weight * bent - gradient[n, j - start + a, i])
+                    if value < least:
+                        least = value
+                        best[:] = move
+                if least == 0:
+                    continue
+                moves += 1
+                for a in range(size):
+                    steps[n, j + a, i] = np.rint(steps[n, j + a, i] + best[a] / spacing)
+                    bent = np.float32(0)
+                    for b in range(size):
+                        bent += local[a, b] * best[b]
+                    for k in range(rows):
+                        pushed[a, k] += best[a] * outputs[n, i, k]
+                        gradient[n, j - start + a, k] -= bent * outputs[n, i, k]
+            if moves:
+                for a in range(size):
+                    for k in range(rows):
+                        through[n, j + a, k] -= pushed[a, k]
+                for later in range(j + size, stop):
+                    for a in range(size):
+                        push = inputs[n, later, j + a]
+                        for k in range(rows):
+                            gradient[n, later - start, k] -= push * pushed[a, k]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def move_parameters(stored: Any, passes: int, normal: Any, slope: Any, values: Any) -> None:
+    """Coordinate descent on one number per row, values [matrices, out], f quadratic in them: normal [matrices, out, out].
+
+    slope [matrices, out]: minus the gradient of f. stored: (factor, added, least, greatest) of the numbers that
+    exist, or factor 0 for fp16 other than 0.
+    """
+    factor, added, least, greatest = stored
+    for n in range(len(values)):
+        for _ in range(passes):
+            moved = False
+            for i in range(values.shape[1]):
+                curvature, present = normal[n, i, i], values[n, i]
+                if not curvature > 0:
+                    continue
+                wanted = present + slope[n, i] / curvature
+                if factor == 0:
+                    found = half(wanted)
+                    if found == 0:
+                        continue
+                else:
+                    found = np.float32(np.rint((wanted - added) / factor)) * factor + added
+                    found = min(max(found, least), greatest)
+                step = found - present
+                if step == 0 or (curvature * step * np.float32(0.5) - slope[n, i]) * step >= 0:
+                    continue
+                moved = True
+                values[n, i] = found
+                for k in range(values.shape[1]):
+                    slope[n, k] -= step * normal[n, i, k]
+            if not moved:
+                break

@@ -1,0 +1,228 @@
+"""How cached tensors are stored: maps that change or drop channels, and codecs that store a tensor in few bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from assay.runtime.attention import Step
+
+Tensors = dict[str, Tensor]
+"""Tensors by name. Of tokens: [B, H or 1, n, ...], gathered with them. Shared: [B, H, ...], fitted once or grown."""
+WIDTHS = (1, 2, 4, 8)
+
+
+class Map(Protocol):
+    """Changes the channels of a tensor before it is stored: permuted, scaled, fewer, or the coordinates in a basis.
+
+    positional: whether it reads `where`; joint: whether it stores all heads as one.
+    """
+
+    positional: ClassVar[bool]
+    joint: ClassVar[bool]
+
+    def fit(self, x: Tensor, step: Step) -> Tensors:
+        """What it needs to know, from all tokens [B, H, S, D] at the end of the first prompt."""
+        ...
+
+    def forward(self, x: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """[B, H, n, D] -> what is stored. where: int [B, n], the text position of each token."""
+        ...
+
+    def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """What is stored -> [B, H, n, D]."""
+        ...
+
+
+class Codec(Protocol):
+    """Stores a tensor [B, H, n, D] in few bits; what it has written never changes."""
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """Tensors of the tokens, and the shared ones with what these tokens add."""
+        ...
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """Back to [B, H, n, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the keys, or the values, of older tokens are stored.
+
+    residual: latest tokens that stay exact; block: older ones are stored in multiples of it; running: also those that
+    come after the prompt, not only those of the prompt.
+    """
+
+    maps: tuple[Map, ...] = ()
+    codec: Codec | None = None
+    residual: int = 0
+    block: int = 1
+    running: bool = True
+
+    def ready(self, exact: int, prefill: bool) -> int:
+        """How many of the tokens that are exact now, the oldest first, are to be stored."""
+        return max(exact - self.residual, 0) // self.block * self.block if prefill or self.running else 0
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Stores as it is; for maps without a codec."""
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`."""
+        return {"x": x}, shared
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        return tokens["x"].to(dtype)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Asymmetric integers, a scale for each group of consecutive channels of a token (the values of KIVI, 2024)."""
+
+    bits: int
+    group: int
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`."""
+        size = fitting(self.group, x.shape[-1])
+        parts = x.unflatten(-1, (-1, size))
+        scale, low = affine(parts, -1, self.bits)
+        return {"codes": pack(quantized(parts, scale, low, self.bits).flatten(-2), self.bits),
+                "scale": scale[..., 0], "low": low[..., 0]}, shared  # fmt: skip
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        codes = unpack(tokens["codes"], self.bits, width).unflatten(-1, (tokens["scale"].shape[-1], -1))
+        return (
+            torch.addcmul(tokens["low"][..., None], codes.to(tokens["scale"].dtype), tokens["scale"][..., None])
+            .flatten(-2)
+            .to(dtype)
+        )
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """Asymmetric integers, a scale for each channel of `group` consecutive tokens (the keys of KIVI, 2024).
+
+    Each token knows its group, so tokens can be dropped one by one and the codes of the others stay.
+    """
+
+    bits: int
+    group: int
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`; n must be a multiple of the group."""
+        parts = x.unflatten(2, (-1, self.group))
+        scale, low = affine(parts, 3, self.bits)
+        codes = pack(quantized(parts, scale, low, self.bits).flatten(2, 3), self.bits)
+        before = shared["scale"].shape[2] if "scale" in shared else 0
+        ids = before + torch.arange(parts.shape[2], device=x.device).repeat_interleave(self.group)
+        grown = {"scale": scale[:, :, :, 0], "low": low[:, :, :, 0]}
+        if before:
+            grown = {name: torch.cat([shared[name], part], 2) for name, part in grown.items()}
+        members = ids.to(torch.int16 if before + parts.shape[2] < 1 << 15 else torch.int32)
+        return {"codes": codes, "group": members[None, None, :, None].expand(*x.shape[:3], 1).contiguous()}, shared | grown
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        codes = unpack(tokens["codes"], self.bits, width)
+        index = tokens["group"].long().expand(-1, -1, -1, codes.shape[-1])
+        scale, low = (shared[name].gather(2, index) for name in ("scale", "low"))
+        return torch.addcmul(low, codes.to(scale.dtype), scale).to(dtype)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """E4M3 floats with one scale for each token: 8 bits and 16 for the scale."""
+
+    dtype: torch.dtype = field(default=torch.float8_e4m3fn)
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`."""
+        largest = torch.finfo(self.dtype).max
+        scale = storable(x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest, x.dtype)
+        return {
+            "codes": (x.float() / scale.float()).clamp(-largest, largest).to(self.dtype).view(torch.uint8),
+            "scale": scale,
+        }, shared
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        return (tokens["codes"].view(self.dtype).float() * tokens["scale"].float()).to(dtype)
+
+
+@dataclass(frozen=True)
+class BlockFloat:
+    """Block floating point: signed integers of `bits` that share an exponent of one byte in each block of channels."""
+
+    bits: int
+    block: int
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`."""
+        parts = x.float().unflatten(-1, (-1, fitting(self.block, x.shape[-1])))
+        top = (1 << self.bits - 1) - 1
+        largest = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        exponent = (largest / top).log2().ceil().clamp(-127, 127)
+        codes = (parts / exponent.exp2()).round().clamp(-top, top) + top
+        return {"codes": pack(codes.to(torch.uint8).flatten(-2), self.bits), "exponent": exponent[..., 0].to(torch.int8)}, shared
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        exponent = tokens["exponent"].float().exp2()
+        codes = unpack(tokens["codes"], self.bits, width).float() - ((1 << self.bits - 1) - 1)
+        return (codes.unflatten(-1, (exponent.shape[-1], -1)) * exponent[..., None]).flatten(-2).to(dtype)
+
+
+def affine(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and lowest value of x along an axis, which is kept with length 1, in x's dtype (float16 for float32).
+
+    Equal values get scale 1, so that they decode to themselves.
+    """
+    low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+    scale = (high - low).float() / ((1 << bits) - 1)
+    return storable(torch.where(scale > 0, scale, 1.0), x.dtype), storable(low, x.dtype)
+
+
+def storable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in 16 bits: those of the model's dtype, float16 where it has 32; within the range of that dtype."""
+    half = dtype if dtype.itemsize == 2 else torch.float16
+    limits = torch.finfo(half)
+    bounded = x.float().clamp(limits.min, limits.max)
+    return torch.where((bounded != 0) & (bounded.abs() < limits.tiny), bounded.sign() * limits.tiny, bounded).to(half)
+
+
+def quantized(x: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
+    """Codes uint8 of x on the grid low + scale * code."""
+    return ((x.float() - low.float()) / scale.float()).round_().clamp_(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def fitting(group: int, width: int) -> int:
+    """The largest divisor of the width that is at most `group`."""
+    return next(size for size in range(min(group, width), 0, -1) if width % size == 0)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [..., n] below 2**bits -> uint8 [..., ceil(n * bits / 8)], the first code in the lowest bits; bits 1, 2, 4 or 8."""
+    if bits == 8:
+        return codes
+    each = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    packed = padded[..., 0].clone()
+    for i in range(1, each):
+        packed |= padded[..., i] << (bits * i)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack`: uint8 [..., bytes] -> uint8 [..., count]."""
+    if bits == 8:
+        return packed
+    mask = (1 << bits) - 1
+    return torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1).flatten(-2)[..., :count]
