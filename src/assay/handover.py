@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from assay.budget import plans
+from assay.budget import offers
 from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.budget.sweep import frontier
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
+from assay.engines.fused import share_units
 from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
+from assay.engines.layout import nbytes
 from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -37,7 +39,9 @@ def hand_over(
     model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
 ) -> dict[str, Any]:
     """Write the folder, reopen it with another reader, and close the ledger."""
-    loaders, source = results.loaders(), model.checkpoint.replaced(results.plain)
+    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
+    loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
+    source = model.checkpoint.replaced(results.plain)
     ledger = _ledger(model, source, plan, results, contract)
     writer, reader = (gguf_write.write, gguf_reopen.compare) if contract.layout == "gguf" else (write.write, reopen.compare)
     recipe = {
@@ -57,7 +61,6 @@ def hand_over(
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
-    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
     writer(destination, source, loaders, contract, extra, levels, turned)
     try:
@@ -142,7 +145,7 @@ def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -
         elif contract.layout == "plain":
             found[name] = write.plain_nbytes(checkpoint, name)
         else:
-            found[name] = results.packed(name).nbytes
+            found[name] = nbytes(contract.layout, results.packed(name))
     return found, {}
 
 
@@ -150,4 +153,4 @@ def _contract_reason(contract: Contract, site: Site | None) -> str | None:
     """Why an engine keeps a site as it is; None where it need not."""
     if site is None:
         return "part of a tensor that stays whole"
-    return plans.refused(contract, site)
+    return offers.refused(contract, site)

@@ -320,5 +320,5 @@ def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixtu
     assay.compress("m", "small", plan="plan.yaml", profile="p")
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
     refused(capfd, room, ("verify", "small", "--against", "m", "--text", "text.txt"), "judge it on other text")
-    refused(capfd, room, ("export", "small", "--to", "onnx", "-o", "out"), "there are plain, compressed-tensors and gguf")
-    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "is not in that layout")
+    refused(capfd, room, ("convert", "small", "--to", "gguff", "-o", "out"), "unknown layout 'gguff'; there are")
+    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "no compressed weights that assay can move")

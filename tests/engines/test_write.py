@@ -16,7 +16,7 @@ from engines.samples import sample
 from safetensors.torch import load_file
 
 from assay import engines
-from assay.engines import load, write
+from assay.engines import convert, load, write
 from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
@@ -143,7 +143,7 @@ def test_a_writer_that_is_cut_off_leaves_nothing_and_can_be_called_again(
         if exporting is None:
             write_to(out, made, 20_000)
         else:
-            load.export(tmp_path / "first", exporting, out)
+            convert.convert(tmp_path / "first", exporting, out)
 
     before = sorted(p.name for p in tmp_path.iterdir())
     cut_at(monkeypatch, OWNERS[function], function, call, out)

@@ -22,6 +22,7 @@ app = typer.Typer(
 )  # fmt: skip
 for module in (inspect, transform, profile, plan, compress, verify, report, export, methods, benchmark):
     app.command(module.__name__.rpartition(".")[2])(module.run)
+app.command("convert")(export.run)
 
 
 @app.callback(invoke_without_command=True)

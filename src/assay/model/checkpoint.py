@@ -6,50 +6,39 @@ import hashlib
 import json
 import math
 import os
-import struct
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from assay.model import gguf_file
-from assay.model.dfloat11 import PARTS, PackedBfloat16
+from assay.model import gguf_file, layouts
 from assay.model.errors import InputError
-from assay.model.ggml import KINDS
+from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
+from assay.model.shards import read_header
 from assay.model.stored import TensorInfo
-from assay.model.terms import SUFFIXES, restore
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
-_FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
-_MAX_HEADER = 100_000_000
+Decoded = TypeVar("Decoded")
 
 
 class Checkpoint:
     """A read-only folder of tensors plus its config.
 
-    `stored` maps the names in the files; `names` are the logical tensors, in which a packed or
-    FP8 weight with its scales is one tensor `X.weight` that `read` decodes.
+    `stored` maps the names in the files; `names` are the logical tensors, in which a compressed weight with its scales
+    is one tensor `X.weight` that `read` decodes.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], stored: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.config = config
         self.stored = stored
-        self._levels = _packed_levels(config)
-        self._own: dict[str, dict[str, Any]] = _own_weights(config)
         self._replaced: Mapping[str, Tensor] = {}
 
     @classmethod
@@ -64,7 +53,7 @@ class Checkpoint:
         stored: dict[str, TensorInfo] = {}
         index = _index(folder)
         for shard in _shards(folder, index):
-            for name, info in _read_header(shard).items():
+            for name, info in read_header(shard).items():
                 if name in stored:
                     raise InputError(f"{shard.name}: tensor {name} is also in {stored[name].shard.name}; remove one")
                 stored[name] = info
@@ -78,56 +67,47 @@ class Checkpoint:
         other._replaced = tensors
         return other
 
+    @property
+    def method(self) -> str | None:
+        """How the weights are compressed: quant_method of the config, "gguf" for a GGUF file; None where it names none."""
+        if any(info.read is not None for info in self.stored.values()):
+            return "gguf"
+        named = (self.config.get("quantization_config") or {}).get("quant_method")
+        return None if named is None else str(named)
+
+    @cached_property
+    def packed(self) -> dict[str, Stored]:
+        """Every logical tensor of which the files hold several parts. Raises InputError for parts that don't fit."""
+        return layouts.find(self.config, self.stored)
+
     @cached_property
     def names(self) -> list[str]:
         """Logical tensor names, sorted."""
-        logical = set(self.stored)
-        for name in self.stored:
-            if name.endswith(".weight_packed"):
-                module = name.removesuffix(".weight_packed")
-                logical -= {f"{module}.{suffix}" for suffix in SUFFIXES}
-                logical.add(f"{module}.weight")
-            elif name.endswith(f".{PARTS[0]}") and f"{name.removesuffix(PARTS[0])}{PARTS[1]}" in self.stored:
-                whole = name.removesuffix(f".{PARTS[0]}")
-                logical -= {f"{whole}.{part}" for part in PARTS}
-                logical.add(whole)
-            elif self._fp8_scale(name):
-                logical.discard(self._fp8_scale(name))
-        return sorted(logical)
+        parts = {part for tensor in self.packed.values() for part in tensor.parts.values()}
+        return sorted((set(self.stored) - parts) | set(self.packed))
 
     @cached_property
     def levels(self) -> dict[str, Level]:
-        """Level of every packed weight, by logical tensor name."""
-        named = {f"{m}.weight": level for m, level in self._levels.items()}
-        named |= {name: Level.parse(str(facts["level"])) for name, facts in self._own.items()}
-        return {name: level for name, level in named.items() if f"{name}_packed" in self.stored}
+        """Level of every weight whose codes are one of our formats, by logical tensor name."""
+        return {name: tensor.level for name, tensor in self.packed.items() if tensor.level is not None}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a logical tensor, from headers alone (packed weights: out from scales, in from level)."""
-        if name in self.stored:
+        """Shape of a logical tensor, from headers and shapes that are stored."""
+        tensor = self.packed.get(name)
+        if tensor is None:
             return self.stored[name].shape
-        if self._lossless(name):
-            return tuple(int(n) for n in self._raw(f"{name}.shape"))
-        if f"{name}_shape" not in self.stored:
-            rows, nbytes = self.stored[f"{name}_packed"].shape
-            shape: tuple[int, ...] = (rows, KINDS[self.levels[name].format].columns(nbytes))
-        else:
-            shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
-        return shape[::-1] if self.turned(name) else shape
+        if tensor.shape is not None:
+            return tensor.shape
+        shape = tuple(int(n) for n in self._raw(tensor.parts["weight_shape" if tensor.level else "shape"]))
+        return shape[::-1] if tensor.turned else shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that `read` returns."""
-        if name in self.stored:
-            return torch.float32 if self._fp8_scale(name) else self.stored[name].dtype
-        if self._lossless(name):
-            return torch.bfloat16
-        if name in self._own:
-            return torch.float32 if self._own[name]["level"] in KINDS else _torch_dtype(self._own[name]["dtype"])
-        return self.stored[f"{name}_scale"].dtype
+        return self.packed[name].dtype if name in self.packed else self.stored[name].dtype
 
     def turned(self, name: str) -> bool:
         """Whether a packed weight [out, in] is a tensor [in, out] of the model (Conv1D)."""
-        return bool(self._own.get(name, {}).get("transposed"))
+        return name in self.packed and self.packed[name].turned
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a logical tensor, its scales included."""
@@ -135,11 +115,8 @@ class Checkpoint:
 
     def kept_dtype(self, name: str) -> torch.dtype:
         """Dtype in which a logical tensor is written when it stays as it is: one that holds its values exactly."""
-        scale = self._fp8_scale(name) if name in self.stored else None
-        if scale is None:
-            return self.dtype(name)
-        mantissas = torch.frexp(self._raw(scale).float()).mantissa
-        return torch.bfloat16 if bool((mantissas.abs() == 0.5).all()) else torch.float32
+        tensor = self.packed.get(name)
+        return tensor.kept(self._parts(tensor)) if tensor and tensor.kept else self.dtype(name)
 
     def kept_nbytes(self, name: str) -> int:
         """Bytes of a logical tensor when it stays: its own, or those of its decoded values where it has scales."""
@@ -149,32 +126,32 @@ class Checkpoint:
 
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that make up a logical one."""
-        if name in self.stored:
-            scale = self._fp8_scale(name)
-            return [name, scale] if scale else [name]
-        if self._lossless(name):
-            return [f"{name}.{part}" for part in PARTS]
-        module = name.removesuffix("weight")
-        return [module + s for s in SUFFIXES if module + s in self.stored]
+        return list(self.packed[name].parts.values()) if name in self.packed else [name]
 
     def read(self, name: str) -> Tensor:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
-        if name in self.stored:
-            return self._decode_fp8(name) if self._fp8_scale(name) else self._raw(name)
-        if self._lossless(name):
-            return PackedBfloat16.from_tensors({part: self._raw(f"{name}.{part}") for part in PARTS}).decode()
-        if f"{name}_packed" not in self.stored:
+        tensor = self.packed.get(name)
+        if tensor is not None:
+            return self._decoded(name, tensor.decode, tensor)
+        if name not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
-        weight = self.read_packed(name).decode()
-        return weight.T.contiguous() if self.turned(name) else weight
+        return self._raw(name)
 
     def read_packed(self, name: str) -> Packed:
-        """A packed weight in its stored form."""
-        level = self.levels.get(name)
-        if level is None:
-            raise InputError(f"{self.folder}: config.json gives no quantization scheme for {name}")
-        stored = {part.removeprefix(name.removesuffix("weight")): self._raw(part) for part in self.parts(name)}
-        return restore(stored, level, self.dtype(name))
+        """A compressed weight in its stored form."""
+        tensor = self.packed.get(name)
+        if tensor is None or tensor.restore is None:
+            raise InputError(f"{self.folder}: {name} is not stored in a format of assay's")
+        return self._decoded(name, tensor.restore, tensor)
+
+    def mapped(self, name: str) -> Callable[[], Packed]:
+        """A function that makes a compressed weight from views of the files, which take no memory while they aren't read."""
+        tensor, parts = self.packed[name], {}
+        for suffix, part in tensor.parts.items():
+            with safe_open(self.stored[part].shard, framework="pt") as file:
+                parts[suffix] = file.get_tensor(part)
+        assert tensor.restore is not None
+        return partial(tensor.restore, parts)
 
     def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one at a time, byte for byte."""
@@ -220,9 +197,16 @@ class Checkpoint:
             digest.update(f"{shard.name}:{size}".encode())
         return digest.hexdigest()[:32]
 
-    def _lossless(self, name: str) -> bool:
-        """Whether a tensor is stored as `PackedBfloat16`."""
-        return name not in self.stored and f"{name}.{PARTS[0]}" in self.stored
+    def _decoded(self, name: str, decode: Callable[[Mapping[str, Tensor]], Decoded], tensor: Stored) -> Decoded:
+        parts = self._parts(tensor)
+        try:
+            return decode(parts)
+        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{name}: its stored parts don't fit together ({reason}); download the model again") from error
+
+    def _parts(self, tensor: Stored) -> dict[str, Tensor]:
+        return {suffix: self._raw(name) for suffix, name in tensor.parts.items()}
 
     def _raw(self, name: str) -> Tensor:
         if name in self._replaced:
@@ -235,24 +219,6 @@ class Checkpoint:
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{info.shard.name}: can't read {name} ({error}); download the file again") from error
-
-    def _fp8_scale(self, name: str) -> str | None:
-        info = self.stored.get(name)
-        if info is None or info.dtype not in _FP8:
-            return None
-        return next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in self.stored), None)
-
-    def _decode_fp8(self, name: str) -> Tensor:
-        weight = self._raw(name).to(torch.float32)
-        scale = self._raw(self._fp8_scale(name) or "").to(torch.float32)
-        if scale.ndim == 2 and scale.shape != (weight.shape[0], 1):
-            blocks = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
-            if list(scale.shape) != [-(-n // b) for n, b in zip(weight.shape, blocks, strict=True)]:
-                shapes = f"{list(scale.shape)} scales for {list(weight.shape)} weights"
-                raise InputError(f"{name}: {shapes} in blocks of {blocks}; download the model again")
-            scale = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
-            scale = scale[: weight.shape[0], : weight.shape[1]]
-        return weight * scale
 
 
 def resolve(source: str | Path) -> Path:
@@ -311,71 +277,3 @@ def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise InputError(f"{folder} holds pickle files, which can run code; convert them to safetensors first")
     raise InputError(f"{folder}: not a model folder (no {SINGLE} and no {INDEX})")
-
-
-def _read_header(shard: Path) -> dict[str, TensorInfo]:
-    size = shard.stat().st_size
-    try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        infos = {name: _info(shard, entry) for name, entry in header.items()}
-        end = 8 + length + _end_of_data(header)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
-    if end != size:
-        raise InputError(f"{shard.name}: {size} bytes where its header needs {end}; download the file again")
-    return infos
-
-
-def _end_of_data(header: dict[str, Any]) -> int:
-    """Where the last tensor ends; tensors must follow one another without a gap or an overlap."""
-    end = 0
-    for start, stop in sorted(entry["data_offsets"] for entry in header.values()):
-        if start != end:
-            raise ValueError("tensors overlap or leave a gap")
-        end = stop
-    return end
-
-
-def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    start, end = entry["data_offsets"]
-    count = 1
-    for n in shape:
-        count *= n
-    if min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
-        raise ValueError("shape and offsets disagree")
-    return TensorInfo(shard, dtype, shape, end - start)
-
-
-def _packed_levels(config: dict[str, Any]) -> dict[str, Level]:
-    """Level of every module that `quantization_config` names outright (as our writer does)."""
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "compressed-tensors":
-        return {}
-    levels = {}
-    for group in (quantization.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
-        if weights.get("type") != "int":
-            continue
-        size = weights.get("group_size") if weights.get("strategy") == "group" else None
-        level = Level(int(weights["num_bits"]), size, bool(weights["symmetric"]))
-        levels.update(dict.fromkeys(group.get("targets", []), level))
-    return levels
-
-
-def _own_weights(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Facts of every weight in assay's own layout: level, dtype, transposed."""
-    quantization = config.get("quantization_config") or {}
-    return dict(quantization["weights"]) if quantization.get("quant_method") == "assay" else {}
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"config.json names the dtype {name!r}, which torch doesn't have")
-    return dtype

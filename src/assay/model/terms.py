@@ -12,6 +12,7 @@ from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.blocks import PackedBlocks
 from assay.model.lattice import PackedLattice
 from assay.model.level import FORMATS, Level
+from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
@@ -19,7 +20,7 @@ from assay.model.vectors import PackedVectors
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
     "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
-    "weight_table_rest", "weight_low", "weight_places", "weight_axis",
+    "weight_table_rest", "weight_low", "weight_places", "weight_axis", "weight_g_idx",
     "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
@@ -149,7 +150,8 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
 
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
     if level.format == "int":
-        return PackedInteger.from_tensors(stored, level)
+        codes = PackedInteger.from_tensors(stored, level)
+        return PackedOrdered.of(codes, stored["weight_g_idx"]) if "weight_g_idx" in stored else codes
     if level.format == "axis":
         return PackedAxis.from_tensors(stored, level)
     if level.format == "lattice":
