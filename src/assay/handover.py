@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from assay.budget import offers
+from assay.budget import offers, plans
 from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.budget.sweep import frontier
