@@ -1,7 +1,8 @@
-"""What vLLM 0.11 asks of a compressed-tensors checkpoint, checked without vLLM.
+"""What vLLM 0.11 seems to ask of a compressed-tensors checkpoint: inferred from its sources, never run in vLLM.
 
-Stated by its `compressed_tensors` loader: which settings of a group select which kernel, which parameters that kernel
-loads with which shapes and dtypes, how layers that it joins are matched with targets and `ignore`.
+Which settings of a group select which kernel, which parameters that kernel loads with which shapes and dtypes, how layers
+that it joins are matched with targets and `ignore`. A checkpoint that keeps all of this may still be refused: kernels have
+limits on shapes that depend on the GPU, and of experts and caches the sources of other versions were read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def problems(written: Checkpoint) -> list[str]:
-    """What vLLM would refuse or read wrongly, one sentence each; empty for a checkpoint that it loads."""
+    """What vLLM would refuse or read wrongly by these rules, one sentence each; empty for a checkpoint that keeps them."""
     config = written.config.get("quantization_config") or {}
     if config.get("quant_method") != "compressed-tensors":
         return []
