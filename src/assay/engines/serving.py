@@ -76,7 +76,7 @@ SERVERS: Mapping[str, Server] = {
     ),
 }  # fmt: skip
 """llama.cpp's q8_0 and q4_0 keep a 16-bit scale for 32 elements; quanto's int4 a 16-bit scale and shift for 64."""
-ALIASES = {"assay": "transformers", "plain": "transformers", "gguf": "llama.cpp"}
+ALIASES = {"assay": "transformers", "plain": "transformers", "gguf": "llama.cpp", "llama.cpp-fast": "llama.cpp"}
 
 
 def server(engine: str) -> Server:

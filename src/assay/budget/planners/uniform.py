@@ -42,7 +42,7 @@ class Flats:
     def of(cls, table: Table) -> Flats:
         """Those of a table."""
         found = [np.zeros_like(table.count)]
-        for level in range(len(table.levels)):
+        for level in np.unique(table.level).tolist():
             alike = at(table, level)
             found += [alike, np.where(table.inside, alike, table.count - 1)]
         nbytes, damage = [table.bytes_of(c) for c in found], [table.damage_of(c) for c in found]
