@@ -17,6 +17,7 @@ import assay.engines.load
 from assay import engines, preflight
 from assay.budget import agreement, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
+from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
 from assay.budget.speed import Speeds
@@ -338,18 +339,6 @@ def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
 def _recipe(folder: Path) -> dict[str, Any] | None:
     path = folder / "assay" / "recipe.json"
     return read_json(path, "damaged result") if path.exists() else None
-
-
-def _method(name: str, engine: str) -> str:
-    """What a name stands for: auto is the quick default, best what measured best in the engine's formats."""
-    if name in ("auto", "best"):
-        held = engines.get(engine).formats
-        if "int" not in held:
-            return "ggml"
-        best = "trellis" if "trellis" in held else "admm"
-        return best if name == "best" else "two_sided"
-    base.get(name)
-    return name
 
 
 def _budget(method: str, **given: Any) -> Budget:
