@@ -28,7 +28,6 @@ def family(request, tmp_path: Path):
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files; the page names its folder, so only folders of one name can be compared."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 

@@ -107,7 +107,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "report.html")  # its title is the folder
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

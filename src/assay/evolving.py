@@ -15,7 +15,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget import planners, plans
@@ -32,9 +31,8 @@ from assay.measure.profile import Profile
 from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.measure.text import recall
 from assay.methods import base
-from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import save_json, save_tensors
+from assay.model.files import open_tensors, read_note, save_note, save_tensors
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
@@ -116,9 +114,9 @@ class LevelStore:
             weight, curvature = read_weight(self._model, site), self._curvature(site)
             packed = encode(self._method, weight[None], Level.parse(level), scale_dtype(self._model, site), [curvature])[0][0]
             save_tensors(path, packed.tensors(), {"level": packed.level.name})
-        with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return restore(stored, Level.parse(file.metadata()["level"]), scale_dtype(self._model, site)).decode().float()
+        with open_tensors(path) as file:
+            stored = {name: tensor.clone() for name, tensor in file.items()}
+            return restore(stored, Level.parse(file.metadata["level"]), scale_dtype(self._model, site)).decode().float()
 
     def _curvature(self, site: Site) -> Curvature:
         return self._profile.curvatures(site.block, base.weightwise(self._name))[key_of(site)]
@@ -179,7 +177,7 @@ def _search(trial: Trial, limit: int, choice: Choice, text: Tensor, minutes: flo
 
     begun = perf_counter()
     start = tuple(row.index(choice[i]) for i, row in zip(trial.inside, options, strict=True))
-    state = read_json(note, "damaged") if note.exists() else None
+    state = read_note(note, "damaged") if note.exists() else None
     if state:
         parent, spent = Parent(tuple(state["choice"]), state["loss"], state["generation"]), float(state["seconds"])
     else:
@@ -192,7 +190,7 @@ def _search(trial: Trial, limit: int, choice: Choice, text: Tensor, minutes: flo
             shown = min(int(used), seconds)
             parent = next(search)
             facts = {"choice": parent.choice, "loss": parent.loss, "generation": parent.generation}
-            save_json(note, facts | {"seconds": spent + perf_counter() - begun})
+            save_note(note, facts | {"seconds": spent + perf_counter() - begun})
         advance(seconds - shown)
     return Parent(whole(parent.choice), parent.loss, parent.generation)
 

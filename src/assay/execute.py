@@ -12,7 +12,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from assay.budget.plan import Plan
@@ -25,7 +24,7 @@ from assay.measure.text import recall
 from assay.methods import base
 from assay.methods.solve.target import compensated
 from assay.model import memory
-from assay.model.files import save_tensors
+from assay.model.files import open_tensors, save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.progress import Progress
@@ -65,8 +64,8 @@ class Results:
         self.solved: dict[str, Solved] = {}
         self._home: dict[str, Path] = {}
         for path in self.files.values():
-            with safe_open(path, framework="pt") as file:
-                for row in json.loads(file.metadata()["solved"]):
+            with open_tensors(path) as file:
+                for row in json.loads(file.metadata["solved"]):
                     self.solved[row["site"]] = Solved(**row)
                     self._home[row["site"]] = path
 
@@ -76,9 +75,8 @@ class Results:
 
     def packed(self, site: str) -> Packed:
         """One compressed weight."""
-        with safe_open(self._home[site], framework="pt") as file:
-            names = [n for n in file.keys() if n.startswith(site + "|")]  # noqa: SIM118
-            return _packed({n: file.get_tensor(n).clone() for n in names}, self.solved[site])
+        with open_tensors(self._home[site]) as file:
+            return _packed({n: file[n].clone() for n in file if n.startswith(site + "|")}, self.solved[site])
 
     def decoded(self, site: Site, weight: Tensor) -> Tensor:
         """The weight [out, in], float32, that a site has now: an `Override`."""

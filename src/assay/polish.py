@@ -21,7 +21,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 
@@ -31,9 +30,8 @@ from assay.measure.profile import Profile
 from assay.measure.stream import LOGITS_AT_ONCE, StreamedModel
 from assay.measure.text import recall
 from assay.model import memory
-from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import load_tensors, save_json, save_tensors
+from assay.model.files import load_tensors, open_tensors, read_note, save_note, save_tensors
 from assay.model.packed import Packed, TunablePacked
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
@@ -248,8 +246,8 @@ def _noted(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _notes(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return dict(json.loads(file.metadata()["facts"]))
+    with open_tensors(path) as file:
+        return dict(json.loads(file.metadata["facts"]))
 
 
 def _tunable(packed: Packed) -> TunablePacked:
@@ -296,8 +294,8 @@ def _steps(tuning: Tuning, text: Text, judge: Text, minutes: float, folder: Path
         middle = perf_counter()
         judge.mean_kl(tuning.rounded(start))
         seconds = (middle - begin) + (perf_counter() - middle) / CHECK_EVERY
-        save_json(path, {"steps": max(1, min(int(60 * minutes / seconds), PASSES * text.batches))})
-    return int(read_json(path, "damaged")["steps"])
+        save_note(path, {"steps": max(1, min(int(60 * minutes / seconds), PASSES * text.batches))})
+    return int(read_note(path, "damaged")["steps"])
 
 
 class _State:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -26,9 +25,9 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.methods.menus import stand_in
-from assay.model.checkpoint import Checkpoint, read_json
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.files import save_text, unless_refused
+from assay.model.files import read_note, save_note, unless_refused
 from assay.model.level import Level
 from assay.model.progress import Progress
 
@@ -208,6 +207,6 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and not note.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise InputError(f"{folder} exists and is no profile; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if note.exists() and read_json(note, "damaged") != settings:
+    if note.exists() and read_note(note, "damaged") != settings:
         raise InputError(f"{folder} holds an unfinished profile of other settings; remove it or choose another folder")
-    save_text(note, json.dumps(settings, sort_keys=True))
+    save_note(note, settings)

@@ -34,9 +34,9 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import load_tokenizer, seen, tokenizer_digest, windows
 from assay.methods import base, listing
 from assay.model import memory
-from assay.model.checkpoint import Checkpoint, read_json
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import save_json, unless_refused
+from assay.model.files import read_json, save_json, unless_refused
 from assay.model.level import Level
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish

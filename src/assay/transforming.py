@@ -18,9 +18,9 @@ from assay.engines.write import check_space, copy_side_files, new_folder, output
 from assay.measure.profile import Profile
 from assay.methods import base
 from assay.methods.transform._subject import Subject, Transform
-from assay.model.checkpoint import Checkpoint, read_json
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.files import save_json
+from assay.model.files import read_json, save_json
 from assay.model.progress import Progress
 from assay.model.sites import empty_model, load_config, survey
 from assay.model.streams import find_streams

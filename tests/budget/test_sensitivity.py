@@ -15,6 +15,7 @@ from assay.budget import sensitivity
 from assay.budget.spread import by_part, relative_error
 from assay.measure.damage import Curvature
 from assay.measure.profile import Profile
+from assay.model.files import save_note
 
 ROWS = [
     {"name": f"m.layers.{b}.{part}.weight", "block": b, "shape": [4, 4]}
@@ -30,7 +31,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 def test_kfac_puts_matrices_in_the_order_of_what_is_measured(profile: Profile) -> None:
     short = dict(profile.index) | {"held_out": profile.index["held_out"][:6]}
-    (profile.folder / "profile.json").write_text(json.dumps(short))
+    save_note(profile.folder / "profile.json", short)
     rankings = assay.rank(profile.folder, ["kfac", "leave_one_out", "zd"], model="builtin")
     found = sensitivity.correlations(rankings)["leave_one_out"]
     assert found["kfac"] > 0.85

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from assay.budget.menu import Decision, Option, SiteRow
-from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import save_json
+from assay.model.files import read_json, save_json
 from assay.model.level import Level
 
 Shape = tuple[int, int]

@@ -18,8 +18,9 @@ from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
 from assay.engines.gguf.exact import as_blocks
 from assay.engines.layout import LAYOUTS
-from assay.model.checkpoint import INDEX, Checkpoint, read_json
+from assay.model.checkpoint import INDEX, Checkpoint
 from assay.model.errors import InputError, ShortfallError
+from assay.model.files import read_json
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedInteger
 from assay.model.sites import Anatomy, survey

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from assay.budget import plans
+from assay.budget import offers
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
 from assay.budget.planners.lagrange import Prepared
@@ -72,7 +72,7 @@ class Menu:
     def of(cls, profile: Profile, cells: Cells, contract: Contract, method: str) -> Menu:
         """Raises InputError where nothing can be made smaller."""
         whole = _tensor_bytes(profile, contract)
-        decisions = plans.decisions(profile, contract, method, False, ())
+        decisions = offers.decisions(profile, contract, method, False, ())
         table = Table.of(decisions)
         owners = {site: i for i, d in enumerate(decisions) for site in d.sites}
         owner = np.array([owners[row.name] for row in cells.rows], dtype=np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from assay import engines
-from assay.budget import plans, presets, serving
+from assay.budget import offers, plans, presets, serving
 from assay.budget.forecast import Forecast
 from assay.budget.plan import Choice, Plan
 from assay.budget.serving import Load
@@ -39,7 +39,7 @@ class Session:
         self.profile = profile
         try:
             self.forecast = Forecast.from_index(profile.index)
-            self.cells = Cells.of(plans.rows_of(profile))
+            self.cells = Cells.of(offers.rows_of(profile))
             needs = profile.index.get("footprint")
             self.needs = None if needs is None else Footprint.from_json(needs)
             self.decoded = sum(profile.index["names"].values())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,13 +20,12 @@ from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
 from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
-from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
-from assay.model.files import load_tensors, save_json, save_tensors
+from assay.model.files import Tensors, load_tensors, open_tensors, read_note, save_note, save_tensors
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 
-VERSION = 3
+VERSION = 4
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 PARTS = 8
@@ -47,7 +45,7 @@ class Profile:
     def open(cls, folder: str | Path) -> Profile:
         """Open a finished profile. Raises InputError."""
         path = Path(folder)
-        index = read_json(path / INDEX, "not a profile, or one that was cut off; run assay profile again")
+        index = read_note(path / INDEX, "not a profile, or one that was cut off; run assay profile again")
         if index.get("version") != VERSION:
             raise InputError(f"{path}: profile version {index.get('version')}, this assay reads {VERSION}; measure again")
         return cls(path, index)
@@ -79,8 +77,8 @@ class Curvatures(Mapping[str, Curvature]):
         self._weightwise = {kind: path for kind, path in files.items() if path.exists()}
         self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
         self._total = total
-        with safe_open(self._gradients, framework="pt") as file:
-            keys = [key for key in file.keys() if key != _EMPTY and not key.startswith(_PART)]  # noqa: SIM118
+        with open_tensors(self._gradients) as file:
+            keys = [key for key in file if key != _EMPTY and not key.startswith(_PART)]
         self._keys = dict(key.split("|", 1) for key in keys)
 
     def reads(self, site: str) -> str:
@@ -89,25 +87,25 @@ class Curvatures(Mapping[str, Curvature]):
 
     def tokens(self, site: str) -> int:
         """How many tokens met a site."""
-        with safe_open(self._inputs, framework="pt") as file:
-            return int(file.get_tensor(f"n|{self.reads(site)}"))
+        with open_tensors(self._inputs) as file:
+            return int(file[f"n|{self.reads(site)}"])
 
     def __getitem__(self, site: str) -> Curvature:
         reads = self._keys[site]
-        with safe_open(self._inputs, framework="pt") as file:
-            seen = int(file.get_tensor(f"n|{reads}"))
-            h = file.get_tensor(reads) / max(seen, 1)
+        with open_tensors(self._inputs) as file:
+            seen = int(file[f"n|{reads}"])
+            h = file[reads] / max(seen, 1)
             parts = _parts(file, reads)
-        with safe_open(self._gradients, framework="pt") as file:
-            g = file.get_tensor(f"{site}|{reads}") / max(seen, 1)
+        with open_tensors(self._gradients) as file:
+            g = file[f"{site}|{reads}"] / max(seen, 1)
             outputs = _parts(file, f"{site}|{reads}")
         more: dict[str, Any] = {}
         if parts and outputs:
             counts = parts[0][:, None]
             more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
         for kind, path in self._weightwise.items():
-            with safe_open(path, framework="pt") as file:
-                more[kind] = file.get_tensor(site)
+            with open_tensors(path) as file:
+                more[kind] = file[site].clone()
         return Curvature(h, g, seen / self._total, seen, **more)
 
     def __contains__(self, site: object) -> bool:
@@ -120,12 +118,12 @@ class Curvatures(Mapping[str, Curvature]):
         return len(self._keys)
 
 
-def _parts(file: Any, key: str) -> tuple[Tensor, Tensor] | None:
+def _parts(file: Tensors, key: str) -> tuple[Tensor, Tensor] | None:
     """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
-    if f"{_PART}{key}" not in file.keys():  # noqa: SIM118
+    if f"{_PART}{key}" not in file:
         return None
-    counts = file.get_tensor(f"{_PART}n|{key}")
-    return counts[counts > 0], file.get_tensor(f"{_PART}{key}")[counts > 0]
+    counts = file[f"{_PART}n|{key}"]
+    return counts[counts > 0], file[f"{_PART}{key}"][counts > 0]
 
 
 def measure(
@@ -379,7 +377,7 @@ class Sums:
 
 def save_index(folder: Path, index: Mapping[str, Any]) -> Profile:
     """Close a profile: written last, so that a folder with an index is complete."""
-    save_json(folder / INDEX, {"version": VERSION} | dict(index))
+    save_note(folder / INDEX, {"version": VERSION} | dict(index))
     return Profile.open(folder)
 
 

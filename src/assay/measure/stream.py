@@ -15,6 +15,7 @@ from torch.nn import functional
 from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.files import checksum, damaged, read_note, save_note
 from assay.model.sites import Anatomy, Site, empty_model, survey
 
 Override = Callable[[Site, Tensor], Tensor]
@@ -240,7 +241,10 @@ def _share(call: Any, earlier: Any) -> Any:
 
 
 class Activations:
-    """Hidden states by (name, batch) in files, read without memory maps so that they don't count as resident."""
+    """Hidden states by (name, batch) in files with checksums, read without memory maps so that they don't count as resident.
+
+    `batch_tokens` and `get` raise InputError for files that are damaged or gone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -248,16 +252,27 @@ class Activations:
 
     def batch_tokens(self, wanted: int) -> int:
         """The size of batches that lie here already, or the one wanted, which is noted."""
-        note = self.folder / "batch_tokens"
+        note = self.folder / "batch_tokens.json"
         if not note.exists():
-            note.write_text(str(wanted))
-        return int(note.read_text())
+            save_note(note, {"tokens": wanted})
+        return int(read_note(note, "damaged")["tokens"])
 
     def put(self, name: str, batch: int, value: Tensor) -> None:
-        np.save(self.folder / f"{name}.{batch}.npy", value.detach().numpy())
+        with (self.folder / f"{name}.{batch}.npy").open("wb") as file:
+            np.save(file, value.detach().numpy())
+            file.write(checksum(value).to_bytes(4, "little"))
 
     def get(self, name: str, batch: int) -> Tensor:
-        return torch.from_numpy(np.load(self.folder / f"{name}.{batch}.npy"))
+        path = self.folder / f"{name}.{batch}.npy"
+        try:
+            with path.open("rb") as file:
+                value = torch.from_numpy(np.load(file))
+                intact = int.from_bytes(file.read(), "little") == checksum(value)
+        except (ValueError, EOFError, SyntaxError, FileNotFoundError) as error:
+            raise damaged(path, str(error)) from error
+        if not intact:
+            raise damaged(path, "its checksum is wrong")
+        return value
 
     def drop(self, name: str) -> None:
         for path in self.folder.glob(f"{name}.*.npy"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from assay.model import gguf_file, layouts
 from assay.model.errors import InputError
+from assay.model.files import read_json
 from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -40,6 +41,7 @@ class Checkpoint:
         self.config = config
         self.stored = stored
         self._replaced: Mapping[str, Tensor] = {}
+        self._stamps = {shard: _stamp(shard) for shard in {info.shard for info in stored.values()}}
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -64,7 +66,7 @@ class Checkpoint:
     def replaced(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """This checkpoint as if some stored tensors had other values of the same shape and dtype."""
         other = Checkpoint(self.folder, self.config, self.stored)
-        other._replaced = tensors
+        other._replaced, other._stamps = tensors, self._stamps
         return other
 
     @property
@@ -208,10 +210,16 @@ class Checkpoint:
     def _parts(self, tensor: Stored) -> dict[str, Tensor]:
         return {suffix: self._raw(name) for suffix, name in tensor.parts.items()}
 
+    def check_unchanged(self, shard: Path) -> None:
+        """Raises InputError where a weight file is no longer the one that was opened."""
+        if _stamp(shard) != self._stamps[shard]:
+            raise InputError(f"{shard}: changed while it was read; let no other program write to it, and run this again")
+
     def _raw(self, name: str) -> Tensor:
         if name in self._replaced:
             return self._replaced[name].clone()
         info = self.stored[name]
+        self.check_unchanged(info.shard)
         if info.read is not None:
             return info.read()
         try:
@@ -240,17 +248,13 @@ def resolve(source: str | Path) -> Path:
         raise InputError(f"no folder {text}, and the hub did not give {text}: {str(error).splitlines()[0]}") from error
 
 
-def read_json(path: Path, problem: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError naming `problem`."""
+def _stamp(shard: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written to or replaced; None where it is gone."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent}: {problem} ({path.name} is missing)") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
+        found = shard.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _index(folder: Path) -> dict[str, str]:

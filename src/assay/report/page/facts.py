@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from assay.budget.plan import Plan
-from assay.model.checkpoint import read_json
 from assay.model.errors import InputError
+from assay.model.files import read_json
 from assay.model.ledger import Entry
 
 DAMAGED = "not a result of assay compress, or a damaged one"
