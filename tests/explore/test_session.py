@@ -19,6 +19,7 @@ from assay.explore.session import Session
 from assay.explore.state import State
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
+from assay.model.files import save_note
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_every_engine_has_caches_and_an_answer_or_a_reason(session: Session) -> 
 
 def test_gguf_counts_the_bytes_of_its_own_tensors(profile: Path, tmp_path: Path) -> None:
     index = dict(Profile.open(profile).index) | {"gguf": {"file_bytes": 800_000, "tensor_bytes": 700_000}}
-    (tmp_path / "profile.json").write_text(json.dumps(index))
+    save_note(tmp_path / "profile.json", index)
     command = assay.plan(tmp_path, bits=9.0, engine="llama.cpp")
     assert Session(Profile.open(tmp_path)).answer(state(9.0, engine="llama.cpp"))["nbytes"] == command.nbytes_tensors
 
