@@ -36,6 +36,13 @@ class Map(Protocol):
         """What is stored -> [B, H, n, D]."""
         ...
 
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """Queries [B, H, g, D] whose products with what is stored are those of `query` with what `backward` gives.
+
+        Asked of maps only that are neither positional nor joint.
+        """
+        ...
+
 
 class Codec(Protocol):
     """Stores a tensor [B, H, n, D] in few bits; what it has written never changes."""
@@ -54,7 +61,7 @@ class Side:
     """How the keys, or the values, of older tokens are stored.
 
     residual: latest tokens that stay exact; block: older ones are stored in multiples of it; running: also those that
-    come after the prompt, not only those of the prompt.
+    come after the prompt, not only those of the prompt; every: those are stored when so many have come.
     """
 
     maps: tuple[Map, ...] = ()
@@ -62,10 +69,12 @@ class Side:
     residual: int = 0
     block: int = 1
     running: bool = True
+    every: int = 1
 
-    def ready(self, exact: int, prefill: bool) -> int:
-        """How many of the tokens that are exact now, the oldest first, are to be stored."""
-        return max(exact - self.residual, 0) // self.block * self.block if prefill or self.running else 0
+    def ready(self, exact: int, prefill: bool, decoded: int) -> int:
+        """How many of the tokens that are exact now, the oldest first, are to be stored; decoded: tokens since the prompt."""
+        due = prefill or (self.running and decoded % self.every == 0)
+        return max(exact - self.residual, 0) // self.block * self.block if due else 0
 
 
 @dataclass(frozen=True)

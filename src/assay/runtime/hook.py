@@ -123,7 +123,7 @@ def attention(
         if attention_mask is not None:
             order = torch.where(attention_mask, order, EMPTY)
         simple = attention_mask is None and (sliding_window is None or key.shape[2] <= sliding_window)
-        out, _probabilities = attend(query, key, value, None if simple else visible(order[:, None], order, sliding_window), rule)
+        out = attend(query, key, value, None if simple else visible(order[:, None], order, sliding_window), rule)
     return out.transpose(1, 2).contiguous(), None
 
 

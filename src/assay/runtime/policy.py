@@ -125,7 +125,7 @@ def _merged(sides: Sequence[Side], what: str) -> Side | None:
         raise InputError(f"two policies quantize the {what}; attach one of them")
     last = (coded or list(sides))[-1]
     maps = tuple(m for s in sides for m in s.maps)
-    return Side(maps, last.codec, max(s.residual for s in sides), max(s.block for s in sides), last.running)
+    return Side(maps, last.codec, max(s.residual for s in sides), max(s.block for s in sides), last.running, last.every)
 
 
 def _name(policy: Any) -> str:
