@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from assay.runtime import unpacking
 from assay.runtime.attention import Step
 
 Tensors = dict[str, Tensor]
@@ -107,12 +108,7 @@ class PerToken:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        codes = unpack(tokens["codes"], self.bits, width).unflatten(-1, (tokens["scale"].shape[-1], -1))
-        return (
-            torch.addcmul(tokens["low"][..., None], codes.to(tokens["scale"].dtype), tokens["scale"][..., None])
-            .flatten(-2)
-            .to(dtype)
-        )
+        return _groups(tokens["codes"], tokens["scale"], tokens["low"], self.bits, width).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -140,10 +136,12 @@ class PerChannel:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        codes = unpack(tokens["codes"], self.bits, width)
-        index = tokens["group"].long().expand(-1, -1, -1, codes.shape[-1])
-        scale, low = (shared[name].gather(2, index) for name in ("scale", "low"))
-        return torch.addcmul(low, codes.to(scale.dtype), scale).to(dtype)
+        parts = tokens["codes"], tokens["group"], shared["scale"], shared["low"]
+        if unpacking.runs_on(*parts):
+            return unpacking.per_channel(*parts, self.bits, width).to(dtype)
+        index = tokens["group"].long().expand(-1, -1, -1, width)
+        scale, low = (shared[name].gather(2, index).float() for name in ("scale", "low"))
+        return torch.addcmul(low, unpack(tokens["codes"], self.bits, width).float(), scale).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,11 @@ class Float8:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        return (tokens["codes"].view(self.dtype).float() * tokens["scale"].float()).to(dtype)
+        codes, scale = tokens["codes"], tokens["scale"]
+        if unpacking.runs_on(codes, scale):
+            table = torch.arange(256, dtype=torch.uint8).view(self.dtype).float()
+            return unpacking.by_table(codes, scale, table).to(dtype)
+        return (codes.view(self.dtype).float() * scale.float()).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,17 @@ class BlockFloat:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        exponent = tokens["exponent"].float().exp2()
-        codes = unpack(tokens["codes"], self.bits, width).float() - ((1 << self.bits - 1) - 1)
-        return (codes.unflatten(-1, (exponent.shape[-1], -1)) * exponent[..., None]).flatten(-2).to(dtype)
+        # a power of two and its multiples by up to 127 are exact in bfloat16
+        scale = tokens["exponent"].float().exp2().bfloat16()
+        return _groups(tokens["codes"], scale, scale * -((1 << self.bits - 1) - 1), self.bits, width).to(dtype)
+
+
+def _groups(codes: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) -> Tensor:
+    """float32 [B, H, n, width] from codes with a scale and a lowest value [B, H, n, groups] for consecutive channels."""
+    if unpacking.runs_on(codes, scale, low):
+        return unpacking.per_token(codes, scale, low, bits, width)
+    parts = unpack(codes, bits, width).float().unflatten(-1, (scale.shape[-1], -1))
+    return torch.addcmul(low.float()[..., None], parts, scale.float()[..., None]).flatten(-2)
 
 
 def affine(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:

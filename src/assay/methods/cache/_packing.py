@@ -12,6 +12,9 @@ from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.codecs import WIDTHS, Tensors
 
+EVERY = 8
+"""New tokens wait exact until so many have come: written one by one they would cost more time than they save memory."""
+
 
 @dataclass(frozen=True)
 class Packed:
