@@ -228,14 +228,17 @@ def fitting(group: int, width: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] below 2**bits -> uint8 [..., ceil(n * bits / 8)], the first code in the lowest bits; bits 1, 2, 4 or 8."""
+    """uint8 [..., n] below 2**bits -> uint8 [..., ceil(n * bits / 8)]; bits 1, 2, 4 or 8.
+
+    The codes are cut into 8 / bits runs, the first in the lowest bits of the bytes: so runs unpack as vectors.
+    """
     if bits == 8:
         return codes
     each = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = padded[..., 0].clone()
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1))
+    packed = runs[..., 0, :].clone()
     for i in range(1, each):
-        packed |= padded[..., i] << (bits * i)
+        packed |= runs[..., i, :] << (bits * i)
     return packed
 
 
@@ -244,4 +247,4 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     mask = (1 << bits) - 1
-    return torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1).flatten(-2)[..., :count]
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1)[..., :count]

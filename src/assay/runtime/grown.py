@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +34,7 @@ class Grown:
             return
         need, dtype = count + x.shape[2], torch.promote_types(self.view.dtype, x.dtype)
         if need > self.data.shape[2] or dtype != self.data.dtype:
-            grown = x.new_empty(*self.view.shape[:2], need + max(ROOM, count // SHARE), *x.shape[3:], dtype=dtype)
+            grown = self._room((*self.view.shape[:2], need + max(ROOM, count // SHARE), *x.shape[3:]), dtype, x.device)
             grown[:, :, :count] = self.view
             self.data = grown
         self.data[:, :, count:need] = x
@@ -38,6 +43,17 @@ class Grown:
     def put(self, x: Tensor) -> None:
         """Hold this tensor instead."""
         self.data = self.view = x
+
+    def whole(self) -> Tensor:
+        """All slots, where the model computes."""
+        return self.view
+
+    def take(self, index: Tensor) -> Tensor:
+        """Slots int [B, H or 1, n], where the model computes."""
+        return gather(self.view, index)
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     def keep(self, index: Tensor) -> None:
         """Keep these slots only: int [B, H or 1, n]."""
@@ -63,6 +79,39 @@ class Grown:
         """Take these rows of the batch."""
         if self.view.ndim > 2:
             self.put(self.view[index.to(self.view.device)])
+
+
+class Away(Grown):
+    """Slots that don't lie where the model computes: in pinned host memory for a GPU, in a file mapped into memory for a CPU.
+
+    The file has no name, so nothing is left of it when the cache goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+
+    def put(self, x: Tensor) -> None:
+        """Hold a copy."""
+        self.device = x.device if self.view.ndim < 3 else self.device
+        held = self._room(x.shape, x.dtype, self.device)
+        super().put(held.copy_(x))
+
+    def whole(self) -> Tensor:
+        """All slots, brought to where the model computes."""
+        return self.view.to(self.device)
+
+    def take(self, index: Tensor) -> Tensor:
+        """These slots only are brought."""
+        return gather(self.view, index.to(self.view.device)).to(self.device, non_blocking=True)
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(*shape, dtype=dtype, pin_memory=True)
+        size = math.prod(shape) * dtype.itemsize
+        with tempfile.TemporaryFile() as file:
+            mapped = np.memmap(file, np.uint8, "w+", shape=(max(size, 1),))
+        return torch.from_numpy(mapped)[:size].view(dtype).view(*shape)
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Attached:
         """Bytes that the cache made last holds now: keys, values, scales, positions and what policies count."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def away(self) -> int:
+        """Bytes that it keeps elsewhere: in host memory for a GPU, in a mapped file for a CPU."""
+        return sum(layer.away for layer in self.layers)
+
     def new_cache(self) -> DynamicCache:
         """An empty cache for this model, with the policies in it."""
         cache = DynamicCache()

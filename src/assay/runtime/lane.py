@@ -42,7 +42,8 @@ class Lane:
     def __init__(self, stack: Stack, layer: int, head: int) -> None:
         self.stack, self.layer, self.head = stack, layer, head
         keys, values = stack.sides(layer)
-        self.keys, self.values = Tape(keys), Tape(values)
+        away = stack.reader is not None and stack.reader.away(layer)
+        self.keys, self.values = Tape(keys, away), Tape(values, away)
         self.labels = Tape() if stack.reader else None
         self.holes = False
         self._positions, self._where = Grown(), Grown()
@@ -74,7 +75,7 @@ class Lane:
         inside = rule.window is None or len(self) <= rule.window
         seen = None if causal and inside else visible(self.positions, new.positions, rule.window)
         if query.shape[2] == 1:
-            out, found, attention = self._single(query, seen, rule)
+            out, found, attention = self._single(query, keys, seen, rule)
         else:
             keys, values = self.keys.read(self._places), self.values.read(self._places)
             out = attend(query, keys, values, seen, rule)
@@ -144,10 +145,13 @@ class Lane:
         for grown in self._beside():
             grown.rows(index)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything held."""
+    def tensors(self, away: bool = False) -> Iterator[Tensor]:
+        """Everything held where the model computes, or what is kept away from there."""
         for tape in self._tapes():
-            yield from tape.tensors()
+            if tape.away == away:
+                yield from tape.tensors()
+        if away:
+            return
         yield from (grown.data for grown in self._beside())
 
     @property
@@ -155,9 +159,9 @@ class Lane:
         """Positions for RoPE, int [B, S], where a map reads them; else none."""
         return self._where.view[:, 0] if self._positional else self.positions[:, 0, :0]
 
-    def _single(self, query: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, Hq, 1, D] of one query, its logits and its attention; what it doesn't read gets none."""
-        folded = grouped(query, self.keys.exact.shape[1])[:, :, :, 0] * rule.scaling
+    def _single(self, query: Tensor, new: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, Hq, 1, D] of one query, its logits and its attention; what it doesn't read gets none. new: its keys."""
+        folded = grouped(query, new.shape[1])[:, :, :, 0] * rule.scaling
         picked = None
         if self.labels is not None and self.stack.reader is not None:
             picked = self.stack.reader.pick(query, self.labels.exact, self.positions, self.layer, self.head)
@@ -166,7 +170,7 @@ class Lane:
             attention = softmaxed(found, seen)
             out = self.values.mix(attention[:, :, :, 0].to(query.dtype), self._places)
             return out.flatten(1, 2)[:, :, None], found, attention
-        keys, values = (gather(t.read(self._places), picked) for t in (self.keys, self.values))
+        keys, values = (t.take(picked, self._places) for t in (self.keys, self.values))
         found = capped((folded @ keys.mT).float(), rule)[:, :, :, None]
         if seen is not None:
             seen = gather(seen[:, :, 0].expand(-1, keys.shape[1], -1), picked)[:, :, None]

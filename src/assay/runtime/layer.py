@@ -136,15 +136,20 @@ class Layer(CacheLayerMixin):
         """Repeat each row."""
         self.batch_select_indices(torch.arange(len(self.first)).repeat_interleave(repeats))
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything held."""
+    def tensors(self, away: bool = False) -> Iterator[Tensor]:
+        """Everything held where the model computes, or what is kept away from there."""
         for lane in self.lanes:
-            yield from lane.tensors()
+            yield from lane.tensors(away)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages held, positions and statistics included."""
+        """Bytes of the storages held where the model computes, positions and statistics included."""
         return bytes_of(self.tensors())
+
+    @property
+    def away(self) -> int:
+        """Bytes of keys and values kept in host memory or in a mapped file instead."""
+        return bytes_of(self.tensors(away=True))
 
     def kept(self) -> list[Tensor]:
         """For each lane the positions of its slots, int [B, H or 1, S]; EMPTY where there is none."""

@@ -9,20 +9,20 @@ from torch import Tensor
 
 from assay.runtime.attention import Step
 from assay.runtime.codecs import Codec, Map, Plain, Side, Tensors
-from assay.runtime.grown import Grown
+from assay.runtime.grown import Away, Grown, gather
 
-AT_ONCE = 1 << 19
+AT_ONCE = 1 << 18
 
 
 class Tape:
     """Slots in the order of their arrival, those of `old` first. Tensors are [B, H, slots, D]."""
 
-    def __init__(self, side: Side | None = None) -> None:
-        self.side = side
+    def __init__(self, side: Side | None = None, away: bool = False) -> None:
+        self.side, self.away = side, away
         self.old = 0
         self._tokens: dict[str, Grown] = {}
         self._shared: list[Tensors] = []
-        self._exact = Grown()
+        self._exact = Away() if away else Grown()
         self._width = 0
 
     def __len__(self) -> int:
@@ -31,7 +31,7 @@ class Tape:
     @property
     def exact(self) -> Tensor:
         """The latest slots, stored as they came: [B, H, n, D]."""
-        return self._exact.view
+        return self._exact.whole()
 
     def append(self, x: Tensor) -> None:
         """Add new tokens, exact."""
@@ -40,6 +40,10 @@ class Tape:
     def read(self, where: Tensor) -> Tensor:
         """All slots [B, H, slots, D]; where: int [B, slots or 1] text positions of them."""
         return torch.cat([self._decoded(slice(0, self.old), where), self.exact], 2) if self.old else self.exact
+
+    def take(self, index: Tensor, where: Tensor) -> Tensor:
+        """Some slots [B, H, n, D]; index: int [B, H, n]."""
+        return gather(self.read(where), index) if self.old else self._exact.take(index)
 
     def dots(self, query: Tensor, where: Tensor) -> Tensor:
         """query [B, H, g, D] times every slot: [B, H, g, slots]; stored ones are decoded a block at a time."""

@@ -73,22 +73,12 @@ def _number(half: Any, kind: Any) -> Any:
 
 @njit(inline="always")
 def _unpack(codes: Any, bits: Any, to: Any) -> None:
-    """Codes of one token; slices that begin at 0 let the compiler use vectors."""
-    if bits == 4:
-        for i in range(len(codes)):
-            to[2 * i] = np.float32(codes[i] & np.uint8(15))
-            to[2 * i + 1] = np.float32(codes[i] >> np.uint8(4))
-    elif bits == 8:
-        for i in range(len(codes)):
-            to[i] = np.float32(codes[i])
-    elif bits == 2:
-        for i in range(len(codes)):
-            for j in range(4):
-                to[4 * i + j] = np.float32((codes[i] >> np.uint8(2 * j)) & np.uint8(3))
-    else:
-        for i in range(len(codes)):
-            for j in range(8):
-                to[8 * i + j] = np.float32((codes[i] >> np.uint8(j)) & np.uint8(1))
+    """Codes of one token, run after run; slices that begin at 0 let the compiler use vectors."""
+    count = len(codes)
+    for j in range(8 // bits):
+        part, shift, mask = to[j * count : (j + 1) * count], np.int32(bits * j), np.int32((1 << bits) - 1)
+        for i in range(count):
+            part[i] = np.float32((np.int32(codes[i]) >> shift) & mask)
 
 
 @njit(inline="always")
