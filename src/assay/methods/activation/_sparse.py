@@ -172,6 +172,17 @@ def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return [(str(i), block) for i, block in enumerate(model.base_model.layers)]  # type: ignore[arg-type]
 
 
+def activations(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """The activation of each feed-forward block: the module that holds it, and its name there. Raises InputError."""
+    found = []
+    for _, block in blocks(model):
+        names = [name for name, m in block.mlp.named_children() if not any(isinstance(x, nn.Linear) for x in m.modules())]  # type: ignore[union-attr]
+        if len(names) != 1:
+            raise InputError(f"{model.config.model_type}: its feed-forward blocks have {len(names)} activations; one is needed")
+        found.append((block.mlp, names[0]))
+    return found  # type: ignore[return-value]
+
+
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The linear maps of a block, by name."""
     return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
