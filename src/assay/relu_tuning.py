@@ -32,7 +32,7 @@ class Stages:
     """
 
     adapt: int = 40
-    weights: tuple[float, ...] = (0.02, 0.2)
+    weights: tuple[float, ...] = (0.1, 0.8)
     ends: tuple[int, ...] = (60, 180)
 
     def __post_init__(self) -> None:
