@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import webbrowser
 from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -42,12 +43,16 @@ HEADERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one session under a secret address. Raises InputError where the port is taken."""
+    """Serves one session under a secret address. engine, method: what the page starts with.
+
+    Raises InputError for unknown names, and where the port is taken.
+    """
 
     daemon_threads = True
 
     def __init__(self, session: Session, engine: str, method: str, port: int = 0) -> None:
         self.session, self.token, self.saving = session, secrets.token_urlsafe(32), Lock()
+        facts = session.facts(engine, method)
         try:
             super().__init__((HOST, port), Handler)
         except (OSError, OverflowError) as error:
@@ -55,7 +60,7 @@ class Server(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
         self.files = _files()
         self.reads: dict[str, Callable[[dict[str, str]], Any]] = {
-            "facts": lambda q: session.facts(engine, method),
+            "facts": lambda q: facts,
             "setting": lambda q: session.setting(State.parse(q["state"])),
             "plan": lambda q: session.answer(State.parse(q["state"])),
             "cell": lambda q: session.cell(State.parse(q["state"]), q["block"], q["role"]),
@@ -182,6 +187,7 @@ def show(address: str) -> None:
     webbrowser.open(Path(file.name).as_uri())
 
 
+@cache
 def _files() -> dict[str, tuple[str, bytes]]:
     style = (REPORT / "page.css").read_bytes() + (HERE / "page.css").read_bytes()
     return {
