@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import http.client
 import json
 import shutil
 import socket
@@ -16,6 +15,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 from cli.calls import call, one_line
+from explore.asking import get, post, request, state
 
 from assay.budget import agreement
 from assay.budget.plan import Plan
@@ -24,38 +24,6 @@ from assay.explore.session import Session
 from assay.explore.state import State
 from assay.measure.profile import Profile
 from assay.model.files import read_note, save_note
-
-
-def request(
-    server: Server, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of one request; `path` is sent as it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    try:
-        connection.putrequest(method, path, skip_host="Host" in (headers or {}))
-        for name, value in (headers or {}).items():
-            connection.putheader(name, value)
-        if body is not None and "Content-Length" not in (headers or {}):
-            connection.putheader("Content-Length", str(len(body)))
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
-
-
-def get(server: Server, name: str, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-    return request(server, "GET", f"/{server.token}/{name}", None, headers)
-
-
-def state(bits: float = 5.0, **more: object) -> dict[str, object]:
-    return {"bits": bits, "engine": "transformers"} | more
-
-
-def post(server: Server, value: object, name: str = "save", **headers: str) -> tuple[int, dict]:
-    sent = {TOKEN_HEADER: server.token} | {k.replace("_", "-"): v for k, v in headers.items()}
-    code, _, body = request(server, "POST", f"/{server.token}/{name}", json.dumps(value).encode(), sent)
-    return code, json.loads(body)
 
 
 def test_it_listens_on_this_machine_only(server: Server) -> None:
@@ -100,6 +68,15 @@ def test_what_another_page_sends_saves_nothing(server: Server, tmp_path: Path, o
     assert post(server, wanted, Origin=f"http://127.0.0.1:{server.server_port + 1}")[0] == 403
     assert not list(tmp_path.iterdir())
     assert post(server, wanted, Origin=f"http://127.0.0.1:{server.server_port}")[0] == 200
+
+
+@pytest.mark.parametrize("name", ["start", "cancel"])
+def test_what_another_page_sends_starts_and_stops_nothing(server: Server, name: str) -> None:
+    order = {"model": "builtin", "plan": "plan.yaml", "out": "out"}
+    assert post(server, order, name, Origin="http://evil.example")[0] == 403
+    assert request(server, "POST", f"/{server.token}/{name}", json.dumps(order).encode())[0] == 403
+    assert request(server, "GET", f"/{server.token}/{name}", None, {TOKEN_HEADER: server.token})[0] == 404
+    assert server.desk.to_json() == {"state": "idle"}
 
 
 def test_saving_needs_the_token_in_a_header_too(server: Server, tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const token = location.pathname.split("/")[1];
-const number = (x) => (x === null || x === undefined ? "-" : Math.abs(x) >= 0.01 || x === 0 ? +x.toPrecision(4) : x.toExponential(2));
+const number = (x) => (x === null || x === undefined ? "-" : Math.abs(x) >= 0.01 || x === 0 ? +x.toPrecision(4) : Math.abs(x) >= 1e-4 ? +x.toPrecision(3) : x.toExponential(2));
 const bytes = (n) => { for (const [u, s] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) if (n >= s) return `${(n / s).toPrecision(4)} ${u}`; return `${n} B`; };
 const span = (f) => `${number(f.predicted)} (${number(f.low)} to ${number(f.high)})`;
 const OUTSIDE = "outside";
 
 // The whole state of a window is in its address, so that windows don't share one and a reload keeps it.
 let facts, state, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
-const remember = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify({ state, other: other ? other.path : null })));
+let saved = null;  // the plan that was saved last: its file and the state that it holds
+const remember = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(
+  { state, saved, other: other ? other.path : null, model: $("model").value, out: $("out").value })));
 const recall = () => { try { return JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { return null; } };
 
-async function get(name, query = {}) {
-  const response = await fetch(`${name}?${new URLSearchParams(query)}`);
+async function read(address, how) {
+  let response;
+  try { response = await fetch(address, how); } catch { throw new Error("assay explore has ended; start it again and open the address that it prints"); }
   const value = await response.json();
   if (!response.ok) throw new Error(value.error);
   return value;
 }
+const get = (name, query = {}) => read(`${name}?${new URLSearchParams(query)}`);
+const post = (name, value) => read(name, { method: "POST", headers: { "Content-Type": "application/json", "X-Assay-Token": token }, body: JSON.stringify(value) });
 const stated = (more = {}) => ({ state: JSON.stringify(state), ...more });
 const keyOf = () => JSON.stringify([state.engine, state.method, state.pins]);
 
@@ -33,6 +38,7 @@ async function ask() {
       if (keyOf() !== settingKey) await settle();
       plan = await get("plan", stated());
       show();
+      offer();
       $("error").textContent = "";
     } catch (error) {
       $("error").textContent = error.message;
@@ -75,9 +81,11 @@ function shade() {
   const scale = kind === "damage" ? (x) => Math.log(Math.max(x, 1e-12)) : (x) => x;
   const values = cells.map((_, i) => value(kind, i));
   let low = Infinity, high = -Infinity;
-  for (const x of values) { if (x < low) low = x; if (x > high) high = x; }
+  // what lies outside the blocks mostly stays, and would take the whole scale
+  const inside = values.filter((_, i) => facts.cells[i][0] !== OUTSIDE);
+  for (const x of inside.length ? inside : values) { if (x < low) low = x; if (x > high) high = x; }
   cells.forEach((td, i) => {
-    const part = high > low ? (scale(values[i]) - scale(low)) / (scale(high) - scale(low)) : 0.5;
+    const part = high > low ? Math.min(1, Math.max(0, (scale(values[i]) - scale(low)) / (scale(high) - scale(low)))) : 0.5;
     const colour = `rgba(var(--shade), ${(0.06 + 0.56 * part).toFixed(2)})`, words = String(text[kind](values[i]));
     // cells that stay are left alone: most do from one step of the slider to the next
     if (td.colour !== colour) { td.style.backgroundColor = colour; td.colour = colour; }
@@ -145,6 +153,8 @@ async function detail(i) {
   let found;
   try { found = await get("cell", stated({ block, role })); } catch (error) { $("error").textContent = error.message; return; }
   open = i;
+  cells.forEach((td, k) => td.classList.toggle("open", k === i));
+  tell(i);
   $("detail").hidden = false;
   $("d-name").textContent = where(i);
   const several = found.sites.length > 1 ? `${found.sites.length} matrices` : found.sites[0];
@@ -215,12 +225,14 @@ $("controls").addEventListener("submit", (event) => event.preventDefault());
 // ---- save and compare -----------------------------------------------------------------------
 $("save").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const response = await fetch("save", {
-    method: "POST", headers: { "Content-Type": "application/json", "X-Assay-Token": token },
-    body: JSON.stringify({ state, path: $("path").value }),
-  });
-  const answer = await response.json();
-  $("saved").textContent = response.ok ? `Saved ${answer.saved}. To carry it out: ${answer.command}` : answer.error;
+  const held = structuredClone(state);
+  try {
+    const answer = await post("save", { state: held, path: $("path").value });
+    saved = { path: answer.saved, state: held };
+    $("saved").textContent = `Saved ${answer.saved}. To carry it out, start it below, or: ${answer.command}`;
+    remember();
+    offer();
+  } catch (error) { $("saved").textContent = error.message; }
 });
 async function compare(path) {
   other = null;
@@ -249,6 +261,53 @@ function versus() {
   }));
 }
 
+// ---- compress -------------------------------------------------------------------------------
+let job = { state: "idle" };
+const runs = () => job.state === "running" || job.state === "cancelling";
+function offer() {
+  const changed = saved && JSON.stringify(saved.state) !== JSON.stringify(state);
+  $("by").textContent = !saved ? "Save the plan first." : `By the plan ${saved.path}${changed ? "; what this page shows has changed since it was saved." : "."}`;
+  $("start").disabled = !saved || runs();
+}
+const seconds = (n) => (n < 90 ? `${Math.ceil(n)} s` : n < 5400 ? `${Math.round(n / 60)} min` : `${(n / 3600).toFixed(1)} h`);
+function tellJob() {
+  const words = {
+    idle: () => "", running: () => `Compressing into ${job.out}; ${seconds(job.seconds)} so far.`, cancelling: () => "Cancelling ...",
+    done: () => `Done in ${seconds(job.seconds)}: ${job.out}, ${bytes(job.result.bytes)} of ${bytes(job.result.source_bytes)}, ${number(job.result.bits)} bits per weight in the blocks.`,
+    cancelled: () => "Cancelled. The same start continues from the blocks that are finished.", failed: () => `Failed: ${job.error}`,
+  };
+  const said = words[job.state]();
+  if ($("job-state").textContent !== said) $("job-state").textContent = said;
+  $("job-state").className = job.state === "failed" ? "bad" : "";
+  $("cancel").hidden = !runs();
+  $("job-report").hidden = !job.report;
+  $("job-tasks").replaceChildren(...(job.tasks || []).map((task) => {
+    const p = document.createElement("p"), bar = document.createElement("progress"), left = task.left === null ? "" : `, about ${seconds(task.left)} left`;
+    bar.max = task.total; bar.value = task.done;
+    bar.setAttribute("aria-label", task.what);
+    p.append(bar, ` ${task.what}: ${task.done} of ${task.total}${left}`);
+    return p;
+  }));
+  const lines = (job.lines || []).join("\n"), pre = $("job-lines");
+  pre.hidden = lines === "";
+  if (pre.textContent !== lines) { pre.textContent = lines; pre.scrollTop = pre.scrollHeight; }
+  offer();
+}
+async function poll() {
+  try { job = await get("job"); tellJob(); } catch (error) { $("job-state").textContent = error.message; }
+  setTimeout(poll, runs() ? 500 : 3000);  // now and then even when nothing runs: another window may start something
+}
+async function order(name, value) {
+  try { job = (await post(name, value)) || job; tellJob(); } catch (error) { $("job-state").textContent = error.message; $("job-state").className = "bad"; }
+}
+$("job").addEventListener("submit", (event) => {
+  event.preventDefault();
+  remember();
+  if (saved) order("start", { plan: saved.path, model: $("model").value, out: $("out").value });
+});
+$("cancel").addEventListener("click", () => order("cancel", {}));
+for (const id of ["model", "out"]) $(id).addEventListener("change", remember);
+
 // ---- frontier -------------------------------------------------------------------------------
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 let drawing = false;
@@ -261,8 +320,9 @@ function plot() {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
   const axis = { gridcolor: colour("--line"), zeroline: false };
   const layout = {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink") }, margin: { t: 10, r: 10 },
-    xaxis: { ...axis, title: { text: "bytes of all tensors" } }, yaxis: { ...axis, type: "log", title: { text: "KL, nats per token" } },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink") }, margin: { t: 10, r: 10, b: 45, l: 65 },
+    xaxis: { ...axis, ticksuffix: "B", title: { text: "bytes of all tensors" } },
+    yaxis: { ...axis, type: "log", exponentformat: "power", title: { text: "KL, nats per token" } },
     legend: { orientation: "h", y: 1.12 },
   };
   const line = (name, points, mode, symbol, shade, size) => ({
@@ -277,18 +337,23 @@ function plot() {
     { ...line("this plan", [plan], "markers", "diamond", colour("--accent"), 14), ...bar(plan) },
   ];
   if (other) traces.push({ ...line(other.path, [other], "markers", "star", colour("--bad"), 14), ...bar(other) });
-  Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false });
+  Plotly.react("plot", traces, layout, { responsive: true, displayModeBar: false });
 }
 scheme.addEventListener("change", () => plan && draw());
 
 (async () => {
   facts = await get("facts");
-  $("title").textContent = `${facts.profile}: ${facts.family}`;
+  $("title").textContent = document.title = `${facts.profile.split(/[\\/]/).pop()}: ${facts.family}`;
+  $("where").textContent = facts.profile;
   const kept = recall();
+  saved = (kept && kept.saved) || null;
+  $("model").value = kept && kept.model !== undefined ? kept.model : facts.model;
+  $("out").value = (kept && kept.out) || "";
   state = { ...facts.start, ...(kept && kept.state) };
   build();
   fillControls();
   await ask();
   if (kept && kept.other) { $("other").value = kept.other; await compare(kept.other); }
+  poll();
   document.body.dataset.ready = "yes";
 })().catch((error) => { $("error").textContent = error.message; });

@@ -70,7 +70,8 @@ class Session:
         context, engine = self._start_context(), engines.get(engine).name
         presets.method(method, engine)
         return {
-            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]), "start": {
+            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]),
+            "model": str(self.profile.index.get("folder", "")), "start": {
                 "bits": START_BITS, "engine": engine, "method": method, "context": context, "batch": 1,
                 "cache": serving.DEFAULT_CACHE, "pins": [],
             },
