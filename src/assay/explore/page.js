@@ -7,7 +7,7 @@ const span = (f) => `${number(f.predicted)} (${number(f.low)} to ${number(f.high
 const OUTSIDE = "outside";
 
 // The whole state of a window is in its address, so that windows don't share one and a reload keeps it.
-let facts, state, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
+let facts, state, wished, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
 let saved = null;  // the plan that was saved last: its file and the state that it holds
 const remember = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(
   { state, saved, other: other ? other.path : null, model: $("model").value, out: $("out").value })));
@@ -55,8 +55,10 @@ async function settle() {
   const [least, most] = setting.reach;
   $("slide").min = (Math.ceil(least * 100) / 100).toFixed(2);
   $("slide").max = (Math.ceil(most * 100) / 100).toFixed(2);
-  $("slide").value = state.bits;
-  if (state.bits < +$("slide").min || state.bits > +$("slide").max) { state.bits = +$("slide").value; $("bits").value = state.bits; remember(); }
+  // pins move the reach; when they go again, so does the budget that was wished for
+  state.bits = Math.min(+$("slide").max, Math.max(+$("slide").min, wished));
+  $("slide").value = $("bits").value = state.bits;
+  remember();
   const pinned = new Set(setting.pinned);
   cells.forEach((td, i) => td.classList.toggle("pinned", pinned.has(i)));
 }
@@ -213,8 +215,8 @@ function fillControls() {
   pins();
 }
 const bind = (id, change, event = "change") => $(id).addEventListener(event, () => { change($(id).value); ask(); });
-bind("slide", (x) => { state.bits = +x; $("bits").value = x; }, "input");
-bind("bits", (x) => { if (+x > 0) { state.bits = +x; $("slide").value = x; } });
+bind("slide", (x) => { state.bits = wished = +x; $("bits").value = x; }, "input");
+bind("bits", (x) => { if (+x > 0) { state.bits = wished = +x; $("slide").value = x; } });
 bind("engine", (x) => { state.engine = x; caches(); });
 bind("method", (x) => { state.method = x; });
 bind("context", (x) => { state.context = x.trim() === "" ? null : x.trim(); });
@@ -350,6 +352,7 @@ scheme.addEventListener("change", () => plan && draw());
   $("model").value = kept && kept.model !== undefined ? kept.model : facts.model;
   $("out").value = (kept && kept.out) || "";
   state = { ...facts.start, ...(kept && kept.state) };
+  wished = state.bits;
   build();
   fillControls();
   await ask();
