@@ -65,14 +65,17 @@ class Page:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the window shows, from its address."""
-        return json.loads(unquote(self.browser.execute_script("return location.hash").removeprefix("#")))
+        """What the window shows, from its address; empty before it stands there."""
+        found = unquote(self.browser.execute_script("return location.hash").removeprefix("#"))
+        return json.loads(found)["state"] if found else {}
 
     def agrees(self) -> bool:
         """Whether the figures are those of the slider's budget."""
-        wanted = self.state["state"]
+        wanted = self.state
+        if not wanted or not wanted["bits"] == self.value("slide") == self.value("bits"):
+            return False
         answer = self.server.session.answer(State.parse(json.dumps(wanted)))
-        return wanted["bits"] == self.value("slide") == self.value("bits") and self.text("f-bits") == f"{answer['bits']:.3f}"
+        return self.text("f-bits") == f"{answer['bits']:.3f}"
 
     def settle(self) -> None:
         """Wait until the figures are those of the slider."""
@@ -169,7 +172,7 @@ def test_a_reload_keeps_budget_engine_pins_and_the_plan_compared_with(page: Page
     page.find("bits").send_keys("6.5", Keys.TAB)
     page.settle()
     page.find("engine").send_keys("vllm")
-    page.until(lambda: page.find("error").text == "" and page.state["state"]["engine"] == "vllm" and page.agrees())
+    page.until(lambda: page.find("error").text == "" and page.state["engine"] == "vllm" and page.agrees())
     page.find("out").send_keys("result", Keys.TAB)
     shown = {name: page.text(name) for name in ("f-bits", "f-size", "f-kl", "f-uniform", "f-cache", "f-memory", "versus", "by")}
     assert "has changed since it was saved" in shown["by"]

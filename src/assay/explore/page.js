@@ -9,8 +9,12 @@ const OUTSIDE = "outside";
 // The whole state of a window is in its address, so that windows don't share one and a reload keeps it.
 let facts, state, wished, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
 let saved = null;  // the plan that was saved last: its file and the state that it holds
-const remember = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(
+const noted = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(
   { state, saved, other: other ? other.path : null, model: $("model").value, out: $("out").value })));
+// browsers refuse an address that changes with every step of a drag
+let noting = 0;
+const remember = () => { clearTimeout(noting); noting = setTimeout(noted, 100); };
+addEventListener("pagehide", () => state && noted());
 const recall = () => { try { return JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { return null; } };
 
 async function read(address, how) {
@@ -78,26 +82,56 @@ function show() {
 }
 const value = (kind, i) => (kind === "bytes" ? plan.cells.nbytes[i] : kind === "damage" ? plan.cells.damage[i] : 8 * plan.cells.nbytes[i] / facts.weights[i]);
 const text = { bits: (x) => number(x), damage: (x) => number(x), bytes: (x) => bytes(x) };
+// A map can have ten thousand cells: while a budget is dragged only those in sight are repainted, the rest when it rests.
+let look = null, version = 0, filling = 0;
 function shade() {
   const kind = document.querySelector("input[name=shade]:checked").value;
   const scale = kind === "damage" ? (x) => Math.log(Math.max(x, 1e-12)) : (x) => x;
-  const values = cells.map((_, i) => value(kind, i));
-  let low = Infinity, high = -Infinity;
+  let low = Infinity, high = -Infinity, inside = 0;
   // what lies outside the blocks mostly stays, and would take the whole scale
-  const inside = values.filter((_, i) => facts.cells[i][0] !== OUTSIDE);
-  for (const x of inside.length ? inside : values) { if (x < low) low = x; if (x > high) high = x; }
-  cells.forEach((td, i) => {
-    const part = high > low ? Math.min(1, Math.max(0, (scale(values[i]) - scale(low)) / (scale(high) - scale(low)))) : 0.5;
-    const colour = `rgba(var(--shade), ${(0.06 + 0.56 * part).toFixed(2)})`, words = String(text[kind](values[i]));
-    // cells that stay are left alone: most do from one step of the slider to the next
-    if (td.colour !== colour) { td.style.backgroundColor = colour; td.colour = colour; }
-    if (td.firstChild.data !== words) td.firstChild.data = words;
-    const differs = other !== null && level(other.levels, other.cells, i) !== level(setting.levels, plan.cells, i);
-    if (td.differs !== differs) { td.classList.toggle("differs", differs); td.differs = differs; }
-  });
+  for (const [i, cell] of facts.cells.entries()) {
+    if (cell[0] === OUTSIDE) continue;
+    const x = value(kind, i);
+    inside++;
+    if (x < low) low = x;
+    if (x > high) high = x;
+  }
+  if (!inside) { low = Math.min(...cells.map((_, i) => value(kind, i))); high = Math.max(...cells.map((_, i) => value(kind, i))); }
+  const [from, to] = [scale(low), scale(high)];
+  look = { kind, part: (x) => (to > from ? Math.min(1, Math.max(0, (scale(x) - from) / (to - from))) : 0.5) };
+  version++;
+  inSight();
+  clearTimeout(filling);
+  filling = setTimeout(fill, 250);
   $("least").textContent = text[kind](low);
   $("most").textContent = text[kind](high);
 }
+function paint(row) {
+  if (row.version === version) return;
+  row.version = version;
+  for (const td of row.cells) {
+    if (!td.dataset.cell) continue;
+    const i = +td.dataset.cell, x = value(look.kind, i);
+    const colour = `rgba(var(--shade), ${(0.06 + 0.56 * look.part(x)).toFixed(2)})`, words = String(text[look.kind](x));
+    if (td.colour !== colour) { td.style.backgroundColor = colour; td.colour = colour; }
+    if (td.firstChild.data !== words) td.firstChild.data = words;
+    const apart = differs(i);
+    if (td.differs !== apart) { td.classList.toggle("differs", apart); td.differs = apart; }
+  }
+}
+const rows = () => $("map").tBodies[0].rows;
+function inSight() {
+  const all = rows(), box = $("map").parentElement, tall = Math.max(1, all[0].offsetHeight);
+  const first = Math.max(0, Math.floor(box.scrollTop / tall) - 3), last = Math.min(all.length, first + Math.ceil(box.clientHeight / tall) + 6);
+  for (let r = first; r < last; r++) paint(all[r]);
+}
+function fill(start = 0) {
+  const all = rows(), end = Math.min(all.length, start + 60);
+  for (let r = start; r < end; r++) paint(all[r]);
+  if (end < all.length) filling = setTimeout(fill, 15, end);
+}
+$("map").parentElement.addEventListener("scroll", () => look && inSight());
+const differs = (i) => other !== null && level(other.levels, other.cells, i) !== level(setting.levels, plan.cells, i);
 const level = (names, columns, i) => (columns.level[i] < 0 ? "several levels" : names[columns.level[i]]);
 const where = (i) => { const [block, role] = facts.cells[i]; return block === OUTSIDE ? `${role} outside the blocks` : `block ${block}, ${role}`; };
 function tell(i) {
@@ -125,7 +159,11 @@ function build() {
     }
   }
   cells[0].tabIndex = 0;
+  // columns of a fixed width: else a cell that changes makes the browser measure all of them again
+  $("map").style.width = `${4.5 + roles.reduce((sum, name) => sum + columnOf(name), 0)}rem`;
+  [...head.cells].forEach((th, k) => { th.style.width = `${k ? columnOf(roles[k - 1]) : 4.5}rem`; });
 }
+const columnOf = (role) => Math.max(4.8, 1.6 + 0.5 * role.length);
 const cellOf = (event) => { const td = event.target.closest("td[data-cell]"); return td ? +td.dataset.cell : null; };
 $("map").addEventListener("focusin", (event) => {
   const i = cellOf(event);
@@ -249,7 +287,7 @@ function versus() {
   $("versus").hidden = other === null;
   if (other === null) return;
   $("v-name").textContent = other.path;
-  const differ = cells.filter((td) => td.differs).length, memory = (s) => (s && !s.error ? `${bytes(s.total)} at ${s.context} tokens` : "-");
+  const differ = cells.filter((_, i) => differs(i)).length, memory = (s) => (s && !s.error ? `${bytes(s.total)} at ${s.context} tokens` : "-");
   const rows = [
     ["engine, method", `${state.engine}, ${setting.method}`, `${other.engine}, ${other.method}`],
     ["bits in the blocks", plan.bits.toFixed(3), other.bits.toFixed(3)], ["bytes of all tensors", bytes(plan.nbytes), bytes(other.nbytes)],
@@ -314,9 +352,9 @@ for (const id of ["model", "out"]) $(id).addEventListener("change", remember);
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 let drawing = false;
 function draw() {
-  if (drawing) return;  // plotly is slower than a drag: once a frame, with what is newest then
+  if (drawing) return;  // plotly is slower than a drag: behind the frame with the figures, with what is newest then
   drawing = true;
-  requestAnimationFrame(() => { drawing = false; plot(); });
+  requestAnimationFrame(() => setTimeout(() => { drawing = false; plot(); }));
 }
 function plot() {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();

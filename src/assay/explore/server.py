@@ -112,6 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "assay", ""
     timeout = SECONDS
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         """A file of the page, an answer as JSON, or the report of what was compressed here."""
