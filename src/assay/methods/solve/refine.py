@@ -38,13 +38,22 @@ class Rounding(NamedTuple):
 
 def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
     """f of each problem, [batch]; centred: steps of the grid, the unscaled levels."""
-    scale = problem.grid.per_weight(affine, centred.shape[-1])[0]
-    return damage(problem.weight - problem.grid.level(centred, scale), problem.inputs, problem.outputs)
+    return damage(_errors(problem, centred, affine), problem.inputs, problem.outputs)
+
+
+def _errors(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
+    """D, [batch, out, in]."""
+    return problem.weight - problem.grid.level(centred, problem.grid.per_weight(affine, centred.shape[-1])[0])
 
 
 def better(problem: Problem, one: Rounding, other: Rounding) -> Rounding:
-    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal."""
-    return choose(objective(problem, *other) < objective(problem, *one), other, one)
+    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal.
+
+    With the errors A and B of the two, f(B) - f(A) = 1/2 tr((B - A)^T G (A + B) H): the products of one objective.
+    """
+    a, b = _errors(problem, *one), _errors(problem, *other)
+    change = (problem.outputs @ (a + b) @ problem.inputs * (b - a)).sum((1, 2))
+    return choose(change < 0, other, one)
 
 
 def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
