@@ -16,6 +16,9 @@ from assay.methods.solve.rounded import Rounded
 from assay.model.precision import bf16_products
 from assay.model.threads import spread
 
+LARGE = 1 << 20
+"""Weights of a matrix from which products are what its solution takes."""
+
 
 class Problem(NamedTuple):
     """One rounding problem per entry of the batch; float32."""
@@ -177,7 +180,7 @@ def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 4
     Rounded to the stored dtype and kept only for the matrices whose objective falls. Scales that would
     change sign, or fall below a third, stay: their codes carry no information about them.
     """
-    with bf16_products():  # at a third of the time as good a step, and none is taken that doesn't help
+    with bf16_products(centred[0].numel() >= LARGE):  # a third of the time, and no step is taken that doesn't help
         free = least_squares_scales(problem, centred, affine.scale, iterations)
     present = affine.scale.float()
     scale = problem.grid.round_scale(torch.where(free / present > 1 / 3, free, present))
