@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from assay.engines.contract import Contract
-from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model.checkpoint import Checkpoint
 from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.files import write_safetensors
+from assay.model.folder import INDEX, SINGLE
 from assay.model.level import Level
 from assay.model.packed import Packed
+from assay.model.terms import decoded
 
 SHARD_BYTES = 500_000_000
 HEADROOM = 16_000_000
@@ -105,7 +107,7 @@ def output_tensors(
         result = packed[name]()
         if contract.layout != "plain":
             return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
-        weight = result.decode().to(source.dtype(name))
+        weight = decoded(name, result).to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
         stored = {name: source.read(name).to(source.kept_dtype(name))}
@@ -140,7 +142,7 @@ def write_shards(folder: Path, tensors: Iterable[Mapping[str, Tensor]], shard_by
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, shard_bytes):
-        save_file(shard, folder / f"part-{len(shards):05d}", {"format": "pt"})
+        write_safetensors(folder / f"part-{len(shards):05d}", shard, {"format": "pt"})
         shards.append(sorted(shard))
         total += sum(t.nbytes for t in shard.values())
     if len(shards) == 1:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from assay.measure import tokens
 from assay.measure.capture import Capture, OnProduct
 from assay.measure.damage import Curvature
+from assay.measure.index import check
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
 from assay.measure.text import Windows
@@ -48,6 +49,7 @@ class Profile:
         index = read_note(path / INDEX, "not a profile, or one that was cut off; run assay profile again")
         if index.get("version") != VERSION:
             raise InputError(f"{path}: profile version {index.get('version')}, this assay reads {VERSION}; measure again")
+        check(index, str(path / INDEX))
         return cls(path, index)
 
     @property

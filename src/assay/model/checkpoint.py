@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,22 +18,18 @@ from assay.model import gguf_file
 from assay.model.dfloat11 import PARTS, PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.files import read_json
+from assay.model.folder import INDEX, read_header, read_index, resolve, shards, stamp
 from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.packed import Packed
+from assay.model.schema import Shape, conform
+from assay.model.scheme import own_weights, packed_levels, torch_dtype
 from assay.model.stored import TensorInfo
-from assay.model.terms import SUFFIXES, restore
+from assay.model.terms import SUFFIXES, decoded, restored
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
-}  # fmt: skip
 _FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
-_MAX_HEADER = 100_000_000
+SLACK = 64
+"""Bytes by which a packed weight of another program may be smaller than ours: its shape may be stored in fewer."""
 
 
 class Checkpoint:
@@ -49,10 +43,10 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.stored = stored
-        self._levels = _packed_levels(config)
-        self._own: dict[str, dict[str, Any]] = _own_weights(config)
+        self._levels = packed_levels(config)
+        self._own = own_weights(config)
         self._replaced: Mapping[str, Tensor] = {}
-        self._stamps = {shard: _stamp(shard) for shard in {info.shard for info in stored.values()}}
+        self._stamps = {shard: stamp(shard) for shard in {info.shard for info in stored.values()}}
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -64,9 +58,9 @@ class Checkpoint:
         folder = resolve(source)
         config = read_json(folder / "config.json", "not a model folder")
         stored: dict[str, TensorInfo] = {}
-        index = _index(folder)
-        for shard in _shards(folder, index):
-            for name, info in _read_header(shard).items():
+        index = read_index(folder)
+        for shard in shards(folder, index):
+            for name, info in read_header(shard).items():
                 if name in stored:
                     raise InputError(f"{shard.name}: tensor {name} is also in {stored[name].shard.name}; remove one")
                 stored[name] = info
@@ -101,7 +95,7 @@ class Checkpoint:
     def levels(self) -> dict[str, Level]:
         """Level of every packed weight, by logical tensor name."""
         named = {f"{m}.weight": level for m, level in self._levels.items()}
-        named |= {name: Level.parse(str(facts["level"])) for name, facts in self._own.items()}
+        named |= {name: Level.parse(facts["level"]) for name, facts in self._own.items()}
         return {name: level for name, level in named.items() if f"{name}_packed" in self.stored}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -109,12 +103,11 @@ class Checkpoint:
         if name in self.stored:
             return self.stored[name].shape
         if self._lossless(name):
-            return tuple(int(n) for n in self._raw(f"{name}.shape"))
+            return self._noted_shape(f"{name}.shape")
         if f"{name}_shape" not in self.stored:
-            rows, nbytes = self.stored[f"{name}_packed"].shape
-            shape: tuple[int, ...] = (rows, KINDS[self.levels[name].format].columns(nbytes))
+            shape = self._blocks_shape(name)
         else:
-            shape = tuple(int(n) for n in self._raw(f"{name}_shape"))
+            shape = self._noted_shape(f"{name}_shape", 2)
         return shape[::-1] if self.turned(name) else shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -124,12 +117,14 @@ class Checkpoint:
         if self._lossless(name):
             return torch.bfloat16
         if name in self._own:
-            return torch.float32 if self._own[name]["level"] in KINDS else _torch_dtype(self._own[name]["dtype"])
+            return torch.float32 if self._own[name]["level"] in KINDS else torch_dtype(self._own[name]["dtype"])
+        if f"{name}_scale" not in self.stored:
+            raise InputError(f"{self.folder}: {name} is packed but has no scales; download the model again")
         return self.stored[f"{name}_scale"].dtype
 
     def turned(self, name: str) -> bool:
         """Whether a packed weight [out, in] is a tensor [in, out] of the model (Conv1D)."""
-        return bool(self._own.get(name, {}).get("transposed"))
+        return name in self._own and self._own[name]["transposed"]
 
     def nbytes(self, name: str) -> int:
         """Stored bytes of a logical tensor, its scales included."""
@@ -167,16 +162,37 @@ class Checkpoint:
             return PackedBfloat16.from_tensors({part: self._raw(f"{name}.{part}") for part in PARTS}).decode()
         if f"{name}_packed" not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
-        weight = self.read_packed(name).decode()
+        weight = decoded(name, self.read_packed(name))
         return weight.T.contiguous() if self.turned(name) else weight
 
     def read_packed(self, name: str) -> Packed:
         """A packed weight in its stored form."""
-        level = self.levels.get(name)
-        if level is None:
-            raise InputError(f"{self.folder}: config.json gives no quantization scheme for {name}")
+        level, shape, dtype = self._level(name), self.shape(name), self.dtype(name)
+        rows, columns = shape[::-1] if self.turned(name) else shape
+        if level.nbytes(rows, columns, dtype.itemsize) > self.nbytes(name) + SLACK:
+            raise InputError(f"{self.folder}: {name} is too small for {rows} x {columns} weights; download the model again")
         stored = {part.removeprefix(name.removesuffix("weight")): self._raw(part) for part in self.parts(name)}
-        return restore(stored, level, self.dtype(name))
+        return restored(name, stored, level, dtype)
+
+    def _level(self, name: str) -> Level:
+        if name not in self.levels:
+            raise InputError(f"{self.folder}: config.json gives no quantization scheme for {name}")
+        return self.levels[name]
+
+    def _blocks_shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight in ggml's blocks, from the bytes of its rows."""
+        kind, stored = KINDS.get(self._level(name).format), self.stored[f"{name}_packed"].shape
+        if kind is None or len(stored) != 2:
+            raise InputError(f"{self.folder}: {name} is packed but nothing tells its shape; download the model again")
+        return stored[0], kind.columns(stored[1])
+
+    def _noted_shape(self, name: str, dimensions: int | None = None) -> tuple[int, ...]:
+        """A shape that is stored as a tensor."""
+        noted = self._raw(name)
+        shape = tuple(noted.tolist()) if noted.ndim == 1 and not noted.is_floating_point() else (-1,)
+        if min(shape, default=0) < 0 or math.prod(shape) >= 1 << 48 or dimensions not in (None, len(shape)):
+            raise InputError(f"{self.folder}: {name} holds no shape; download the model again")
+        return shape
 
     def iter_raw(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Stored tensors one at a time, byte for byte."""
@@ -224,7 +240,7 @@ class Checkpoint:
 
     def check_unchanged(self, shard: Path) -> None:
         """Raises InputError where a weight file is no longer the one that was opened."""
-        if _stamp(shard) != self._stamps[shard]:
+        if stamp(shard) != self._stamps[shard]:
             raise InputError(f"{shard}: changed while it was read; let no other program write to it, and run this again")
 
     def _lossless(self, name: str) -> bool:
@@ -255,131 +271,14 @@ class Checkpoint:
         scale = self._raw(self._fp8_scale(name) or "").to(torch.float32)
         if scale.ndim == 2 and scale.shape != (weight.shape[0], 1):
             blocks = (self.config.get("quantization_config") or {}).get("weight_block_size") or [128, 128]
-            if list(scale.shape) != [-(-n // b) for n, b in zip(weight.shape, blocks, strict=True)]:
+            conform(blocks, Shape, f"{self.folder / 'config.json'}: weight_block_size must be two sizes")
+            if weight.ndim != 2 or list(scale.shape) != [-(-n // b) for n, b in zip(weight.shape, blocks, strict=True)]:
                 shapes = f"{list(scale.shape)} scales for {list(weight.shape)} weights"
                 raise InputError(f"{name}: {shapes} in blocks of {blocks}; download the model again")
             scale = scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)
             scale = scale[: weight.shape[0], : weight.shape[1]]
-        return weight * scale
-
-
-def resolve(source: str | Path) -> Path:
-    """Folder of a local model or of a hub id in the cache. Raises InputError."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    text = str(source)
-    if path.exists():
-        raise InputError(f"{text} is a file; give the model's folder")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no model at {text}; give a folder that holds config.json, or a hub id like org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise InputError(f"no folder {text}, and the hub did not give {text}: {str(error).splitlines()[0]}") from error
-
-
-def _stamp(shard: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written to or replaced; None where it is gone."""
-    try:
-        found = shard.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Shard names by tensor; empty where there is no index."""
-    if not (folder / INDEX).exists():
-        return {}
-    shards = read_json(folder / INDEX, "not a model folder").get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{folder / INDEX}: weight_map must map tensors to shards; download the model again")
-    return shards
-
-
-def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
-    names = sorted(set(index.values()))
-    for name in names:
-        if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise InputError(f"{INDEX}: shard path {name!r} leaves the folder; the download is not to be trusted")
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: shard {name} is missing; download the model again")
-    if names:
-        return [folder / name for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise InputError(f"{folder} holds pickle files, which can run code; convert them to safetensors first")
-    raise InputError(f"{folder}: not a model folder (no {SINGLE} and no {INDEX})")
-
-
-def _read_header(shard: Path) -> dict[str, TensorInfo]:
-    size = shard.stat().st_size
-    try:
-        with shard.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        infos = {name: _info(shard, entry) for name, entry in header.items()}
-        end = 8 + length + _end_of_data(header)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
-    if end != size:
-        raise InputError(f"{shard.name}: {size} bytes where its header needs {end}; download the file again")
-    return infos
-
-
-def _end_of_data(header: dict[str, Any]) -> int:
-    """Where the last tensor ends; tensors must follow one another without a gap or an overlap."""
-    end = 0
-    for start, stop in sorted(entry["data_offsets"] for entry in header.values()):
-        if start != end:
-            raise ValueError("tensors overlap or leave a gap")
-        end = stop
-    return end
-
-
-def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    start, end = entry["data_offsets"]
-    count = 1
-    for n in shape:
-        count *= n
-    if min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
-        raise ValueError("shape and offsets disagree")
-    return TensorInfo(shard, dtype, shape, end - start)
-
-
-def _packed_levels(config: dict[str, Any]) -> dict[str, Level]:
-    """Level of every module that `quantization_config` names outright (as our writer does)."""
-    quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") != "compressed-tensors":
-        return {}
-    levels = {}
-    for group in (quantization.get("config_groups") or {}).values():
-        weights = group.get("weights") or {}
-        if weights.get("type") != "int":
-            continue
-        size = weights.get("group_size") if weights.get("strategy") == "group" else None
-        level = Level(int(weights["num_bits"]), size, bool(weights["symmetric"]))
-        levels.update(dict.fromkeys(group.get("targets", []), level))
-    return levels
-
-
-def _own_weights(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Facts of every weight in assay's own layout: level, dtype, transposed."""
-    quantization = config.get("quantization_config") or {}
-    return dict(quantization["weights"]) if quantization.get("quant_method") == "assay" else {}
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(f"config.json names the dtype {name!r}, which torch doesn't have")
-    return dtype
+        try:
+            return weight * scale
+        except RuntimeError:
+            shapes = f"{list(scale.shape)} scales for {list(weight.shape)} weights"
+            raise InputError(f"{name}: {shapes}; download the model again") from None

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.schema import conform
 
 
 @dataclass(frozen=True)
@@ -81,42 +82,58 @@ def facts() -> dict[str, Any]:
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """transformers' config of a checkpoint, any quantization of the files left out. Raises InputError."""
     kind = checkpoint.config.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise InputError(f"{checkpoint.folder}: config.json has no model_type; not a transformers model")
     try:
         if (checkpoint.folder / "config.json").exists():
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         else:
             config = AutoConfig.for_model(**checkpoint.config)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever the config's own class makes of odd values
         if "trust_remote_code" in str(error):
             problem = f"{checkpoint.folder}: {kind} needs code from its folder, which assay never runs"
             wanted = f"give a version of the model that transformers {transformers.__version__} opens by itself"
             raise InputError(f"{problem}; {wanted}") from error
-        raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
+        if kind not in transformers.CONFIG_MAPPING:
+            raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
+        raise _unusable(checkpoint, error) from error
+    depth = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth > len(checkpoint.stored):
+        raise InputError(f"{checkpoint.folder}: {depth} blocks in config.json, but {len(checkpoint.stored)} tensors in the files")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _unusable(checkpoint: Checkpoint, error: Exception) -> InputError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return InputError(f"{checkpoint.folder}: transformers can't make a model of config.json ({reason}); download it again")
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model with real buffers and parameters that take no memory. Raises InputError."""
     config = load_config(checkpoint)
     config.use_cache = False
-    wanted = (checkpoint.config.get("architectures") or [None])[0]
+    wanted = checkpoint.config.get("architectures") or [""]
+    conform(wanted, list[str], f"{checkpoint.folder / 'config.json'}: architectures must be names")
     kinds = [
         transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM,
         transformers.AutoModelForImageClassification, transformers.AutoModel,
     ]  # fmt: skip
-    cls = getattr(transformers, wanted, None) if wanted else None
-    with init_empty_weights(include_buffers=False):
-        if cls is not None and issubclass(cls, PreTrainedModel):
-            model = cls._from_config(config, dtype=torch.float32)
-        else:
-            kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
-            if kind is None:
+    cls = getattr(transformers, wanted[0], None)
+    kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
+    try:
+        with init_empty_weights(include_buffers=False):
+            if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+                model = cls._from_config(config, dtype=torch.float32)
+            elif kind is not None:
+                model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            else:
                 raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the model's own class makes of odd values
+        raise _unusable(checkpoint, error) from error
     model.config._experts_implementation = "eager"
     return model.eval()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.blocks import PackedBlocks
+from assay.model.errors import InputError
 from assay.model.lattice import PackedLattice
 from assay.model.level import FORMATS, Level
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
@@ -145,6 +147,27 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
     names = ("weight_exact", "weight_exact_columns", "weight_exact_rows")
     exact = Exact(*(stored[n] for n in names)) if "weight_exact" in stored else None
     return PackedSum(level, base, factors, exact)
+
+
+def restored(name: str, stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
+    """`restore` of what may be damaged. Raises InputError naming the weight."""
+    with _trusted(name):
+        return restore(stored, level, dtype)
+
+
+def decoded(name: str, packed: Packed) -> Tensor:
+    """A weight from parts that may be damaged. Raises InputError naming the weight."""
+    with _trusted(name):
+        return packed.decode()
+
+
+@contextmanager
+def _trusted(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, IndexError, KeyError, ValueError, TypeError, OverflowError, AssertionError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise InputError(f"{name}: its packed parts don't belong together ({reason}); download the model again") from error
 
 
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
