@@ -35,8 +35,9 @@ from assay.methods import base, listing
 from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import read_json, save_json, unless_refused
+from assay.model.files import save_json, unless_refused
 from assay.model.level import Level
+from assay.model.notes import read_recipe
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
@@ -174,7 +175,7 @@ def compress(
         torch.set_num_threads(threads)
     destination = Path(out)
     work = destination.absolute().parent / f".{destination.name}.assay"
-    unproven = work.exists() and _recipe(destination) is not None
+    unproven = work.exists() and read_recipe(destination) is not None
     if not unproven:
         _check_destination(destination)
     searched = check_search(
@@ -238,7 +239,7 @@ def verify(
     """Measure a result against its original on text that calibration never saw."""
     progress = progress or Silent()
     result, original = open_model(out), StreamedModel(open_model(against))
-    recipe = _recipe(result.folder)
+    recipe = read_recipe(result.folder)
     if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
@@ -328,11 +329,6 @@ def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
     if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
         raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
-
-
-def _recipe(folder: Path) -> dict[str, Any] | None:
-    path = folder / "assay" / "recipe.json"
-    return read_json(path, "damaged result") if path.exists() else None
 
 
 def _method(name: str, engine: str) -> str:

@@ -48,6 +48,12 @@ def in_bytes(random: Random, data: bytes) -> bytes:
     return bytes(raw)
 
 
+def in_head(random: Random, data: bytes) -> bytes:
+    """The first kilobyte and a half damaged, or anything."""
+    size = 1500 if random.random() < 0.7 else len(data)
+    return in_bytes(random, data[:size]) + data[size:]
+
+
 def value(random: Random) -> Any:
     """Something that was not expected."""
     kind = random.randrange(5)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fuzz import mutations
 from fuzz.mutations import Mutation
+from safetensors.torch import load_file, save_file
 from tiny import save, text_file
 
 import assay
@@ -86,11 +87,11 @@ def _weights(folder: Path, model: Path) -> dict[str, Subject]:
             [(config / "config.json").read_bytes()],
         ),
     }  # fmt: skip
+    half = _in_bfloat16(model, folder / "cases" / "half")
     for level, method in (("trellis3.25-channel", "trellis"), ("nf4-g32", "gptq"), ("int3-g32-asym", "gptq")):
         out = folder / "cases" / f"packed-{level.partition('-')[0]}"
-        assay.compress(
-            model, out, level=level, method=method, engine="assay", profile=None, calibration=folder / "text.txt", **SMALL
-        )
+        how = {"level": level, "method": method, "engine": "assay", "calibration": folder / "text.txt"}
+        assay.compress(half, out, **how, **SMALL)
         weights = out / "model.safetensors"
         found[out.name] = Subject(
             weights, lambda out=out: _read_all(out), _either(mutations.in_body, mutations.in_header), [weights.read_bytes()]
@@ -100,6 +101,14 @@ def _weights(folder: Path, model: Path) -> dict[str, Subject]:
             mutations.in_json, [(out / "config.json").read_bytes()],
         )  # fmt: skip
     return found
+
+
+def _in_bfloat16(model: Path, folder: Path) -> Path:
+    """The same model, whose kept tensors our own layout stores without their redundant bits."""
+    shutil.copytree(model, folder)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def _either(first: Mutation, second: Mutation) -> Mutation:
@@ -182,11 +191,11 @@ def _gguf(folder: Path) -> dict[str, Subject]:
         imatrix.write(place / name, matrix)
     model = small_gguf(place / "model.gguf")
     return {
-        "imatrix.gguf": Subject(place / "i.gguf", lambda: imatrix.read(place / "i.gguf"), mutations.in_bytes,
+        "imatrix.gguf": Subject(place / "i.gguf", lambda: imatrix.read(place / "i.gguf"), mutations.in_head,
                                 [(place / "i.gguf").read_bytes()]),
         "imatrix.dat": Subject(place / "i.dat", lambda: imatrix.read(place / "i.dat"), mutations.in_bytes,
                                [(place / "i.dat").read_bytes()]),
-        "gguf": Subject(model, lambda: _read_all(model), mutations.in_bytes, [model.read_bytes()]),
+        "gguf": Subject(model, lambda: _read_all(model), mutations.in_head, [model.read_bytes()]),
     }  # fmt: skip
 
 

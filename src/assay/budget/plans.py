@@ -60,8 +60,8 @@ def decisions(
     forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
 
     def price(row: SiteRow, level: Level) -> float | None:
-        priced = profile.prices.get(row.name, {}).get(level.base.name)
-        return forecast.damage(method, level, priced[_price_kind(row, kind)]) if priced else None
+        priced, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
+        return forecast.damage(method, level, priced[wanted]) if priced and wanted in priced else None
 
     return _menu(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 

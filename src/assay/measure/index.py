@@ -9,22 +9,10 @@ from pydantic import Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from assay.model.errors import InputError
-from assay.model.schema import Count, Finite, Shape, Size, conform
+from assay.model.schema import Calibration, Count, Finite, Shape, Size, conform
 
 Nats = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Layer = Annotated[int, Field(ge=0, le=1 << 20)]
-
-
-class Calibration(TypedDict):
-    """The text. picked: windows of the pool, where a selection was made; pool: tokens of it."""
-
-    source: str
-    tokens: Size
-    window: Size
-    digest: str
-    picked: list[Count]
-    pool: Size
-    select: str | None
 
 
 class Settings(TypedDict):
@@ -123,6 +111,8 @@ def check(index: Mapping[str, Any], where: str) -> None:
     known = {len(index["spread"][name]) for name in inside if name in index["spread"]}
     if len(known) > 1:
         raise InputError(f"{problem} (spreads over different numbers of parts)")
+    if not all("nearest" in prices for levels in index["prices"].values() for prices in levels.values()):
+        raise InputError(f"{problem} (a level without the price of rounding to nearest)")
     if index["parameters"] < 1 or not sum(index["names"].values()):
         raise InputError(f"{problem} (a model without parameters)")
     if "refused" not in index["gguf"] and not all(isinstance(index["gguf"].get(k), int) for k in ("file_bytes", "tensor_bytes")):

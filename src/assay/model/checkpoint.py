@@ -83,8 +83,7 @@ class Checkpoint:
                 module = name.removesuffix(".weight_packed")
                 logical -= {f"{module}.{suffix}" for suffix in SUFFIXES}
                 logical.add(f"{module}.weight")
-            elif name.endswith(f".{PARTS[0]}") and f"{name.removesuffix(PARTS[0])}{PARTS[1]}" in self.stored:
-                whole = name.removesuffix(f".{PARTS[0]}")
+            elif name.endswith(f".{PARTS[0]}") and self._lossless(whole := name.removesuffix(f".{PARTS[0]}")):
                 logical -= {f"{whole}.{part}" for part in PARTS}
                 logical.add(whole)
             elif self._fp8_scale(name):
@@ -245,7 +244,7 @@ class Checkpoint:
 
     def _lossless(self, name: str) -> bool:
         """Whether a tensor is stored as `PackedBfloat16`."""
-        return name not in self.stored and f"{name}.{PARTS[0]}" in self.stored
+        return name not in self.stored and all(f"{name}.{part}" in self.stored for part in PARTS)
 
     def _raw(self, name: str) -> Tensor:
         if name in self._replaced:
