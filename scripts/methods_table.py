@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 HEADING = "## All methods\n"
 WHOLE_JOB = ("test_job.py", "test_terms.py")
+ENGINES = ROOT / "tests" / "engines"
 HEADER = ("method", "verb", "needs", "formats", "levels offered to a plan", "paper", "checked by")
 
 
@@ -28,7 +29,8 @@ def page(text: str) -> str:
 
 def table() -> str:
     """Every method with its facts, as markdown."""
-    tests = {p: p.read_text(encoding="utf-8") for p in sorted((ROOT / "tests").rglob("test_*.py")) if p.name not in WHOLE_JOB}
+    found = (p for p in sorted((ROOT / "tests").rglob("test_*.py")) if p.name not in WHOLE_JOB and p.parent != ENGINES)
+    tests = {p: p.read_text(encoding="utf-8") for p in found}
     lines = [HEADER, ["---"] * len(HEADER), *(_cells(m, tests) for m in assay.list_methods())]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

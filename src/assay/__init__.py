@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         benchmark,
         builtin_model,
         compress,
+        convert,
         export,
         inspect,
         job,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "attach", "benchmark", "builtin_model", "cache_menu", "cache_prices", "compress", "export", "inspect", "job",
+    "attach", "benchmark", "builtin_model", "cache_menu", "cache_prices", "compress", "convert", "export", "inspect", "job",
     "list_methods", "load", "plan", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform", "verify",
 ]  # fmt: skip
 _HOMES = {

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from assay.budget.plan import Plan
-from assay.budget.probe import statistics
+from assay.budget.probe import batched, statistics
 from assay.measure.damage import Curvature
 from assay.measure.pair import Met, Pair
 from assay.measure.profile import Profile
@@ -167,7 +167,7 @@ class _Task:
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
             used = [replace(curvature, h=met.h) for curvature in stats]
         dtype = scale_dtype(self.model, sites[0])
-        packed, reason = encode(base.get(self.plan.method)(), torch.stack(targets), level, dtype, used)
+        packed, reason = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from assay.budget.menu import SiteRow
-from assay.engines import load
+from assay.budget.offers import rows_of
+from assay.engines.convert import convert
 from assay.engines.gguf import imatrix
 from assay.measure.profile import Profile
 from assay.model.checkpoint import Checkpoint
@@ -16,18 +16,21 @@ from assay.model.gguf_layout import targets
 
 
 def export(source: Path, to: str, destination: Path) -> dict[str, Any]:
-    """Write a result in another layout, or a profile as an importance matrix of llama.cpp. Raises InputError."""
+    """Write a compressed checkpoint in another layout, see `TARGETS`, or a profile as an importance matrix of llama.cpp.
+
+    Raises InputError.
+    """
     if to == "imatrix":
         matrix = importance(Profile.open(source))
         imatrix.write(destination, matrix)
         return {"out": str(destination), "to": to, "bytes": destination.stat().st_size, "weights": len(matrix.entries)}
-    load.export(source, to, destination)
-    return {"out": str(destination), "to": to, "bytes": Checkpoint.open(destination).weight_bytes}
+    contract = convert(source, to, destination)
+    return {"out": str(destination), "to": to, "engine": contract.name, "bytes": Checkpoint.open(destination).weight_bytes}
 
 
 def importance(profile: Profile) -> imatrix.Imatrix:
     """The diagonals of H by the names of the GGUF tensors. Raises InputError for a family without a GGUF layout."""
-    rows = [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
+    rows = rows_of(profile)
     depth = 1 + max((r.block for r in rows if r.block is not None), default=0)
     experts = 1 + max((r.expert for r in rows if r.expert is not None), default=-1)
     sizes = {"num_hidden_layers": depth, "num_local_experts": experts, "hidden_size": 1, "num_attention_heads": 1}

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from assay.budget import plans
+from assay.budget import offers, plans
 from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
+from assay.budget.sweep import frontier
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
+from assay.engines.fused import share_units
 from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
+from assay.engines.layout import nbytes
 from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
-from assay.model.errors import ShortfallError
+from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
@@ -36,7 +39,9 @@ def hand_over(
     model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
 ) -> dict[str, Any]:
     """Write the folder, reopen it with another reader, and close the ledger."""
-    loaders, source = results.loaders(), model.checkpoint.replaced(results.plain)
+    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
+    loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
+    source = model.checkpoint.replaced(results.plain)
     ledger = _ledger(model, source, plan, results, contract)
     writer, reader = (gguf_write.write, gguf_reopen.compare) if contract.layout == "gguf" else (write.write, reopen.compare)
     recipe = {
@@ -46,6 +51,7 @@ def hand_over(
                       "max_loss": plan.budget.get("max_loss")},
         "bits": plan.bits, "bits_all": plan.bits_all, "method": plan.method, "engine": plan.engine,
         "sequential": results.sequential, "polish": results.polish,
+        "frontier": _frontier(profile, plan, contract),
         "seed": profile.index["settings"]["seed"],
         "reference": asdict(Reference.of(profile)), "damage": {s.site: s.damage for s in results.solved.values()},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -55,7 +61,6 @@ def hand_over(
         "assay/ledger.json": json.dumps(ledger.to_json(), indent=1) + "\n",
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
-    levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
     writer(destination, source, loaders, contract, extra, levels, turned)
     try:
@@ -95,6 +100,19 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
     return ledger
 
 
+def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str, Any]]:
+    """What other sizes would have cost, corrected as the plan was, for the report; empty where a plan has no choice."""
+    try:
+        points = frontier(profile, 1.5, 8, 0.5, contract, plan.method, (), "lagrange")["points"]
+        ratio = plan.predicted / plans.checked(profile, plan, contract).predicted
+    except (InputError, ZeroDivisionError):
+        return []
+    sides = (side for point in points for side in (point, point["uniform"]))
+    for side in sides:
+        side |= {key: ratio * side[key] for key in ("predicted", "predicted_low", "predicted_high")}
+    return list(points)
+
+
 def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
     """The plan site by site, for the report; a matrix that is part of a larger tensor has its share of the bytes."""
     rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
@@ -127,7 +145,7 @@ def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -
         elif contract.layout == "plain":
             found[name] = write.plain_nbytes(checkpoint, name)
         else:
-            found[name] = results.packed(name).nbytes
+            found[name] = nbytes(contract.layout, results.packed(name))
     return found, {}
 
 
@@ -135,4 +153,4 @@ def _contract_reason(contract: Contract, site: Site | None) -> str | None:
     """Why an engine keeps a site as it is; None where it need not."""
     if site is None:
         return "part of a tensor that stays whole"
-    return plans.refused(contract, site)
+    return offers.refused(contract, site)

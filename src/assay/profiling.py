@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from assay import engines
-from assay.budget import agreement, plans, probe
+from assay.budget import agreement, offers, plans, probe
 from assay.budget.agreement import Reference, compared
 from assay.budget.size import Budget
 from assay.budget.spread import spreads
@@ -136,7 +136,7 @@ def _finish(
         "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest}
         | origin,
-        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in plans.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
+        "held_out": held_out.ids.tolist(), "rows": [vars(r) for r in offers.rows(model, kept_nbytes)], "kept": model.anatomy.kept,
         "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),

@@ -15,8 +15,9 @@ import torch
 
 import assay.engines.load
 from assay import engines, preflight
-from assay.budget import agreement, plans, presets, sensitivity, undo
+from assay.budget import agreement, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
+from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
 from assay.budget.size import Budget
 from assay.budget.speed import Speeds
@@ -76,7 +77,7 @@ def inspect(model: str | Path) -> dict[str, Any]:
     anatomy = streamed.anatomy
     rows: list[dict[str, Any]] = [
         {"site": r.name, "role": r.role, "block": r.block, "shape": list(r.shape), "bytes": r.stored_bytes}
-        for r in plans.rows(streamed, checkpoint.nbytes)
+        for r in offers.rows(streamed, checkpoint.nbytes)
     ]
     inside = [r for r in rows if r["block"] is not None]
     return {
@@ -148,7 +149,7 @@ def benchmark(source: str | Path, out: str | Path) -> Speeds:
     _check_destination(Path(out))
     measured = Profile.open(source)
     names = {name for prices in measured.prices.values() for name in prices}
-    found = measure_speeds(plans.rows_of(measured), sorted(Level.parse(name) for name in names))
+    found = measure_speeds(offers.rows_of(measured), sorted(Level.parse(name) for name in names))
     found.save(Path(out))
     return found
 
@@ -257,10 +258,11 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit, "texts": texts,
-        "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe else [],
+        "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if recipe:
         save_json(result.folder / "assay" / "verdict.json", verdict)
+    if recipe and "damage" in recipe:
         write_report(result.folder)
     return verdict
 
@@ -282,9 +284,13 @@ def transform(
 
 
 def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
-    """Write a result in another layout: plain (decoded), compressed-tensors or gguf; or a profile as an imatrix file."""
+    """Write a compressed checkpoint in another layout, see `TARGETS`, where that holds the same weights exactly; or a
+    profile as an importance matrix, `imatrix`."""
     _check_destination(Path(destination))
     return export_as(Path(out), to, Path(destination))
+
+
+convert = export
 
 
 def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
@@ -293,9 +299,9 @@ def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
     return {"report": str(page), "bytes": page.stat().st_size}
 
 
-def load(out: str | Path) -> Any:
-    """A transformers model of a result."""
-    return assay.engines.load.load(Path(out))
+def load(out: str | Path, kernels: bool = True) -> Any:
+    """A transformers model of a compressed checkpoint that stays compressed in memory; kernels: see `engines.load`."""
+    return assay.engines.load.load(Path(out), kernels)
 
 
 def list_methods() -> list[dict[str, Any]]:
@@ -329,18 +335,6 @@ def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
     if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
         raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
-
-
-def _method(name: str, engine: str) -> str:
-    """What a name stands for: auto is the quick default, best what measured best in the engine's formats."""
-    if name in ("auto", "best"):
-        held = engines.get(engine).formats
-        if "int" not in held:
-            return "ggml"
-        best = "trellis" if "trellis" in held else "admm"
-        return best if name == "best" else "two_sided"
-    base.get(name)
-    return name
 
 
 def _budget(method: str, **given: Any) -> Budget:

@@ -9,7 +9,7 @@ import torch
 
 import assay
 from assay import engines
-from assay.budget import planners, plans
+from assay.budget import offers, planners
 from assay.budget.plan import Plan, validate
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
@@ -46,7 +46,7 @@ def test_what_an_engine_fuses_shares_a_level_and_the_budget_is_kept(
     plan = assay.plan(profiles[0].folder, **budget, engine="vllm", method=METHOD, planner=name)
     assert plan.bits <= budget.get("bits", 16)
     plan.save(tmp_path / "plan.yaml")
-    menu = plans.decisions(profiles[0], engines.get("vllm"), METHOD, "size" in budget, ())
+    menu = offers.decisions(profiles[0], engines.get("vllm"), METHOD, "size" in budget, ())
     validate(Plan.load(tmp_path / "plan.yaml"), menu)
     assert len({plan.choices[f"model.layers.0.self_attn.{x}_proj.weight"].level for x in "qkv"}) == 1
     assert plan.predicted <= plan.uniform["predicted"] * (1 + 1e-9)

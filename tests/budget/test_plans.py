@@ -15,7 +15,7 @@ from tiny import save, text_file
 
 import assay
 from assay import engines
-from assay.budget import plans
+from assay.budget import offers, plans
 from assay.budget.plan import Plan
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -75,7 +75,7 @@ def test_the_bytes_of_a_plan_add_up_to_those_of_the_files(kind: str, options: di
     assay.profile(model, tmp_path / "p", calibration=text_file(tmp_path), levels=levels, **SMALL)
     plan = assay.plan(tmp_path / "p", **options)
     source = Checkpoint.open(model)
-    sites = {r.name: r for r in plans.rows(StreamedModel(source), source.kept_nbytes)}
+    sites = {r.name: r for r in offers.rows(StreamedModel(source), source.kept_nbytes)}
     for name, choice in plan.choices.items():
         row = sites[name]
         assert choice.nbytes == (Level.parse(choice.level).nbytes(*row.shape, 4) if choice.level else row.stored_bytes), name
@@ -228,6 +228,6 @@ def stacked_model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 
 @given(st.integers(0, 10**6))
 def test_the_sites_of_a_stacked_tensor_share_its_bytes_to_the_last(stacked_model: StreamedModel, nbytes: int) -> None:
-    rows = [r for r in plans.rows(stacked_model, lambda name: nbytes) if r.stacked]
+    rows = [r for r in offers.rows(stacked_model, lambda name: nbytes) if r.stacked]
     tensors = {s.name for s in stacked_model.anatomy.sites.values() if s.stacked}
     assert sum(r.stored_bytes for r in rows) == nbytes * len(tensors)

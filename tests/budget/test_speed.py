@@ -8,9 +8,11 @@ import pytest
 from tiny import save, text_file
 
 import assay
+from assay.budget import offers
 from assay.budget.menu import Decision, Option
 from assay.budget.planners import lagrange
 from assay.budget.speed import Speeds, benchmark
+from assay.measure.profile import Profile
 from assay.model.errors import InputError
 
 SHAPE = (64, 64)
@@ -59,7 +61,7 @@ def test_plans_keep_to_a_rate_that_this_machine_was_measured_at(tmp_path: Path) 
     speeds = assay.benchmark(tmp_path / "p", tmp_path / "s.json")
     assert ("int4-g64-asym", (512, 256)) in speeds.seconds
     assert ("int3-g64-asym", (512, 256)) not in speeds.seconds
-    shapes = {r.name: r.shape for r in assay.run.plans.rows_of(assay.run.Profile.open(tmp_path / "p"))}  # type: ignore[attr-defined]
+    shapes = {r.name: r.shape for r in offers.rows_of(Profile.open(tmp_path / "p"))}
     slowest = speeds.milliseconds(dict.fromkeys(shapes), shapes)
     plan = assay.plan(tmp_path / "p", latency=0.8 * slowest, speeds=tmp_path / "s.json", engine="vllm")
     assert speeds.milliseconds({n: c.level for n, c in plan.choices.items()}, shapes) <= 0.8 * slowest

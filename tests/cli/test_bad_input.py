@@ -170,7 +170,7 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         (("--memory", "1GB", "--context", "32", "--engine", "vllm"), "MB of that are cache, activations and engine"),
         (("--memory", "1 parsec", "--context", "32"), "write it like 3.5GB"),
         (("--memory", "1GB", "--bits", "4", "--context", "32"), "one budget"),
-        (("--memory", "2GB", "--context", "32"), "use --engine vllm"),
+        (("--memory", "2GB", "--context", "32"), "--engine vllm"),
         (("--memory", "2GB", "--context", "32", "--engine", "vllm", "--cache", "fp4"), "vllm has fp16, fp8"),
         (("--memory", "2GB", "--context", "32k", "--engine", "vllm"), "more than the 64 tokens that this model reads"),
         *((("--bits", "5", "--context", text), "tokens above zero") for text in ("0", "-4", "1.5", "many")),
@@ -320,5 +320,5 @@ def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixtu
     assay.compress("m", "small", plan="plan.yaml", profile="p")
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
     refused(capfd, room, ("verify", "small", "--against", "m", "--text", "text.txt"), "judge it on other text")
-    refused(capfd, room, ("export", "small", "--to", "onnx", "-o", "out"), "there are plain, compressed-tensors and gguf")
-    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "is not in that layout")
+    refused(capfd, room, ("convert", "small", "--to", "gguff", "-o", "out"), "unknown layout 'gguff'; there are")
+    refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "no compressed weights that assay can move")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import save_file
 from tiny import save
 
+from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
 from assay.model.level import Level
-from assay.model.packed import PackedInteger
+from assay.model.ordered import PackedOrdered
+from assay.model.packed import Packed, PackedInteger
 
 CYCLE = (Level(4, 32), Level(8, None, True), Level(3, 32), Level(5, None), Level(2, 32, True), Level(4, None))
 
@@ -46,3 +50,24 @@ def sample(folder: Path) -> tuple[Checkpoint, Mapping[str, Callable[[], PackedIn
         for i, (name, level) in enumerate(levels.items())
     }
     return source, loaders, levels
+
+
+def folder_of(folder: Path, layout: str, weights: dict[str, Packed], kept: list[str] | None = None) -> Checkpoint:
+    """A checkpoint of these modules alone, in a layout."""
+    levels = {f"{module}.weight": weight.level for module, weight in weights.items()}
+    ordered = frozenset(f"{m}.weight" for m, w in weights.items() if isinstance(w, PackedOrdered))
+    describe = LAYOUTS[layout].config
+    assert describe is not None
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "llama", "dtype": "float32", "quantization_config": describe(levels, kept or [], ordered)}
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = {f"{m}.{suffix}": t for m, w in weights.items() for suffix, t in LAYOUTS[layout].tensors(w).items()}
+    save_file(stored, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+def shuffled(weight: PackedInteger, seed: int) -> Packed:
+    """The same codes in groups of inputs that are not neighbours."""
+    columns = weight.codes.shape[1]
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    return PackedOrdered.of(weight, order // (columns // weight.scale.shape[1]))

@@ -19,7 +19,8 @@ SHAPE = (64, 64)
 def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
     contract = engines.get(name)
     assert contract.name == name
-    assert contract.layout in ("plain", "pack-quantized", "assay", "gguf")
+    layouts = ("plain", "compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq", "assay", "gguf")
+    assert contract.layout in layouts
     assert contract.refuses("attn.q", SHAPE, False, None) is None
     assert contract.refusal("llama", False) is None
 
@@ -27,7 +28,7 @@ def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
 def test_an_unknown_engine_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean transformers"):
         engines.get("transfomers")
-    with pytest.raises(InputError, match="there are assay, llama.cpp, llama.cpp-fast, plain"):
+    with pytest.raises(InputError, match="there are assay, awq, gptq, gptq-v2, llama.cpp, llama.cpp-fast, plain"):
         engines.get("xyz")
 
 
@@ -55,3 +56,21 @@ def test_the_page_names_every_limit_of_the_contracts() -> None:
         assert contract.least_outputs == 1 or f"fewer than {contract.least_outputs} outputs" in limits
     first_wrong = re.search(r'"transformers>=[\d.]+,<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert first_wrong and f"below {first_wrong[1]}" in limits
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vllm@0.8.5", r"vllm 0.8.5 does not read .* needs vllm 0.11"), ("vllm-w8a8@0.10", "needs vllm 0.11"),
+        ("transformers@5.23", "needs transformers 5.17 to 5.22"), ("transformers@4.57.1", "5.17 to 5.22"),
+        ("vllm@new", "write it like vllm@0.11"), ("awq@2", "takes no version"), ("vlm@0.11", "did you mean vllm"),
+    ],
+)  # fmt: skip
+def test_a_version_that_can_not_read_the_files_is_refused(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        engines.get(name)
+
+
+@pytest.mark.parametrize("name", ["vllm@0.11", "vllm@0.12.1", "transformers@5.18", "transformers@5.22.3", "vllm-w8a8@1.0"])
+def test_a_version_that_reads_the_files_is_taken(name: str) -> None:
+    assert engines.get(name) is engines.get(name.partition("@")[0])

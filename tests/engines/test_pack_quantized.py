@@ -20,10 +20,11 @@ from torch import Tensor
 
 import assay
 from assay import engines
-from assay.engines.write import quantization_config
 from assay.model.checkpoint import Checkpoint
+from assay.model.layouts.compressed_tensors import config as quantization_config
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
+from assay.model.stored import TensorInfo
 
 GROUPS = st.sampled_from([None, 1, 3, 16, 32, 64, 128])
 LEVELS = st.builds(Level, st.integers(2, 8), GROUPS, st.booleans())
@@ -101,8 +102,10 @@ def test_every_module_has_its_own_level_in_the_library_and_when_read_back(levels
             assert meant is not None and group.weights is not None
             for fact in ("num_bits", "type", "symmetric", "group_size", "strategy"):
                 assert getattr(group.weights, fact) == getattr(meant, fact)
-    stored = dict.fromkeys(f"{module}.weight_packed" for module in MODULES)
-    assert Checkpoint(Path(), {"quantization_config": config}, stored).levels == named  # type: ignore[arg-type]
+    info = TensorInfo(Path(), torch.bfloat16, (64, 2), 256)
+    parts = ("weight_packed", "weight_scale", "weight_shape")
+    stored = {f"{module}.{part}": info for module in levels for part in parts}
+    assert Checkpoint(Path(), {"quantization_config": config}, stored).levels == named
 
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

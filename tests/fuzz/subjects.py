@@ -23,7 +23,8 @@ from assay.exporting import importance
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
-from assay.model.checkpoint import INDEX, Checkpoint
+from assay.model.checkpoint import Checkpoint
+from assay.model.folder import INDEX
 from assay.report.page import facts
 from assay.report.page.render import page
 
@@ -160,7 +161,8 @@ def _results(folder: Path, model: Path) -> dict[str, Subject]:
         def read(out: Path = out) -> None:
             known = facts.read(out)
             page(known)
-            undo.suggestions(out, original, known.recipe, 0.1)
+            if "damage" in known.recipe:
+                undo.suggestions(out, original, known.recipe, 0.1)
 
         path = out / "assay" / f"{name}.json"
         found[name] = Subject(path, read, mutations.in_json, [path.read_bytes()])

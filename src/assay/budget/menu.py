@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 from assay.model.errors import InputError
 from assay.model.level import Level
 
+Nbytes = Callable[[Level, int, int, int], int]
+"""Exact bytes of a weight at a level, from its rows, columns and bytes a scale."""
+
 
 @dataclass(frozen=True)
 class SiteRow:
@@ -63,16 +66,18 @@ def build(
     treat_outside: bool,
     keep: Sequence[str] = (),
     experts_by_role: bool = False,
+    nbytes: Nbytes = Level.nbytes,
 ) -> list[Decision]:
     """The menu. prices: damage by site and level name; fused: roles that must share a level; experts_by_role: whether
-    the experts of a layer share one for each role.
+    the experts of a layer share one for each role; nbytes: see `Nbytes`.
 
     A level is left out where it has no finite price at one of the sites decided together, or doesn't make
     them smaller. Raises InputError for a `keep` pattern that matches no site.
     """
     rows = list(rows)
     kept = _kept([row.name for row in rows], keep)
-    return [_decision(group, prices, levels, treat_outside, kept) for group in together(rows, fused, experts_by_role)]
+    found = together(rows, fused, experts_by_role)
+    return [_decision(group, prices, levels, treat_outside, kept, nbytes) for group in found]
 
 
 def together(rows: Iterable[SiteRow], fused: Sequence[frozenset[str]], experts_by_role: bool = False) -> list[list[SiteRow]]:
@@ -112,20 +117,21 @@ def _decision(
     levels: Callable[[SiteRow], list[Level]],
     treat_outside: bool,
     kept: set[str],
+    nbytes: Nbytes,
 ) -> Decision:
     inside = group[0].block is not None
     stored = Option(None, sum(r.stored_bytes for r in group), 0.0)
     options: list[Option] = []
     if (inside or treat_outside) and not any(r.name in kept for r in group):
         common = set.intersection(*(set(levels(r)) for r in group))
-        options = [_option(group, prices, level) for level in sorted(common)]
+        options = [_option(group, prices, level, nbytes) for level in sorted(common)]
     useful = (*_useful(o for o in options if o.nbytes < stored.nbytes and math.isfinite(o.damage)), stored)
     return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, useful)
 
 
-def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level) -> Option:
-    nbytes = sum(level.nbytes(*r.shape, r.scale_itemsize) for r in group)
-    return Option(level.name, nbytes, sum(prices.get(r.name, {}).get(level.name, math.inf) for r in group))
+def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level, nbytes: Nbytes) -> Option:
+    total = sum(nbytes(level, *r.shape, r.scale_itemsize) for r in group)
+    return Option(level.name, total, sum(prices.get(r.name, {}).get(level.name, math.inf) for r in group))
 
 
 def _useful(options: Iterable[Option]) -> list[Option]:

@@ -1,4 +1,4 @@
-"""Plans from profiles: menus within an engine's contract, a budget, and a promise."""
+"""Plans from profiles: a budget spent on what an engine's contract allows, and a promise."""
 
 from __future__ import annotations
 
@@ -7,63 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from assay.budget import menu, planners, serving
+from assay.budget import planners, serving
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
+from assay.budget.offers import decisions, menus_of, only_level, priced, rows, rows_of
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget, parse_size
 from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
 from assay.engines.gguf.write import whole_bytes
+from assay.engines.layout import check_alike
 from assay.engines.serving import GIB
 from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.methods import base, menus
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import Site, key_of
-
-
-def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
-    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
-    held: dict[str, list[Site]] = {}
-    for site in model.anatomy.sites.values():
-        held.setdefault(site.name, []).append(site)
-    found = []
-    for name, sites in held.items():
-        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
-        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
-        for site, start, end in zip(sites, ends, ends[1:], strict=False):
-            found.append(SiteRow(
-                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
-                site.transposed, site.expert, site.stacked,
-            ))  # fmt: skip
-    return found
-
-
-def refused(contract: Contract, row: SiteRow | Site) -> str | None:
-    """Why an engine keeps a site as it is."""
-    if row.stacked:
-        return "experts stored as one 3-D tensor"
-    return contract.refuses(row.role, row.shape, row.transposed, row.expert)
-
-
-def decisions(
-    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
-) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
-
-    Raises InputError when it has no choice.
-    """
-    forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
-
-    def price(row: SiteRow, level: Level) -> float | None:
-        priced, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
-        return forecast.damage(method, level, priced[wanted]) if priced and wanted in priced else None
-
-    return _menu(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 
 
 @dataclass(frozen=True)
@@ -81,8 +41,8 @@ def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: st
 
     For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
     """
-    found, only = rows(model, model.checkpoint.kept_nbytes), _only(budget)
-    options = _menu(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
+    found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
+    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
     whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
     fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
     if budget.bounds_bytes:
@@ -121,51 +81,6 @@ def _limit_of(profile: Profile, budget: Budget, contract: Contract, options: Seq
     return _limit(budget, contract, options, _whole(profile, contract), needs)
 
 
-def _only(budget: Budget) -> Level | None:
-    return Level.parse(budget.level) if budget.level else None
-
-
-def _menu(
-    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
-    only: Level | None, price: Callable[[SiteRow, Level], float | None],
-) -> list[Decision]:  # fmt: skip
-    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
-    reasons = {row.name: whole or refused(contract, row) for row in found}
-    offered: dict[str, list[Level]] = {}
-    prices: dict[str, dict[str, float]] = {}
-    for row in found:
-        columns = row.shape[1]
-        levels = [] if reasons[row.name] else [menus.stand_in(only, columns)] if only else kinds(columns)
-        offered[row.name] = [x for x in levels if contract.takes(x, columns)]
-        prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
-    options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep, contract.experts_by_role)  # fmt: skip
-    if any(len(d.options) > 1 for d in options):
-        return options
-    asked = [row.name for row in found if outside or row.block is not None]
-    if any(prices[name] for name in asked):
-        why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
-    elif any(offered[name] for name in asked):
-        wanted = f"--level {only.name}" if only else f"--method {method}"
-        why = f"the profile has no prices for that; run assay profile again with {wanted}"
-    elif all(reasons[name] for name in asked):
-        why = f"{'; '.join(sorted({str(reasons[name]) for name in asked}))}; --engine plain simulates it"
-    else:
-        example = (only or kinds(64)[0]).name
-        why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
-    raise InputError(f"nothing can be made smaller: {why}")
-
-
-def rows_of(profile: Profile) -> list[SiteRow]:
-    """The sites of a profile."""
-    return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
-
-
-def _price_kind(row: SiteRow, kind: str) -> str:
-    """Rows of an embedding or a head are not error-fed through each other."""
-    return "gptq" if row.block is None and kind == "two_sided" else kind
-
-
 def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
     speeds: Speeds | None = None,
@@ -174,8 +89,23 @@ def make(
 
     speeds: what a budget of time is counted by.
     """
-    only, flat = _only(budget), None
-    options = decisions(profile, contract, method, budget.whole, keep, only)
+    found, problems = [], []
+    for options in menus_of(profile, contract, method, budget.whole, keep, only_level(budget)):
+        try:
+            found.append(_spent(profile, budget, contract, method, options, planner, uniform, speeds))
+        except InputError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return min(found, key=lambda p: (p.predicted, p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
+
+
+def _spent(
+    profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision], planner: str, uniform: bool,
+    speeds: Speeds | None,
+) -> Plan:  # fmt: skip
+    """The plan that a planner makes of one menu."""
+    flat = None
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         search = planners.get("lagrange" if uniform else planner)
@@ -183,7 +113,7 @@ def make(
             raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
         choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
-    elif only:
+    elif budget.level:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
         limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
     elif budget.milliseconds is not None:
@@ -240,7 +170,7 @@ def _assemble(
         option = d.options[c]
         why = _why(d, c)
         for site in d.sites:
-            choices[site] = Choice(option.level, _nbytes(own[site], option.level), option.damage / len(d.sites), why)
+            choices[site] = Choice(option.level, _nbytes(contract, own[site], option.level), option.damage / len(d.sites), why)
     uniform = {
         "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
         "predicted": forecast.kl(method, forecast.total(_picked(options, plain)))[1],
@@ -254,6 +184,10 @@ def _assemble(
         serving=_serving(profile, budget, contract, tensors),
         more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
     )  # fmt: skip
+
+
+def _nbytes(contract: Contract, row: SiteRow, level: str | None) -> int:
+    return row.stored_bytes if level is None else contract.nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
 
 
 def _serving(profile: Profile, budget: Budget, contract: Contract, tensors: int) -> dict[str, Any]:
@@ -272,10 +206,6 @@ def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast,
         return {}
     bought = _picked(options, lagrange.plan(options, min(limit + step, most)))
     return {"bytes": step, "predicted": forecast.kl(method, forecast.total(bought))[1]}
-
-
-def _nbytes(row: SiteRow, level: str | None) -> int:
-    return row.stored_bytes if level is None else Level.parse(level).nbytes(*row.shape, row.scale_itemsize)
 
 
 def _picked(options: Sequence[Decision], choice: Sequence[int]) -> list[Option]:
@@ -326,9 +256,11 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     for name, chosen in plan.choices.items():
         if name in known and chosen.level:
             _check_group_size(known[name], chosen.level)
+    if contract.one_level:
+        check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
     budget = Budget(**plan.budget)
     outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, (), _only(budget))
+    options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     limit = _totals(options, choice)[1]
@@ -343,12 +275,13 @@ Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, .
 
 def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
     """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
-    budget = Budget(**plan.budget)
-    options = decisions(profile, contract, plan.method, budget.size is not None, keep)
+    budget, levels = Budget(**plan.budget), {Level.parse(c.level) for c in plan.choices.values() if c.level}
+    only = max(levels) if contract.one_level and levels else None
+    options = decisions(profile, contract, plan.method, budget.whole, keep, only)
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     limit = _totals(options, choice)[1]
-    if budget.max_loss is None:
-        limit = max(limit, budget.limit_for(options, _fixed_bytes(_whole(profile, contract)[0], options, contract)))
+    if budget.bounds_bytes:
+        limit = max(limit, _limit_of(profile, budget, contract, options))
     found, ratio = search(options, limit, choice)
     made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
@@ -387,8 +320,10 @@ def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan
     low, expected, high = forecast.corrected(plan.predicted, twin.predicted, measured)
     uniform = dict(plan.uniform) | {"measured": measured}
     sentence = _sentence(expected, low, high, uniform | {"predicted": measured})
+    ratio = expected / plan.predicted if plan.predicted else 1.0
+    more = plan.more and dict(plan.more) | {"predicted": plan.more["predicted"] * ratio}
     return dataclasses.replace(
-        plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence
+        plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence, more=more
     )
 
 

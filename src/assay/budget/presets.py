@@ -1,9 +1,10 @@
-"""Names that people know for levels."""
+"""Names that people know for levels, and names that stand for methods."""
 
 from __future__ import annotations
 
 import difflib
 
+from assay import engines
 from assay.methods import base
 from assay.model.errors import InputError
 from assay.model.level import Level
@@ -24,6 +25,18 @@ def level(name: str) -> Level:
         near = difflib.get_close_matches(name.upper(), PRESETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"{error}; {hint}presets: {', '.join(PRESETS)}") from None
+
+
+def method(name: str, engine: str) -> str:
+    """What a name stands for: auto is the quick default, best what measured best in the engine's formats. Raises InputError."""
+    if name in ("auto", "best"):
+        held = engines.get(engine).formats
+        if "int" not in held:
+            return "ggml"
+        best = "trellis" if "trellis" in held else "admm"
+        return best if name == "best" else "two_sided"
+    base.get(name)
+    return name
 
 
 def fit(method: str, wanted: Level) -> None:

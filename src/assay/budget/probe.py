@@ -99,8 +99,13 @@ def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.St
     for name in method.needs:
         parts: list[Tensor | None] = [getattr(c, name.lower()) for c in curvatures]
         square = [p for p in parts if p is not None and p.ndim == 2]
-        found[name.lower()] = torch.stack(square) if len(square) == len(parts) else None
+        found[name.lower()] = batched(square) if len(square) == len(parts) else None
     return base.Statistics(**found)
+
+
+def batched(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one with a leading axis; a single one isn't copied: large matrices come alone."""
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _nearest_level(levels: Sequence[Level], bits: float) -> Level:

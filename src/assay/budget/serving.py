@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from assay.engines import NAMES
-from assay.engines.serving import CacheType, Server, server
+from assay.engines.serving import SERVERS, CacheType, Server, server
 from assay.measure.footprint import Footprint
 from assay.model.errors import InputError
 
@@ -73,7 +72,7 @@ def activation_bytes(footprint: Footprint, load: Load, by: Server) -> int:
 def room(footprint: Footprint, load: Load, engine: str, memory: int) -> int:
     """Bytes of memory that are left for weights; may be negative. Raises InputError where compression saves no memory."""
     if not server(engine).packed:
-        able = " or ".join(f"--engine {name}" for name in NAMES if server(name).packed)
+        able = " or ".join(f"--engine {name}" for name, by in SERVERS.items() if by.packed)
         raise InputError(
             f"{engine} decodes the weights when it runs them, so --memory can't be met by compressing; use {able}, or --size"
         )

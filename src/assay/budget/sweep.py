@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from assay.budget import planners, plans
+from assay.budget import planners
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision
+from assay.budget.offers import menus_of
 from assay.budget.size import bits_to_bytes
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile
@@ -37,12 +38,12 @@ def frontier(
     Each point: target, bits, bytes of all tensors, KL in nats with its interval, and the best uniform level that fits.
     Raises InputError where no point can be reached.
     """
-    options = plans.decisions(profile, contract, method, False, keep)
-    forecast, divide = Forecast.from_index(profile.index), planners.get(planner).plan
-    inside = [d for d in options if d.inside]
-    count = sum(d.count for d in inside)
-    rest = sum(profile.index["names"].values()) - sum(d.options[-1].nbytes for d in inside)
-    least, most = (sum(d.options[i].nbytes for d in inside) for i in (0, -1))
+    menus = [[d for d in menu if d.inside] for menu in menus_of(profile, contract, method, False, keep)]
+    forecast, divide, flatten = Forecast.from_index(profile.index), planners.get(planner).plan, planners.get("uniform").plan
+    count, most = sum(d.count for d in menus[0]), sum(d.options[-1].nbytes for d in menus[0])
+    rest = sum(profile.index["names"].values()) - most
+    leasts = [sum(d.options[0].nbytes for d in menu) for menu in menus]
+    least = min(leasts)
     reach = [8 * n / count for n in (least, most)]
     targets = [t for i in range(int((high - low) / step + 1e-9) + 1) if reach[0] <= (t := round(low + i * step, 9)) <= reach[1]]
     if not targets:
@@ -51,9 +52,12 @@ def frontier(
     points = []
     for target in targets:
         limit = bits_to_bytes(target, count)
-        mixed = _facts(inside, divide(inside, limit), forecast, method, rest, count)
-        flat = planners.get("uniform").plan(inside, limit)
-        points.append({"target": target} | mixed | {"uniform": _facts(inside, flat, forecast, method, rest, count)})
+        fitting = [menu for menu, nbytes in zip(menus, leasts, strict=True) if nbytes <= limit]
+        best, flat = (
+            min((_facts(m, plan(m, limit), forecast, method, rest, count) for m in fitting), key=lambda f: f["predicted"])
+            for plan in (divide, flatten)
+        )
+        points.append({"target": target} | best | {"uniform": flat})
     return {
         "profile": str(profile.folder), "profile_bytes": profile.nbytes, "engine": contract.name, "method": method,
         "achievable_bits": reach, "source_bytes": int(profile.index["file_bytes"]), "points": points,

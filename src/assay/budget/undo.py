@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import engines
-from assay.budget import menu, plans
+from assay.budget import menu, offers
 from assay.engines.write import kept_nbytes
 from assay.measure.stream import StreamedModel
 from assay.model.notes import read_ledger
@@ -52,7 +52,7 @@ def suggestions(result: Path, original: StreamedModel, recipe: Mapping[str, Any]
     added = {
         name: kept_nbytes(original.checkpoint, name, contract) - ledger[name].bytes_after for name in damage if name in ledger
     }
-    rows = plans.rows(original, original.checkpoint.kept_nbytes)
+    rows = offers.rows(original, original.checkpoint.kept_nbytes)
     groups = [
         [row.name for row in group if row.name in added]
         for group in menu.together(rows, contract.fused, contract.experts_by_role)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from assay import __version__
-from assay.cli import benchmark, compress, export, inspect, methods, plan, profile, report, transform, verify
+from assay.cli import benchmark, compress, explore, export, inspect, methods, plan, profile, report, transform, verify
 from assay.cli.answer import INTERRUPTED, fail
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -20,8 +20,9 @@ app = typer.Typer(
     name="assay", add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
-for module in (inspect, transform, profile, plan, compress, verify, report, export, methods, benchmark):
+for module in (inspect, transform, profile, plan, explore, compress, verify, report, export, methods, benchmark):
     app.command(module.__name__.rpartition(".")[2])(module.run)
+app.command("convert")(export.run)
 
 
 @app.callback(invoke_without_command=True)

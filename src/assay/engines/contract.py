@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from assay.engines.layout import LAYOUTS
+from assay.model.checkpoint import Checkpoint
 from assay.model.level import Level
 
 
@@ -11,11 +14,14 @@ from assay.model.level import Level
 class Contract:
     """Rules of one engine.
 
-    layout: how weights are stored; since: the first version known to read it; formats: see `FORMATS`; bits,
-    group_sizes (None is one group per row) and symmetric narrow them, () for all; sums: whether exact weights and
-    low-rank terms may go with the codes; fused: roles that share one level; head, embedding, experts, transposed:
-    whether these may be compressed; least_outputs: rows that a matrix must have; readable: families that it can open,
-    () for all; experts_by_role: whether a layer's experts of one role share one level.
+    layout: how weights are stored, see `LAYOUTS`; since: the first version known to read it; formats: see `FORMATS`;
+    bits, group_sizes (None is one group per row) and symmetric narrow them, () for all; also: further levels by name;
+    sums: whether exact weights and low-rank terms may go with the codes; one_level: whether all weights share a level;
+    fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
+    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; expert_names: the
+    only names of experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, ()
+    for all; rules: what the engine would refuse in a written checkpoint, one sentence each; readable: families that it
+    can open, () for all; experts_by_role: whether a layer's experts of one role share one level.
     """
 
     name: str
@@ -25,15 +31,21 @@ class Contract:
     bits: tuple[float, ...] = ()
     group_sizes: tuple[int | None, ...] = ()
     symmetric: tuple[bool, ...] = ()
+    also: tuple[str, ...] = ()
     sums: bool = False
+    one_level: bool = False
     fused: tuple[frozenset[str], ...] = ()
     head: bool = False
     embedding: bool = False
     experts: bool = False
     transposed: bool = False
     least_outputs: int = 1
+    multiples: tuple[int, int] = (1, 1)
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
+    expert_names: tuple[str, ...] = ()
+    expert_formats: tuple[str, ...] = ()
+    rules: Callable[[Checkpoint], list[str]] | None = None
     readable: tuple[str, ...] = ()
     experts_by_role: bool = False
 
@@ -45,27 +57,45 @@ class Contract:
             return f"{self.name} loses the experts of a compressed checkpoint (use --engine vllm)"
         return None
 
-    def refuses(self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None) -> str | None:
-        """Why a weight [out, in] must stay as it is; None when it may be compressed."""
+    def refuses(
+        self, role: str, shape: tuple[int, int], transposed: bool, expert: int | None, name: str = ""
+    ) -> str | None:  # fmt: skip
+        """Why a weight [out, in] must stay as it is; None when it may be compressed. name: of the stored tensor."""
         if transposed and not self.transposed:
             return f"{self.name} can't hold a transposed (Conv1D) layer in {self.layout}"
         if expert is not None and not self.experts:
             return f"{self.name} does not read compressed experts"
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if expert is not None and leaf and self.expert_names and leaf not in self.expert_names:
+            wanted = ", ".join(self.expert_names)
+            return f"{self.name} finds compressed experts named {wanted} only, not {leaf} (--engine gptq has no such rule)"
         if role == "head" and not self.head:
             return f"{self.name} keeps the head"
         if role == "embedding" and not self.embedding:
             return f"{self.name} keeps the embedding"
         if shape[0] < self.least_outputs:
             return f"{self.name} can't read compressed matrices of fewer than {self.least_outputs} outputs"
+        if any(n % m for n, m in zip(shape, self.multiples, strict=True)):
+            rows, columns = self.multiples
+            return f"{self.name} packs {rows} outputs and {columns} inputs together; {shape[0]} and {shape[1]} don't divide"
         return None
 
-    def takes(self, level: Level, columns: int) -> bool:
-        """Whether a weight of so many inputs may be stored at a level."""
+    def takes(self, level: Level, columns: int, expert: bool = False) -> bool:
+        """Whether a weight of so many inputs, an expert's or not, may be stored at a level."""
+        if expert and self.expert_formats and not (level.format in self.expert_formats and level.symmetric):
+            return False
+        whole = level.group_size is None or columns % level.group_size == 0
+        if level.name in self.also:
+            return whole
         return (
             level.format in self.formats
             and (not self.bits or level.bits in self.bits)
             and (not self.group_sizes or level.group_size in self.group_sizes)
             and (not self.symmetric or level.format != "int" or level.symmetric in self.symmetric)
-            and (level.group_size is None or columns % level.group_size == 0)
+            and whole
             and (self.sums or level == level.base)
         )
+
+    def nbytes(self, level: Level, rows: int, columns: int, itemsize: int) -> int:
+        """Exact bytes of a weight [rows, columns] at a level; itemsize: of the model's numbers."""
+        return LAYOUTS[self.layout].nbytes(level, rows, columns, itemsize)

@@ -1,64 +1,102 @@
-"""A result as a transformers model, or in another layout."""
+"""A compressed checkpoint as a transformers model that runs compressed."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from functools import partial
+import math
 from pathlib import Path
 from typing import Any
 
-from assay.engines import get, write
-from assay.engines.gguf import reopen as gguf_reopen
-from assay.engines.gguf import write as gguf_write
-from assay.engines.gguf.exact import as_blocks
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from assay.engines.kernels import PackedExperts, PackedLinear
 from assay.model.checkpoint import Checkpoint
-from assay.model.errors import InputError, ShortfallError
+from assay.model.errors import InputError
+from assay.model.ggml import KINDS
+from assay.model.sites import Site, empty_model, load_config, survey
 
 
-def load(folder: Path) -> Any:
-    """The model of a folder through stock transformers, which decodes packed weights at the first forward pass.
+def load(folder: Path, kernels: bool = True) -> Any:
+    """The model of a folder: its compressed linear layers stay compressed in memory and run through torch's kernels.
 
-    Assay's own layout and GGUF are decoded first, into a temporary folder.
+    kernels: False decodes each layer at every call instead, to the bit what the weights say. GGUF files are decoded whole.
+    Nothing compressed: the model as stock transformers opens it. Raises InputError for what transformers has no model of.
     """
-    from transformers import AutoModelForCausalLM
-
     source = Checkpoint.open(folder)
-    own = (source.config.get("quantization_config") or {}).get("quant_method") == "assay"
-    if not own and all(info.read is None for info in source.stored.values()):
+    if not source.levels and source.method not in ("assay", "gguf"):
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto")
-    with tempfile.TemporaryDirectory(prefix="assay-") as work:
-        export(folder, "plain", Path(work) / "plain")
-        return AutoModelForCausalLM.from_pretrained(Path(work) / "plain", dtype="auto")
+    model, dtype = empty_model(source), _dtype(source)
+    anatomy = survey(source, model)
+    sites: dict[str, list[Site]] = {}
+    for site in anatomy.sites.values():
+        sites.setdefault(site.parameter, []).append(site)
+    for path, stored in anatomy.parameters.items():
+        if stored:
+            _place(model, source, path, stored, sites.get(path, []), kernels, dtype)
+    model.tie_weights()
+    _finish(model, source)
+    return model
 
 
-def export(folder: Path, to: str, destination: Path) -> None:
-    """Write a packed result as `plain` decoded weights, as `gguf`, or copy it as `compressed-tensors`. Raises InputError."""
-    source = Checkpoint.open(folder)
-    if to == "compressed-tensors":
-        if (source.config.get("quantization_config") or {}).get("quant_method") != "compressed-tensors":
-            raise InputError(f"{folder} is not in that layout; compress it for transformers or vllm instead")
-        write.check_space(destination.absolute().parent, source.weight_bytes)
-        with write.new_folder(destination) as folder:
-            shutil.copytree(source.folder, folder, dirs_exist_ok=True)
-        return
-    packed = {name: partial(source.read_packed, name) for name in source.levels}
-    turned = frozenset(name for name in source.levels if source.turned(name))
-    if to == "gguf":
-        _export_gguf(source, packed, destination)
-        return
-    if to != "plain":
-        raise InputError(f"unknown layout {to!r}; there are plain, compressed-tensors and gguf")
-    write.write(destination, source, packed, get("plain"), {}, source.levels, turned)
+def _dtype(source: Checkpoint) -> torch.dtype:
+    """Dtype of the model: what the config says, else that of the largest tensor."""
+    named = getattr(load_config(source), "dtype", None)
+    return named or max(source.stored.values(), key=lambda info: math.prod(info.shape)).dtype
 
 
-def _export_gguf(source: Checkpoint, packed: write.Loaders, destination: Path) -> None:
-    """Float weights as they are, packed ones with the same codes and scales."""
-    blocks, levels = as_blocks(packed)
-    loaders = {name: partial(blocks.__getitem__, name) for name in blocks}
-    gguf_write.write(destination, source, loaders, get("gguf"), {}, levels)
-    try:
-        gguf_reopen.compare(destination, source, loaders, get("gguf"))
-    except ShortfallError:
-        shutil.rmtree(destination)
-        raise
+def _place(
+    model: PreTrainedModel, source: Checkpoint, path: str, stored: tuple[str, ...], sites: list[Site], kernels: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Put one parameter into the model, compressed where the files hold it so."""
+    home, _, leaf = path.rpartition(".")
+    module = model.get_submodule(home)
+    if len(stored) > 1 and all(name in source.levels for name in stored):
+        per_expert = len(stored) // len({site.expert for site in sites})
+        packed = [source.read_packed(name) for name in stored]
+        groups = [packed[i : i + per_expert] for i in range(0, len(packed), per_expert)]
+        shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
+        del module._parameters[leaf]
+        setattr(module, leaf, PackedExperts(groups, shape, _dtype_of(source, stored[0], dtype)))
+    elif leaf == "weight" and stored[0] in source.levels and isinstance(module, nn.Linear):
+        bias = module.bias
+        shape = (module.out_features, module.in_features)
+        made = PackedLinear(source.mapped(stored[0]), bias, shape, kernels)
+        parent, _, name = home.rpartition(".")
+        setattr(model.get_submodule(parent), name, made)
+    else:
+        value = _value(source, stored, sites, dtype)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def _dtype_of(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a tensor in the model: its own, but the model's for ggml's blocks, which decode to float32 whatever it is."""
+    level = source.levels.get(name)
+    return dtype if source.method == "gguf" or (level and level.name in KINDS) else source.dtype(name)
+
+
+def _value(source: Checkpoint, stored: tuple[str, ...], sites: list[Site], dtype: torch.dtype) -> Tensor:
+    """A parameter as the model holds it."""
+    parts = [source.read(name).to(_dtype_of(source, name, dtype)) for name in stored]
+    if len(parts) == 1:
+        return parts[0]
+    experts = len({site.expert for site in sites})
+    return torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
+
+
+def _finish(model: PreTrainedModel, source: Checkpoint) -> None:
+    """What `from_pretrained` sets beside the weights."""
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise InputError(f"{source.folder}: {left[0]} is in no weight file; download the model again")
+    model.config.use_cache = True
+    model.config.dtype = model.dtype
+    model.config.name_or_path = model.name_or_path = str(source.folder)
+    if model.can_generate() and (source.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    model.eval()

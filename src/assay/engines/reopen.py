@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from assay.engines.contract import Contract
+from assay.engines.layout import LAYOUTS
 from assay.engines.write import Loaders, output_tensors
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
-from assay.model.level import Level
 
 
 def compare(
@@ -32,9 +32,9 @@ def compare(
             meant = packed[name]()
             if written.levels.get(name) != meant.level:
                 raise ShortfallError(f"{destination}: config.json does not say that {name} is at level {meant.level.name}")
-            own = contract.layout == "assay"
-            found = written.read_packed(name).decode() if own else library_decode(written, name, meant.level)
-            expected |= {name.removesuffix("weight") + suffix for suffix in meant.tensors()}
+            layout = LAYOUTS[contract.layout]
+            found = library_decode(written, name) if layout.reader else written.read_packed(name).decode()
+            expected |= {name.removesuffix("weight") + suffix for suffix in layout.tensors(meant)}
             _same(destination, name, found, meant.decode())
             counts["packed"] += 1
         else:
@@ -48,19 +48,19 @@ def compare(
             counts["copied"] += 1
     if odd := sorted(set(written.stored) ^ expected):
         raise ShortfallError(f"{destination}: {odd[0]} is in the files or in the source, but not in both")
+    if contract.rules and (wrong := contract.rules(written)):
+        raise ShortfallError(f"{destination}: {contract.since} would not read it: {wrong[0]}")
     return counts
 
 
-def library_decode(written: Checkpoint, name: str, level: Level) -> Tensor:
-    """A packed weight as the compressed-tensors library decodes it."""
+def library_decode(written: Checkpoint, name: str) -> Tensor:
+    """A compressed weight as the compressed-tensors library decodes it by what the config says of its module."""
     module = name.removesuffix("weight")
     stored = {part.removeprefix(module): t for part, t in written.iter_raw(written.parts(name))}
-    arguments = QuantizationArgs(
-        num_bits=int(level.bits), type="int", symmetric=level.symmetric, group_size=level.group_size,
-        strategy="channel" if level.group_size is None else "group",
-    )  # fmt: skip
-    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
-    return PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
+    groups = QuantizationConfig.model_validate(written.config["quantization_config"]).config_groups
+    scheme = next(s for s in groups.values() if module.removesuffix(".") in s.targets)
+    reader = BaseCompressor.get_value_from_registry(scheme.format)
+    return reader.decompress(stored, scheme)["weight"].to(written.dtype(name))
 
 
 def _same(destination: Path, name: str, found: Tensor, meant: Tensor) -> None:

@@ -76,7 +76,10 @@ SERVERS: Mapping[str, Server] = {
     ),
 }  # fmt: skip
 """llama.cpp's q8_0 and q4_0 keep a 16-bit scale for 32 elements; quanto's int4 a 16-bit scale and shift for 64."""
-ALIASES = {"assay": "transformers", "plain": "transformers", "gguf": "llama.cpp"}
+ALIASES = {
+    "assay": "transformers", "plain": "transformers", "gguf": "llama.cpp", "llama.cpp-fast": "llama.cpp",
+    "awq": "vllm", "gptq": "vllm", "gptq-v2": "vllm", "vllm-w8a8": "vllm",
+}  # fmt: skip
 
 
 def server(engine: str) -> Server:

@@ -9,7 +9,8 @@ loading are left at random, without an error. compressed-tensors 0.20 fails on 4
 from assay.engines.contract import Contract
 
 CONTRACT = Contract(
-    name="transformers", layout="pack-quantized", since="transformers 5.17 to 5.22, compressed-tensors 0.19",
-    bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128, None), symmetric=(False, True), head=True, least_outputs=9,
+    name="transformers", layout="compressed-tensors", since="transformers 5.17 to 5.22, compressed-tensors 0.19",
+    bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128, None), symmetric=(False, True),
+    also=("fp8-channel", "nvfp4-g16", "mxfp4-g32", "mxfp8-g32"), head=True, least_outputs=9,
     unreadable=("falcon", "mamba"), reads_expert_models=False,
 )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from assay.engines.contract import Contract
+from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
 from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
@@ -32,18 +33,19 @@ Loaders = Mapping[str, Callable[[], Packed]]
 def write(
     destination: Path, source: Checkpoint, packed: Loaders, contract: Contract, extra_files: Mapping[str, str],
     levels: Mapping[str, Level], transposed: frozenset[str] = frozenset(), shard_bytes: int = SHARD_BYTES,
+    ordered: frozenset[str] = frozenset(),
 ) -> None:  # fmt: skip
     """Write the compressed model and all side files into `destination`, which must not exist.
 
-    packed: loaders by logical tensor name; every other tensor is copied byte for byte. Raises
-    InputError when the disk is too small; leaves nothing behind when anything fails.
+    packed: loaders by logical tensor name; every other tensor is copied byte for byte; ordered: those whose groups are
+    not neighbours. Raises InputError when the disk is too small; leaves nothing behind when anything fails.
     """
     check_space(destination.absolute().parent, _expected_bytes(source, levels, contract, transposed))
     tensors = (output_tensors(source, name, packed, contract, transposed) for name in source.names)
     with new_folder(destination) as folder:
         write_shards(folder, tensors, shard_bytes)
         copy_side_files(folder, source)
-        _write_config(folder, source, contract, levels, transposed)
+        _write_config(folder, source, contract, levels, transposed, ordered)
         for name, text in extra_files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -67,25 +69,6 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise
 
 
-def quantization_config(levels: Mapping[str, Level], kept: list[str]) -> dict[str, Any]:
-    """compressed-tensors' description of the packed modules, one group a level, and of the linear ones that stay."""
-    groups: dict[str, Any] = {}
-    for index, level in enumerate(sorted(set(levels.values()))):
-        groups[f"group_{index}"] = {
-            "targets": sorted(name.removesuffix(".weight") for name, own in levels.items() if own == level),
-            "weights": {
-                "num_bits": level.bits, "type": "int", "symmetric": level.symmetric,
-                "strategy": "channel" if level.group_size is None else "group", "group_size": level.group_size,
-                "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
-            },
-            "input_activations": None, "output_activations": None, "format": "pack-quantized",
-        }  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": groups, "ignore": kept, "kv_cache_scheme": None, "global_compression_ratio": None,
-    }  # fmt: skip
-
-
 def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: frozenset[str]) -> dict[str, Any]:
     """What assay needs to read its own layout back."""
     facts = {
@@ -106,7 +89,8 @@ def output_tensors(
     if name in packed:
         result = packed[name]()
         if contract.layout != "plain":
-            return {name.removesuffix("weight") + suffix: t for suffix, t in result.tensors().items()}
+            stored = LAYOUTS[contract.layout].tensors(result)
+            return {name.removesuffix("weight") + suffix: t for suffix, t in stored.items()}
         weight = decoded(name, result).to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
@@ -181,15 +165,19 @@ def copy_side_files(folder: Path, source: Checkpoint) -> None:
 
 
 def _write_config(
-    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str]
-) -> None:
+    folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str],
+    ordered: frozenset[str],
+) -> None:  # fmt: skip
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if contract.layout == "assay":
         config["quantization_config"] = own_config(source, levels, transposed)
-    elif contract.layout != "plain" and levels:
+    elif (describe := LAYOUTS[contract.layout].config) and levels:
         linear = [n.removesuffix(".weight") for n in source.names if n.endswith(".weight") and n not in levels]
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
-        config["quantization_config"] = quantization_config(levels, kept)
+        config["quantization_config"] = describe(levels, kept, ordered)
+        cache = (source.config.get("quantization_config") or {}).get("kv_cache_scheme")
+        if cache and config["quantization_config"]["quant_method"] == "compressed-tensors":
+            config["quantization_config"]["kv_cache_scheme"] = cache
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -202,7 +190,7 @@ def _expected_bytes(source: Checkpoint, levels: Mapping[str, Level], contract: C
             need += plain_nbytes(source, name)
         else:
             rows, columns = source.shape(name)[:: -1 if name in transposed else 1]
-            need += levels[name].nbytes(rows, columns, 4)
+            need += contract.nbytes(levels[name], rows, columns, 4)
     return need
 
 

@@ -40,9 +40,9 @@ def _pack(bits: int, codes: Any, words: Any) -> None:
 
 
 def unpack_rows(words: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_rows`: int32 [rows, words] -> uint8 [rows, count]."""
-    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] < -(-count * bits // 32):
-        raise ValueError(f"{list(words.shape)} {words.dtype} words don't hold {count} codes of {bits} bits a row")
+    """Inverse of `pack_rows`: int32 [rows, words] -> uint8 [rows, count]. Raises ValueError for too few words."""
+    if words.dim() != 2 or words.dtype != torch.int32 or words.shape[1] * 32 < count * bits or count < 0:
+        raise ValueError(f"{list(words.shape)} words of {words.dtype} don't hold {count} codes of {bits} bits a row")
     codes = torch.empty(len(words), count, dtype=torch.uint8)
     spread(_unpack, len(words), (bits,), (words.contiguous(), codes))
     return codes

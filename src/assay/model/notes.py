@@ -35,14 +35,21 @@ class Prices(TypedDict):
     source: str
 
 
-class Point(TypedDict):
-    """A size on the frontier, the best mix and one level for all."""
+class Side(TypedDict):
+    """Bytes of all tensors and the KL in nats per token that is expected there."""
 
+    bytes: Count
     bits: Finite
-    nbytes: Count
     predicted: Finite
-    uniform_nbytes: Count
-    uniform: Finite
+    predicted_low: Finite
+    predicted_high: Finite
+    level: str | None
+
+
+class Point(Side):
+    """A size on the frontier: the best mix, and one level for all."""
+
+    uniform: Side
 
 
 class Recipe(TypedDict):
@@ -60,10 +67,9 @@ class Recipe(TypedDict):
     polish: dict[str, Any] | None
     seed: int
     reference: Prices
-    damage: dict[str, Annotated[float, Field(ge=-1e12, le=1e12)]]
+    damage: NotRequired[dict[str, Annotated[float, Field(ge=-1e12, le=1e12)]]]
     versions: dict[str, str]
     frontier: NotRequired[list[Point]]
-    one_more_gib: NotRequired[Finite | None]
 
 
 class Measured(TypedDict):

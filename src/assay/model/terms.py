@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +13,7 @@ from assay.model.blocks import PackedBlocks
 from assay.model.errors import InputError
 from assay.model.lattice import PackedLattice
 from assay.model.level import FORMATS, Level
+from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
 from assay.model.vectors import PackedVectors
@@ -21,7 +21,7 @@ from assay.model.vectors import PackedVectors
 SUFFIXES = (
     "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_table", "weight_global_scale",
     "weight_signs", "weight_sign_scale", "weight_mean", "weight_salient", "weight_salient_scale", "weight_packed_rest",
-    "weight_table_rest", "weight_low", "weight_places", "weight_axis",
+    "weight_table_rest", "weight_low", "weight_places", "weight_axis", "weight_g_idx",
     "weight_low_rank_out", "weight_low_rank_in", "weight_exact", "weight_exact_columns", "weight_exact_rows",
 )  # fmt: skip
 """Endings of all tensors that a compressed weight may be stored in."""
@@ -149,22 +149,10 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
     return PackedSum(level, base, factors, exact)
 
 
-def restored(name: str, stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
-    """`restore` of what may be damaged. Raises InputError naming the weight."""
-    with _trusted(name):
-        return restore(stored, level, dtype)
-
-
 def decoded(name: str, packed: Packed) -> Tensor:
     """A weight from parts that may be damaged. Raises InputError naming the weight."""
-    with _trusted(name):
-        return packed.decode()
-
-
-@contextmanager
-def _trusted(name: str) -> Iterator[None]:
     try:
-        yield
+        return packed.decode()
     except (RuntimeError, IndexError, KeyError, ValueError, TypeError, OverflowError, AssertionError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise InputError(f"{name}: its packed parts don't belong together ({reason}); download the model again") from error
@@ -172,7 +160,8 @@ def _trusted(name: str) -> Iterator[None]:
 
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:
     if level.format == "int":
-        return PackedInteger.from_tensors(stored, level)
+        codes = PackedInteger.from_tensors(stored, level)
+        return PackedOrdered.of(codes, stored["weight_g_idx"]) if "weight_g_idx" in stored else codes
     if level.format == "axis":
         return PackedAxis.from_tensors(stored, level)
     if level.format == "lattice":

@@ -25,9 +25,7 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     `lower_bound` by less than the damage that one hull step takes away. Raises InputError.
     """
     refuse_impossible(decisions, budget)
-    table = Table.of(decisions)
-    choice, left = _climb(table, budget)
-    return uniform.or_better(table, fill(decisions, table, choice, left), budget).tolist()
+    return Prepared.of(decisions, Table.of(decisions)).plan(budget).tolist()
 
 
 def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
@@ -90,7 +88,7 @@ def on_hulls(table: Table) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """Moves to a decision's next hull point, by falling gain per byte. extra: bytes; gain: nats per token."""
 
     owner: Ints
@@ -99,7 +97,7 @@ class _Steps:
     gain: Floats
 
 
-def _steps(table: Table) -> _Steps:
+def _steps(table: Table) -> Steps:
     """Those of all hulls. Of equal gain per byte: by decision, and along each hull."""
     target, slope, length = np.zeros_like(table.nbytes), np.zeros_like(table.damage), np.zeros_like(table.count)
     hulls(table.nbytes, table.damage, table.count, target, slope, length)
@@ -109,28 +107,54 @@ def _steps(table: Table) -> _Steps:
     to = target[owner, step]
     start = np.where(step > 0, target[owner, step - 1], 0)
     extra, gain = table.nbytes[owner, to] - table.nbytes[owner, start], table.damage[owner, start] - table.damage[owner, to]
-    return _Steps(owner, to, extra, gain)
+    return Steps(owner, to, extra, gain)
 
 
-def _climb(table: Table, budget: int) -> tuple[Ints, int]:
-    """(choice, bytes left) after the hull steps that fit; a decision stops at its first that doesn't."""
-    choice = np.zeros_like(table.count)
-    steps = _steps(table)
-    spent = table.bytes_of(choice) + np.cumsum(steps.extra)
-    fit = int(np.searchsorted(spent, budget, side="right"))
-    choice[steps.owner[:fit]] = steps.target[:fit]
-    left = budget - table.bytes_of(choice)
-    smallest = np.minimum.accumulate(steps.extra[fit:][::-1])[::-1].tolist()
-    rest = zip(*(x[fit:].tolist() for x in (steps.owner, steps.target, steps.extra)), smallest, strict=True)
-    blocked: set[int] = set()
-    for owner, target, extra, least in rest:
-        if least > left:
-            break
-        if owner in blocked or extra > left:
-            blocked.add(owner)
-            continue
-        choice[owner], left = target, left - extra
-    return choice, left
+@dataclass(frozen=True)
+class Prepared:
+    """A menu with all that doesn't depend on the budget, for many budgets in turn."""
+
+    decisions: Sequence[Decision]
+    table: Table
+    steps: Steps
+    flats: uniform.Flats
+
+    @classmethod
+    def of(cls, decisions: Sequence[Decision], table: Table) -> Prepared:
+        """table: that of the decisions."""
+        return cls(decisions, table, _steps(table), uniform.Flats.of(table))
+
+    def plan(self, budget: int) -> Ints:
+        """`plan` for a budget that the smallest options fit, in bytes; int64 [decisions]."""
+        choice = fill(self.decisions, self.table, *self._climb(budget))
+        return self.flats.or_better(self.table, choice, budget)
+
+    def on_hull(self, budget: int) -> Ints:
+        """The hull steps that fit up to the first that doesn't: `plan` without what the bytes left would buy."""
+        return self._first(budget)[0]
+
+    def _first(self, budget: int) -> tuple[Ints, int]:
+        choice, steps = np.zeros_like(self.table.count), self.steps
+        spent = self.table.bytes_of(choice) + np.cumsum(steps.extra)
+        fit = int(np.searchsorted(spent, budget, side="right"))
+        choice[steps.owner[:fit]] = steps.target[:fit]
+        return choice, fit
+
+    def _climb(self, budget: int) -> tuple[Ints, int]:
+        """(choice, bytes left) after the hull steps that fit; a decision stops at its first that doesn't."""
+        (choice, fit), steps = self._first(budget), self.steps
+        left = budget - self.table.bytes_of(choice)
+        smallest = np.minimum.accumulate(steps.extra[fit:][::-1])[::-1]
+        blocked: set[int] = set()
+        for i in range(fit, len(steps.extra)):
+            owner, extra = int(steps.owner[i]), int(steps.extra[i])
+            if smallest[i - fit] > left:
+                break
+            if owner in blocked or extra > left:
+                blocked.add(owner)
+                continue
+            choice[owner], left = steps.target[i], left - extra
+        return choice, left
 
 
 def fill(decisions: Sequence[Decision], table: Table, choice: Ints, left: int) -> Ints:

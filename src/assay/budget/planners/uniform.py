@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from assay.budget.menu import Decision
 from assay.budget.planners import refuse_impossible
-from assay.budget.table import Ints, Table
+from assay.budget.table import Floats, Ints, Table
 
 
 def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
@@ -23,21 +24,45 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
 
 def best(table: Table, budget: int) -> Ints:
     """`plan` on a table whose smallest options fit `budget` bytes."""
-    found = np.zeros_like(table.count)
-    merit = table.damage_of(found), table.bytes_of(found)
-    for level in range(len(table.levels)):
-        alike = at(table, level)
-        for trial in (alike, np.where(table.inside, alike, table.count - 1)):
-            size = table.bytes_of(trial)
-            if size <= budget and (table.damage_of(trial), size) < merit:
-                found, merit = trial, (table.damage_of(trial), size)
-    return found
+    return Flats.of(table).best(budget)
+
+
+@dataclass(frozen=True)
+class Flats:
+    """Every single level of a menu: first the smallest options, then each level with what lies outside the blocks and without.
+
+    choices: int64 [flats, decisions]; nbytes: int64 [flats]; damage: float64 [flats], nats per token.
+    """
+
+    choices: Ints
+    nbytes: Ints
+    damage: Floats
+
+    @classmethod
+    def of(cls, table: Table) -> Flats:
+        """Those of a table."""
+        found = [np.zeros_like(table.count)]
+        for level in np.unique(table.level).tolist():
+            alike = at(table, level)
+            found += [alike, np.where(table.inside, alike, table.count - 1)]
+        nbytes, damage = [table.bytes_of(c) for c in found], [table.damage_of(c) for c in found]
+        return cls(np.stack(found), np.array(nbytes), np.array(damage))
+
+    def best(self, budget: int) -> Ints:
+        """The one with the least damage within `budget` bytes; the smallest options where none fits."""
+        fitting = np.flatnonzero(self.nbytes <= budget)
+        order = np.lexsort((self.nbytes[fitting], self.damage[fitting]))
+        return self.choices[fitting[order[0]]] if len(fitting) else self.choices[0]
+
+    def or_better(self, table: Table, choice: Ints, budget: int) -> Ints:
+        """See the function."""
+        flat = self.best(budget)
+        return choice if table.damage_of(choice) <= table.damage_of(flat) else flat
 
 
 def or_better(table: Table, choice: Ints, budget: int) -> Ints:
     """`choice`, or the best single level that fits where that does less damage."""
-    flat = best(table, budget)
-    return choice if table.damage_of(choice) <= table.damage_of(flat) else flat
+    return Flats.of(table).or_better(table, choice, budget)
 
 
 def at(table: Table, level: int) -> Ints:

@@ -36,7 +36,6 @@ class Row:
 class Facts:
     """Everything about one result. verdict: None before `assay verify`; licence: name of the file with it."""
 
-    folder: str
     plan: Plan
     recipe: Mapping[str, Any]
     ledger: Sequence[Entry]
@@ -68,7 +67,7 @@ def read(folder: str | Path) -> Facts:
     rows = [Row(**row) for row in read_rows(notes / "sites.json", Row)]
     licence = next((p.name for p in sorted(root.iterdir()) if p.name.lower().startswith(("licen", "copying"))), None)
     return Facts(
-        root.resolve().name, Plan.load(notes / "plan.yaml"), recipe, ledger, rows, read_verdict(root), licence,
+        Plan.load(notes / "plan.yaml"), recipe, ledger, rows, read_verdict(root), licence,
     )  # fmt: skip
 
 

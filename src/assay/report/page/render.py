@@ -19,7 +19,7 @@ from assay.model.files import save_text
 from assay.report.page.facts import Facts, cells, read
 from assay.report.tables import number, size, span
 
-Curve = Sequence[Mapping[str, float]]
+Curve = Sequence[Mapping[str, Any]]
 
 
 def page(facts: Facts) -> str:
@@ -34,7 +34,9 @@ def page(facts: Facts) -> str:
         "frontier": _traces(facts, curve) if curve else [],
     }
     return _template("page.html").substitute(
-        title=escape(facts.folder), state=state, verdict=escape(verdict), loss=_loss(facts), map=_map(blocks, roles, keys, found),
+        title=f"{facts.plan.bits:.2f} bits per weight for {escape(facts.plan.engine)}",
+        state=state, verdict=escape(verdict), loss=_loss(facts),
+        map=_map(blocks, roles, keys, found),
         frontier=_frontier(facts, curve) if curve else "", counts=escape(_counts(facts)), data=_data(facts),
         again=_again(facts), licence=escape(_licence(facts)), style=_asset("page.css"), script=_asset("page.js"),
         facts=json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c"), plotly=_library() if curve else "",
@@ -106,10 +108,10 @@ def _map(
 
 def _traces(facts: Facts, curve: Curve) -> list[dict[str, Any]]:
     plan, kl = facts.plan, (facts.verdict or {}).get("kl")
-    sizes, high, low = [p["nbytes"] for p in curve], plan.predicted_high - plan.predicted, plan.predicted - plan.predicted_low
+    sizes, high, low = [p["bytes"] for p in curve], plan.predicted_high - plan.predicted, plan.predicted - plan.predicted_low
     traces: list[dict[str, Any]] = [
         {"name": "best mix", "x": sizes, "y": [p["predicted"] for p in curve], "mode": "lines+markers"},
-        {"name": "uniform", "x": [p["uniform_nbytes"] for p in curve], "y": [p["uniform"] for p in curve],
+        {"name": "uniform", "x": [p["uniform"]["bytes"] for p in curve], "y": [p["uniform"]["predicted"] for p in curve],
          "mode": "lines+markers"},
         {"name": "this plan", "x": [plan.nbytes_tensors], "y": [plan.predicted], "mode": "markers",
          "error_y": {"type": "data", "array": [high], "arrayminus": [low]}},
@@ -121,13 +123,15 @@ def _traces(facts: Facts, curve: Curve) -> list[dict[str, Any]]:
 
 def _frontier(facts: Facts, curve: Curve) -> str:
     rows = [
-        [f"{p['bits']:.2f}", size(int(p["nbytes"])), number(p["predicted"]), size(int(p["uniform_nbytes"])), number(p["uniform"])]
-        for p in curve
+        [f"{p['bits']:.2f}", size(p["bytes"]), number(p["predicted"]), size(u["bytes"]), number(u["predicted"])]
+        for p, u in ((p, p["uniform"]) for p in curve)
     ]
     table = _table(["bits", "bytes", "best mix, KL", "uniform, bytes", "uniform, KL"], rows)
-    more = facts.recipe.get("one_more_gib")
+    more, now = facts.plan.more, number(facts.plan.predicted)
     buys = (
-        f"<p>One more GiB would take the predicted KL from {number(facts.plan.predicted)} to {number(more)}.</p>" if more else ""
+        f"<p>{size(more['bytes'])} more would take the predicted KL from {now} to {number(more['predicted'])}.</p>"
+        if more
+        else ""
     )
     return (
         '<section aria-labelledby="h-frontier"><h2 id="h-frontier">Size and quality</h2>'
@@ -159,7 +163,7 @@ def _again(facts: Facts) -> str:
     lines = [
         f"assay profile MODEL -o PROFILE{text} --tokens {calibration['tokens']} --window {calibration['window']}"
         f" --method {recipe['method']}",
-        f"assay compress MODEL --profile PROFILE --plan {facts.folder}/assay/plan.yaml -o OUT",
+        "assay compress MODEL --profile PROFILE --plan RESULT/assay/plan.yaml -o OUT",
         "assay verify OUT --against MODEL",
     ]
     versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())

@@ -1,0 +1,126 @@
+"""What every site of a model may become: its sites, what an engine's contract refuses, and the menu that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from assay.budget import menu
+from assay.budget.forecast import Forecast
+from assay.budget.menu import Decision, SiteRow
+from assay.budget.size import Budget
+from assay.engines.contract import Contract
+from assay.measure.profile import Profile
+from assay.measure.stream import StreamedModel
+from assay.methods import base, menus
+from assay.model.errors import InputError
+from assay.model.level import Level
+from assay.model.sites import Site, key_of
+
+
+def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
+    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
+    held: dict[str, list[Site]] = {}
+    for site in model.anatomy.sites.values():
+        held.setdefault(site.name, []).append(site)
+    found = []
+    for name, sites in held.items():
+        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
+        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
+        for site, start, end in zip(sites, ends, ends[1:], strict=False):
+            found.append(SiteRow(
+                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
+                site.transposed, site.expert, site.stacked,
+            ))  # fmt: skip
+    return found
+
+
+def rows_of(profile: Profile) -> list[SiteRow]:
+    """The sites of a profile."""
+    return [SiteRow(**(r | {"shape": tuple(r["shape"])})) for r in profile.index["rows"]]
+
+
+def refused(contract: Contract, row: SiteRow | Site) -> str | None:
+    """Why an engine keeps a site as it is."""
+    if row.stacked:
+        return "experts stored as one 3-D tensor"
+    return contract.refuses(row.role, row.shape, row.transposed, row.expert, row.name)
+
+
+def decisions(
+    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
+) -> list[Decision]:
+    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
+
+    Raises InputError when it has no choice.
+    """
+    forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
+
+    def price(row: SiteRow, level: Level) -> float | None:
+        known, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
+        return forecast.damage(method, level, known[wanted]) if known and wanted in known else None
+
+    return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
+
+
+def menus_of(
+    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
+) -> list[list[Decision]]:
+    """Menus of which a plan takes one: `decisions`, or one a level where the engine holds one level for the whole model.
+
+    Raises InputError when none has a choice.
+    """
+    if only or not contract.one_level:
+        return [decisions(profile, contract, method, outside, keep, only)]
+    columns = {row.shape[1] for row in rows_of(profile)}
+    levels = {x for c in columns for x in base.get(method)().levels(c) if contract.takes(x, c)}
+    found, problems = [], [InputError(f"{contract.name} can't hold what {method} makes; --engine assay can")]
+    for level in sorted(levels):
+        try:
+            found.append(decisions(profile, contract, method, outside, keep, level))
+        except InputError as error:
+            problems.append(error)
+    if not found:
+        raise problems[-1]
+    return found
+
+
+def only_level(budget: Budget) -> Level | None:
+    """The one level that a budget names, if it does."""
+    return Level.parse(budget.level) if budget.level else None
+
+
+def priced(
+    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
+    only: Level | None, price: Callable[[SiteRow, Level], float | None],
+) -> list[Decision]:  # fmt: skip
+    """`decisions` of sites whose damage at a level `price` tells, None where it is not known."""
+    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
+    reasons = {row.name: whole or refused(contract, row) for row in found}
+    offered: dict[str, list[Level]] = {}
+    prices: dict[str, dict[str, float]] = {}
+    for row in found:
+        columns = row.shape[1]
+        levels = [] if reasons[row.name] else [menus.stand_in(only, columns)] if only else kinds(columns)
+        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None)]
+        prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
+    options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
+                         contract.fused, outside, keep, contract.experts_by_role, contract.nbytes)  # fmt: skip
+    if any(len(d.options) > 1 for d in options):
+        return options
+    asked = [row.name for row in found if outside or row.block is not None]
+    if any(prices[name] for name in asked):
+        why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
+    elif any(offered[name] for name in asked):
+        wanted = f"--level {only.name}" if only else f"--method {method}"
+        why = f"the profile has no prices for that; run assay profile again with {wanted}"
+    elif all(reasons[name] for name in asked):
+        why = f"{'; '.join(sorted({str(reasons[name]) for name in asked}))}; --engine plain simulates it"
+    else:
+        example = (only or kinds(64)[0]).name
+        why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
+    raise InputError(f"nothing can be made smaller: {why}")
+
+
+def _price_kind(row: SiteRow, kind: str) -> str:
+    """Rows of an embedding or a head are not error-fed through each other."""
+    return "gptq" if row.block is None and kind == "two_sided" else kind

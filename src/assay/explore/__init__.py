@@ -1,0 +1,1 @@
+"""The explorer: a local page where budgets are dragged and plans change at once."""
