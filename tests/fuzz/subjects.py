@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
-from fuzz import mutations
-from fuzz.mutations import Mutation
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import save, text_file
+from torch import Tensor
 
 import assay
 from assay import engines
@@ -19,43 +20,68 @@ from assay.budget import plans, undo
 from assay.budget.plan import Plan
 from assay.budget.speed import Speeds
 from assay.engines.gguf import imatrix
+from assay.engines.layout import LAYOUTS
+from assay.explore.state import State
 from assay.exporting import importance
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
+from assay.methods import base
+from assay.methods.base import Statistics
 from assay.model.checkpoint import Checkpoint
-from assay.model.folder import INDEX
+from assay.model.level import Level
 from assay.report.page import facts
 from assay.report.page.render import page
+from assay.transforming import origin, steps_of
+from fuzz import mutations
+from fuzz.guard import guarded
+from fuzz.mutations import Mutation
 
 SMALL = {"tokens": 1024, "window": 32}
+INDEX = "model.safetensors.index.json"
+OWN = (("trellis3.25-channel", "trellis"), ("nf4-g32", "gptq"), ("int3-g32-asym", "gptq"))
+LIKE = ("gptq", "awq", "compressed-tensors", "compressed-tensors-w8a8")
+
+KINDS = (
+    "safetensors", "index", "config", "transform",
+    *(f"{name}{part}" for name in ("own-trellis3.25", "own-nf4", "own-int3", *LIKE, "fp8", "mxfp4", "nvfp4")
+      for part in ("", "-config")),
+    "profile", "profile-inputs", "profile-gradients", "plan", "recipe", "ledger", "sites", "verdict", "speeds", "explorer",
+    "text.txt", "text.jsonl", "imatrix.gguf", "imatrix.dat", "gguf",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Subject:
-    """A kind of file. place: where the input is put; read: all that is ever done with it; seeds: valid ones."""
+    """A kind of file. place: where the input is put; read: all that is ever done with it; also: folders that may be read too."""
 
+    root: Path
     place: Path
     read: Callable[[], object]
     mutate: Mutation
-    seeds: Sequence[bytes]
+    also: tuple[Path, ...] = ()
+
+    def damage(self, number: int, valid: bytes) -> bytes:
+        """The input of this number, the same on every machine for the same valid one."""
+        return self.mutate(Random(number), valid)
 
     def take(self, data: bytes) -> None:
-        """Put an input in its place and read it."""
+        """Put an input in its place and read it, guarded."""
         self.place.write_bytes(data)
-        self.read()
+        with guarded(self.root, self.also):
+            self.read()
 
 
 def prepare(folder: Path) -> dict[str, Subject]:
-    """All kinds, each in a folder of its own below this one."""
+    """All kinds, each in a folder of its own below this one; each place holds a valid input."""
     model, text = save("llama", folder / "m"), text_file(folder)
     assay.profile(model, folder / "p", calibration=text, **SMALL)
     assay.plan(folder / "p", bits=4.7).save(folder / "plan.yaml")
     assay.compress(model, folder / "out", plan=folder / "plan.yaml", profile=folder / "p")
     assay.verify(folder / "out", model, text=text_file(folder / "out", "a dog, a fox.\n" * 100), window=32)
     (folder / "out" / "text.txt").unlink()
-    found = _weights(folder, model) | _profiles(folder) | _results(folder, model) | _texts(folder, model)
-    return found | _gguf(folder)
+    found = _plain(folder, model) | _own(folder, model) | _layouts(folder) | _profiles(folder)
+    return found | _results(folder, model) | _texts(folder, model) | _gguf(folder)
 
 
 def _copy(folder: Path, source: str, name: str) -> Path:
@@ -67,48 +93,104 @@ def _read_all(path: Path) -> None:
     for name in checkpoint.names:
         checkpoint.shape(name), checkpoint.dtype(name), checkpoint.nbytes(name), checkpoint.kept_nbytes(name)
         checkpoint.read(name)
-    _ = checkpoint.fingerprint, checkpoint.kept_file_bytes, checkpoint.side_files()
+        if name in checkpoint.levels:
+            checkpoint.read_packed(name).decode()
+    _ = checkpoint.fingerprint, checkpoint.kept_file_bytes, checkpoint.side_files(), checkpoint.method
 
 
-def _weights(folder: Path, model: Path) -> dict[str, Subject]:
-    plain, sharded, config = (_copy(folder, "m", name) for name in ("safetensors", "index", "config"))
-    shutil.copy(plain / "model.safetensors", sharded / "one.safetensors")
-    (sharded / "model.safetensors").unlink()
-    names = sorted(Checkpoint.open(model).names)
-    (sharded / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "one.safetensors")}))
+def _plain(folder: Path, model: Path) -> dict[str, Subject]:
+    plain, sharded, config, record = (_copy(folder, "m", name) for name in ("safetensors", "index", "config", "transform"))
+    (sharded / "model.safetensors").rename(sharded / "one.safetensors")
+    (sharded / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(sorted(Checkpoint.open(model).names), "one.safetensors")})
+    )
     shutil.copy(model / "model.safetensors", folder / "cases" / "secret.safetensors")
-    found = {
-        "safetensors": Subject(
-            plain / "model.safetensors", lambda: _read_all(plain), mutations.in_header,
-            [(plain / "model.safetensors").read_bytes()],
-        ),
-        "index": Subject(sharded / INDEX, lambda: _read_all(sharded), mutations.in_json, [(sharded / INDEX).read_bytes()]),
+    (record / "assay").mkdir()
+    (record / "assay" / "transform.json").write_text(
+        json.dumps({"source": "0" * 32, "steps": [{"name": "smooth", "seed": 0}], "versions": {"torch": "2.13.0"}})
+    )
+
+    def recorded() -> None:
+        checkpoint = Checkpoint.open(record)
+        origin(checkpoint), steps_of(checkpoint)
+
+    return {
+        "safetensors": Subject(plain, plain / "model.safetensors", lambda: _read_all(plain), mutations.in_header),
+        "index": Subject(sharded, sharded / INDEX, lambda: _read_all(sharded), mutations.in_json),
         "config": Subject(
-            config / "config.json", lambda: StreamedModel(Checkpoint.open(config)), mutations.in_json,
-            [(config / "config.json").read_bytes()],
+            config, config / "config.json", lambda: StreamedModel(Checkpoint.open(config)), mutations.in_json
         ),
+        "transform": Subject(record, record / "assay" / "transform.json", recorded, mutations.in_json),
     }  # fmt: skip
-    half = _in_bfloat16(model, folder / "cases" / "half")
-    for level, method in (("trellis3.25-channel", "trellis"), ("nf4-g32", "gptq"), ("int3-g32-asym", "gptq")):
-        out = folder / "cases" / f"packed-{level.partition('-')[0]}"
+
+
+def _pair(name: str, folder: Path) -> dict[str, Subject]:
+    """The weights and the config of a compressed checkpoint."""
+    other = Path(shutil.copytree(folder, f"{folder}-config"))
+    both = _either(mutations.in_body, mutations.in_header)
+    return {
+        name: Subject(folder, folder / "model.safetensors", lambda: _read_all(folder), both),
+        f"{name}-config": Subject(other, other / "config.json", lambda: _read_all(other), mutations.in_json),
+    }
+
+
+def _own(folder: Path, model: Path) -> dict[str, Subject]:
+    """Assay's own layout: a matrix of each kind and what lies outside the blocks."""
+    half = folder / "cases" / "half"
+    shutil.copytree(model, half)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(tensors, half / "model.safetensors", {"format": "pt"})
+    found: dict[str, Subject] = {}
+    for level, method in OWN:
+        out = folder / "cases" / f"own-{level.partition('-')[0]}"
         how = {"level": level, "method": method, "engine": "assay", "calibration": folder / "text.txt"}
         assay.compress(half, out, **how, **SMALL)
-        weights = out / "model.safetensors"
-        found[out.name] = Subject(
-            weights, lambda out=out: _read_all(out), _either(mutations.in_body, mutations.in_header), [weights.read_bytes()]
-        )
-        found[f"{out.name}-config"] = Subject(
-            (again := Path(shutil.copytree(out, f"{out}-config"))) / "config.json", lambda again=again: _read_all(again),
-            mutations.in_json, [(out / "config.json").read_bytes()],
-        )  # fmt: skip
+        stored = load_file(out / "model.safetensors")
+        kept = {n: t for n, t in stored.items() if ".layers." not in n or ".0.self_attn.q_proj" in n or ".0.input" in n}
+        save_file(kept, out / "model.safetensors", {"format": "pt"})
+        found |= _pair(out.name, out)
     return found
 
 
-def _in_bfloat16(model: Path, folder: Path) -> Path:
-    """The same model, whose kept tensors our own layout stores without their redundant bits."""
-    shutil.copytree(model, folder)
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def _layouts(folder: Path) -> dict[str, Subject]:
+    """Two matrices in each layout of other programs."""
+    weights = torch.randn(2, 32, 64, generator=torch.Generator().manual_seed(0))
+    found: dict[str, Subject] = {}
+    for layout in LIKE:
+        level = Level(8, None, True) if layout.endswith("w8a8") else Level(4, 32)
+        packed = base.get("nearest")().encode(weights, level, torch.float16, Statistics())
+        names = ["a.q_proj", "a.k_proj"]
+        stored = {
+            f"{n}.{suffix}": t for n, w in zip(names, packed, strict=True) for suffix, t in LAYOUTS[layout].tensors(w).items()
+        }
+        describe = LAYOUTS[layout].config
+        assert describe is not None
+        settings = describe({f"{n}.weight": level for n in names}, [], frozenset())
+        found |= _pair(layout, _written(folder / "cases" / layout, stored, settings))
+    whole = weights[0].to(torch.float8_e4m3fn)
+    stored = {
+        "a.weight": whole,
+        "a.weight_scale_inv": torch.ones(1, 2),
+        "b.weight": whole.clone(),
+        "b.weight_scale": torch.ones(1),
+    }
+    fp8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    blocks = {"e_blocks": torch.zeros(2, 6, 3, 16, dtype=torch.uint8), "e_scales": torch.full((2, 6, 3), 127, dtype=torch.uint8)}
+    group = {"targets": ["re:.*a$"], "weights": {"num_bits": 4, "type": "float"}, "format": "nvfp4-pack-quantized"}
+    nibbles = {
+        "a.weight_packed": torch.zeros(8, 16, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 2).to(torch.float8_e4m3fn),
+        "a.weight_global_scale": torch.ones(1),
+    }  # fmt: skip
+    found |= _pair("fp8", _written(folder / "cases" / "fp8", stored, fp8))
+    found |= _pair("mxfp4", _written(folder / "cases" / "mxfp4", blocks, {"quant_method": "mxfp4"}))
+    scheme = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "format": "nvfp4-pack-quantized"}
+    return found | _pair("nvfp4", _written(folder / "cases" / "nvfp4", nibbles, scheme))
+
+
+def _written(folder: Path, stored: Mapping[str, Tensor], settings: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16", "quantization_config": settings}))
+    save_file(dict(stored), folder / "model.safetensors")
     return folder
 
 
@@ -120,6 +202,7 @@ def _profiles(folder: Path) -> dict[str, Subject]:
     index, inputs, gradients = (_copy(folder, "p", name) for name in ("profile", "profile-inputs", "profile-gradients"))
     plan, whole = folder / "cases" / "plan", Profile.open(folder / "p")
     plan.mkdir()
+    shutil.copy(folder / "plan.yaml", plan)
 
     def spend() -> None:
         measured = Profile.open(index)
@@ -139,16 +222,14 @@ def _profiles(folder: Path) -> dict[str, Subject]:
         plans.checked(whole, given := Plan.load(plan / "plan.yaml"), engines.get(given.engine))
 
     return {
-        "profile": Subject(index / "profile.json", spend, mutations.in_note, [(index / "profile.json").read_bytes()]),
+        "profile": Subject(index, index / "profile.json", spend, mutations.in_note),
         "profile-inputs": Subject(
-            inputs / "block-0000.H.safetensors", lambda: block(inputs), mutations.in_tensors,
-            [(inputs / "block-0000.H.safetensors").read_bytes()],
+            inputs, inputs / "block-0000.H.safetensors", lambda: block(inputs), mutations.in_tensors
         ),
         "profile-gradients": Subject(
-            gradients / "block-0000.G.safetensors", lambda: block(gradients), mutations.in_tensors,
-            [(gradients / "block-0000.G.safetensors").read_bytes()],
+            gradients, gradients / "block-0000.G.safetensors", lambda: block(gradients), mutations.in_tensors
         ),
-        "plan": Subject(plan / "plan.yaml", follow, mutations.in_yaml, [(folder / "plan.yaml").read_bytes()]),
+        "plan": Subject(plan, plan / "plan.yaml", follow, mutations.in_yaml, (folder / "p",)),
     }  # fmt: skip
 
 
@@ -164,11 +245,16 @@ def _results(folder: Path, model: Path) -> dict[str, Subject]:
             if "damage" in known.recipe:
                 undo.suggestions(out, original, known.recipe, 0.1)
 
-        path = out / "assay" / f"{name}.json"
-        found[name] = Subject(path, read, mutations.in_json, [path.read_bytes()])
-    speeds = folder / "cases" / "speeds.json"
+        found[name] = Subject(out, out / "assay" / f"{name}.json", read, mutations.in_json, (model,))
+    loose = folder / "cases" / "loose"
+    loose.mkdir()
+    speeds, state = loose / "speeds.json", loose / "state.json"
     Speeds({("keep", (64, 64)): 1e-3, ("int4-g32-asym", (64, 64)): 5e-4}, "here").save(speeds)
-    found["speeds"] = Subject(speeds, lambda: Speeds.load(speeds), mutations.in_json, [speeds.read_bytes()])
+    state.write_text(json.dumps({"bits": 4.5, "engine": "vllm", "context": "8k", "pins": [["0", "q", "keep"]]}))
+    found["speeds"] = Subject(loose, speeds, lambda: Speeds.load(speeds), mutations.in_json)
+    found["explorer"] = Subject(
+        loose, state, lambda: State.parse(state.read_text(encoding="utf-8", errors="replace")), mutations.in_json
+    )
     return found
 
 
@@ -176,13 +262,14 @@ def _texts(folder: Path, model: Path) -> dict[str, Subject]:
     checkpoint, place = Checkpoint.open(model), folder / "cases" / "texts"
     place.mkdir()
     rows = ['{"text": "the dog"}', '"a fox"', '{"messages": [{"role": "user", "content": "why not"}]}', '{"prompt": "over"}']
-    seeds = {"text.txt": (folder / "text.txt").read_bytes(), "text.jsonl": "\n".join(rows * 9).encode()}
+    shutil.copy(folder / "text.txt", place / "text.txt")
+    (place / "text.jsonl").write_text("\n".join(rows * 9))
 
     def read(name: str) -> Callable[[], object]:
         return lambda: windows(checkpoint, place / name, "calibration", 512, 16, 64)
 
     ways = {"text.txt": mutations.in_bytes, "text.jsonl": mutations.in_lines}
-    return {name: Subject(place / name, read(name), ways[name], [seed]) for name, seed in seeds.items()}
+    return {name: Subject(place, place / name, read(name), mutate, (model,)) for name, mutate in ways.items()}
 
 
 def _gguf(folder: Path) -> dict[str, Subject]:
@@ -193,11 +280,9 @@ def _gguf(folder: Path) -> dict[str, Subject]:
         imatrix.write(place / name, matrix)
     model = small_gguf(place / "model.gguf")
     return {
-        "imatrix.gguf": Subject(place / "i.gguf", lambda: imatrix.read(place / "i.gguf"), mutations.in_head,
-                                [(place / "i.gguf").read_bytes()]),
-        "imatrix.dat": Subject(place / "i.dat", lambda: imatrix.read(place / "i.dat"), mutations.in_bytes,
-                               [(place / "i.dat").read_bytes()]),
-        "gguf": Subject(model, lambda: _read_all(model), mutations.in_head, [model.read_bytes()]),
+        "imatrix.gguf": Subject(place, place / "i.gguf", lambda: imatrix.read(place / "i.gguf"), mutations.in_head),
+        "imatrix.dat": Subject(place, place / "i.dat", lambda: imatrix.read(place / "i.dat"), mutations.in_bytes),
+        "gguf": Subject(place, model, lambda: _read_all(model), mutations.in_head),
     }  # fmt: skip
 
 

@@ -100,7 +100,10 @@ class Checkpoint:
             return self.stored[name].shape
         if tensor.shape is not None:
             return tensor.shape
-        noted = self._raw(tensor.parts["weight_shape" if tensor.level else "shape"])
+        part = tensor.parts.get("weight_shape" if tensor.level else "shape")
+        if part is None:
+            raise InputError(f"{self.folder}: {name} is packed but nothing tells its shape; download the model again")
+        noted = self._raw(part)
         shape = tuple(noted.tolist()) if noted.ndim == 1 and not noted.is_floating_point() else (-1,)
         if min(shape, default=0) < 0 or (tensor.level and len(shape) != 2):
             raise InputError(f"{self.folder}: the stored shape of {name} is none; download the model again")

@@ -15,6 +15,7 @@ from assay.model.files import read_json
 from assay.model.ledger import Entry, Ledger
 from assay.model.schema import Calibration, Count, Finite, as_object, conform
 
+TRANSFORM = "assay/transform.json"
 DAMAGED = "not a result of assay compress, or a damaged one"
 
 
@@ -103,6 +104,19 @@ class Verdict(TypedDict):
     tokens: Count
     max_loss: Finite | None
     passed: bool
+
+
+class Transformed(TypedDict):
+    """The model that a checkpoint was transformed from, by its fingerprint, and the transforms, first to last."""
+
+    source: str
+    steps: list[dict[str, Any]]
+
+
+def read_transform(folder: Path) -> dict[str, Any] | None:
+    """How a checkpoint was transformed; None where it never was. Raises InputError for a damaged record."""
+    path = folder / TRANSFORM
+    return _read(path, Transformed) if path.exists() else None
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
@@ -19,6 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.schema import conform
+
+WEIGHTS_A_BYTE = 8
+BUFFERS = 1 << 27
+"""Bytes of tables, such as masks, that a model may have however small its files are."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +126,35 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     ]  # fmt: skip
     cls = getattr(transformers, wanted[0], None)
     kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        make = partial(cls._from_config, config, dtype=torch.float32)
+    elif kind is not None:
+        make = partial(kind.from_config, config, dtype=torch.float32, trust_remote_code=False)
+    else:
+        raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
+    _check_size(checkpoint, make)
     try:
         with init_empty_weights(include_buffers=False):
-            if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-                model = cls._from_config(config, dtype=torch.float32)
-            elif kind is not None:
-                model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-            else:
-                raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
-    except InputError:
-        raise
+            model = make()
     except Exception as error:  # whatever the model's own class makes of odd values
         raise _unusable(checkpoint, error) from error
     model.config._experts_implementation = "eager"
     return model.eval()
+
+
+def _check_size(checkpoint: Checkpoint, make: Callable[[], PreTrainedModel]) -> None:
+    """Raises InputError for a config of a far larger model than the files hold, before any memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            model = make()
+    except Exception:  # some classes can't be made without memory; odd values show when they are made with it
+        return
+    most = WEIGHTS_A_BYTE * sum(info.nbytes for info in checkpoint.stored.values())
+    count = sum(tensor.numel() for tensor in model.parameters())
+    buffers = sum(tensor.nbytes for tensor in model.buffers())
+    if count > most or buffers > most + BUFFERS:
+        problem = f"config.json describes {count} weights and {buffers} bytes of tables, far more than the files hold"
+        raise InputError(f"{checkpoint.folder}: {problem}; download it again")
 
 
 def survey(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Anatomy:
