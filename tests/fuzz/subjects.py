@@ -245,7 +245,9 @@ def _results(folder: Path, model: Path) -> dict[str, Subject]:
             if "damage" in known.recipe:
                 undo.suggestions(out, original, known.recipe, 0.1)
 
-        found[name] = Subject(out, out / "assay" / f"{name}.json", read, mutations.in_json, (model,))
+        mutate = mutations.in_note if name == "verdict" else mutations.in_json
+        (out / "assay" / "SHA256SUMS").unlink()
+        found[name] = Subject(out, out / "assay" / f"{name}.json", read, mutate, (model,))
     loose = folder / "cases" / "loose"
     loose.mkdir()
     speeds, state = loose / "speeds.json", loose / "state.json"

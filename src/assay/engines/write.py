@@ -16,12 +16,14 @@ from torch import Tensor
 
 from assay.engines.contract import Contract
 from assay.engines.layout import LAYOUTS
+from assay.model import sums
 from assay.model.checkpoint import Checkpoint
 from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.files import write_safetensors
 from assay.model.folder import INDEX, SINGLE
 from assay.model.level import Level
+from assay.model.lock import made_alone
 from assay.model.packed import Packed
 from assay.model.terms import decoded
 
@@ -55,18 +57,20 @@ def write(
 def new_folder(destination: Path) -> Iterator[Path]:
     """A hidden folder to write into, which becomes `destination`, complete and durable, or goes if anything fails."""
     partial = destination.absolute().with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
-        os.rename(partial, destination)
-        _sync(destination.absolute().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with made_alone(partial):
+        try:
+            yield partial
+            sums.write(partial)
+            for path in sorted(partial.rglob("*")):
+                _sync(path)
+            _sync(partial)
+            if destination.exists():
+                raise InputError(f"{destination} exists by now; choose another folder or remove it")
+            os.rename(partial, destination)
+            _sync(destination.absolute().parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: frozenset[str]) -> dict[str, Any]:

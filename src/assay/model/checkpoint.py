@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from assay.model import gguf_file, layouts
+from assay.model import gguf_file, layouts, memory
 from assay.model.errors import InputError
 from assay.model.files import read_json
 from assay.model.folder import INDEX, read_index, resolve, shards, stamp
@@ -221,6 +221,8 @@ class Checkpoint:
         try:
             return decode(parts)
         except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError, AssertionError) as error:
+            if memory.lacked(error):
+                raise
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError(f"{name}: its stored parts don't fit together ({reason}); download the model again") from error
 

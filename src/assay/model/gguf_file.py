@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 
+from assay.model import memory
 from assay.model.errors import InputError
 from assay.model.gguf_header import open_gguf
 from assay.model.gguf_layout import Target, depth, facts, pairs
@@ -85,6 +86,8 @@ def _reader(tensor: ReaderTensor, target: Target, place: int, dtype: torch.dtype
         try:
             return decoded()
         except (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError) as error:
+            if memory.lacked(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{tensor.name} can't be decoded ({reason}); download the file again") from error
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from assay.model.errors import InputError
-from assay.model.files import read_json
+from assay.model.files import read_json, read_note
 from assay.model.ledger import Entry, Ledger
 from assay.model.schema import Calibration, Count, Finite, as_object, conform
 
@@ -128,7 +128,11 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
 def read_verdict(folder: Path) -> dict[str, Any] | None:
     """The same for the verdict."""
     path = folder / "assay" / "verdict.json"
-    return _read(path, Verdict) if path.exists() else None
+    if not path.exists():
+        return None
+    verdict = read_note(path, DAMAGED)
+    conform(verdict, Verdict, f"{path}: {DAMAGED}")
+    return verdict
 
 
 def read_ledger(folder: Path) -> Ledger:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.schema import conform
@@ -94,6 +95,8 @@ def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
         else:
             config = AutoConfig.for_model(**checkpoint.config)
     except Exception as error:  # whatever the config's own class makes of odd values
+        if memory.lacked(error):
+            raise
         if "trust_remote_code" in str(error):
             problem = f"{checkpoint.folder}: {kind} needs code from its folder, which assay never runs"
             wanted = f"give a version of the model that transformers {transformers.__version__} opens by itself"
@@ -137,6 +140,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = make()
     except Exception as error:  # whatever the model's own class makes of odd values
+        if memory.lacked(error):
+            raise
         raise _unusable(checkpoint, error) from error
     model.config._experts_implementation = "eager"
     return model.eval()
@@ -147,8 +152,10 @@ def _check_size(checkpoint: Checkpoint, make: Callable[[], PreTrainedModel]) -> 
     try:
         with torch.device("meta"):
             model = make()
-    except Exception:  # some classes can't be made without memory; odd values show when they are made with it
-        return
+    except Exception as error:  # whatever the model's own class makes of odd values
+        if "meta" in str(error):  # a class that can't be made without memory
+            return
+        raise _unusable(checkpoint, error) from error
     most = WEIGHTS_A_BYTE * sum(info.nbytes for info in checkpoint.stored.values())
     count = sum(tensor.numel() for tensor in model.parameters())
     buffers = sum(tensor.nbytes for tensor in model.buffers())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from assay.model import memory
 from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.blocks import PackedBlocks
 from assay.model.errors import InputError
@@ -154,6 +155,8 @@ def decoded(name: str, packed: Packed) -> Tensor:
     try:
         return packed.decode()
     except (RuntimeError, IndexError, KeyError, ValueError, TypeError, OverflowError, AssertionError) as error:
+        if memory.lacked(error):
+            raise
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise InputError(f"{name}: its packed parts don't belong together ({reason}); download the model again") from error
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.budget.plan import Plan
+from assay.model import sums
 from assay.model.errors import InputError
 from assay.model.ledger import Entry
 from assay.model.notes import DAMAGED, read_ledger, read_recipe, read_rows, read_verdict
@@ -65,6 +66,7 @@ def read(folder: str | Path) -> Facts:
         raise InputError(f"{notes}: {DAMAGED} (recipe.json is missing)")
     ledger = list(read_ledger(root).entries.values())
     rows = [Row(**row) for row in read_rows(notes / "sites.json", Row)]
+    sums.check(root, notes_only=True)
     licence = next((p.name for p in sorted(root.iterdir()) if p.name.lower().startswith(("licen", "copying"))), None)
     return Facts(
         Plan.load(notes / "plan.yaml"), recipe, ledger, rows, read_verdict(root), licence,
