@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from assay.attaching import attach
     from assay.cache_pricing import cache_menu, cache_prices, price_cache
+    from assay.relu_tuning import tune_relu
     from assay.reranking import rerank
     from assay.run import (
         benchmark,
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "attach", "benchmark", "builtin_model", "cache_menu", "cache_prices", "compress", "convert", "export", "inspect", "job",
-    "list_methods", "load", "plan", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform", "verify",
+    "list_methods", "load", "plan", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform",
+    "tune_relu", "verify",
 ]  # fmt: skip
 _HOMES = {
     "attach": "attaching", "cache_menu": "cache_pricing", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",
-    "rerank": "reranking",
+    "rerank": "reranking", "tune_relu": "relu_tuning",
 }  # fmt: skip
 
 
