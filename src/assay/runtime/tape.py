@@ -106,12 +106,19 @@ class Tape:
         if self._count or self._exact.ndim == 4:
             self._exact = self._exact[index.to(self._exact.device)]
 
-    def bytes_per_slot(self) -> float:
-        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included."""
+    def bytes_per_slot(self, half: bool = False) -> float:
+        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included.
+
+        half: as in a model of 16 bits, whatever this one has.
+        """
         if not self.old:
-            return self._exact[:, :, :1].numel() * self._exact.element_size()
+            return _bytes(self._exact[:, :, :1], half)
         grown = [t for shared in self._shared[-1:] for t in shared.values()]
-        return sum(t.numel() * t.element_size() for t in [*self._tokens.values(), *grown]) / self.old
+        return sum(_bytes(t, half) for t in [*self._tokens.values(), *grown]) / self.old
+
+    def fixed_bytes(self, half: bool = False) -> float:
+        """Bytes of what maps know of all rows and heads, which doesn't grow."""
+        return sum(_bytes(t, half) for shared in self._shared[:-1] for t in shared.values())
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
@@ -132,6 +139,10 @@ class Tape:
             found.append(m.fit(x, step))
             x = m.forward(x, found[-1], where)
         return [*found, {}]
+
+
+def _bytes(x: Tensor, half: bool) -> int:
+    return x.numel() * (2 if half and x.dtype == torch.float32 else x.element_size())
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
