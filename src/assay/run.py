@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import assay.engines.load
-from assay import engines, preflight
+from assay import cached, engines, preflight
 from assay.budget import agreement, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
@@ -257,6 +257,7 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit, "texts": texts,
+        "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if recipe:

@@ -91,13 +91,17 @@ class CacheChoice:
 
     @property
     def title(self) -> str:
-        """Its type, KEYS/VALUES, or how many layers have which."""
-        kinds = [
-            f"{s.keys if s.keys == s.values else f'{s.keys}/{s.values}'}{'' if s.share == 1 else f' {s.share:g}'}"
-            for s in self.layers
-        ]
-        used = sorted({*kinds}, key=lambda k: (-kinds.count(k), k))
-        return used[0] if len(used) == 1 else ", ".join(f"{kinds.count(k)} x {k}" for k in used)
+        """See `kinds`."""
+        return kinds(self.layers)
+
+
+def kinds(layers: Sequence[Stored]) -> str:
+    """The type of a cache, KEYS/VALUES, or how many layers have which."""
+    words = [
+        f"{s.keys if s.keys == s.values else f'{s.keys}/{s.values}'}{'' if s.share == 1 else f' {s.share:g}'}" for s in layers
+    ]
+    used = sorted({*words}, key=lambda k: (-words.count(k), k))
+    return used[0] if len(used) == 1 else ", ".join(f"{words.count(k)} x {k}" for k in used)
 
 
 def save(folder: Path, prices: Iterable[CachePrice], facts: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from assay.model.level import Level
 CACHE_SPREAD = 0.35
 """Standard deviation of log(measured / predicted) of a cache's loss (benchmarks/joint.py)."""
 SHORTLIST = 8
+SAID = "; weights and cache together "
 MANY = 20_000
 Divide = Callable[[Sequence[Decision], int], list[int]]
 
@@ -146,20 +147,31 @@ def back(options: Sequence[Decision], costed: Sequence[Decision], choice: Sequen
 
 
 def with_cache(plan: Plan, cache: CacheChoice, tried: Sequence[Split] = ()) -> Plan:
-    """A plan that says what becomes of the cache: a line a layer, its loss, that of weights and cache with its interval.
+    """A plan that says what becomes of the cache: a line a layer, and its loss.
 
     tried: splits of the same budget; those with one cache for all layers are named with their loss.
     """
-    narrow, wide = (cache.nats * abs(math.expm1(sign * 1.96 * CACHE_SPREAD)) for sign in (-1, 1))
     alone = {s.cache.title: s.loss for s in tried if len({*s.cache.layers}) == 1 and s.cache.evict is None}
-    expected = plan.predicted + cache.nats
+    stated = {"layers": [str(one) for one in cache.layers], "evict": cache.evict, "nats": cache.nats, "alone": alone}
+    return joined(dataclasses.replace(plan, cache=stated))
+
+
+def joined(plan: Plan) -> Plan:
+    """A plan whose cache says the loss of weights and cache together, from that of the weights as it is now."""
+    if not plan.cache:
+        return plan
+    nats = float(plan.cache["nats"])
+    narrow, wide = (nats * abs(math.expm1(sign * 1.96 * CACHE_SPREAD)) for sign in (-1, 1))
+    expected = plan.predicted + nats
     found = {
-        "layers": [str(one) for one in cache.layers], "evict": cache.evict, "nats": cache.nats, "predicted": expected,
+        "predicted": expected,
         "predicted_low": expected - math.hypot(plan.predicted - plan.predicted_low, narrow),
-        "predicted_high": expected + math.hypot(plan.predicted_high - plan.predicted, wide), "alone": alone,
+        "predicted_high": expected + math.hypot(plan.predicted_high - plan.predicted, wide),
     }  # fmt: skip
-    said = f"{plan.sentence}; with the cache ({cache.title}) {expected:.4f}" if cache.nats else plan.sentence
-    return dataclasses.replace(plan, cache=found, sentence=said)
+    said = plan.sentence.partition(SAID)[0]
+    if nats:
+        said += f"{SAID}{expected:.4f} ({found['predicted_low']:.4f} to {found['predicted_high']:.4f})"
+    return dataclasses.replace(plan, cache=dict(plan.cache) | found, sentence=said)
 
 
 def loss_of(plan: Plan) -> float:

@@ -335,8 +335,8 @@ def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str
     made = _assemble(profile, budget, contract, plan.method, options, list(found), limit, None, cache)
     made = joint.with_cache(made, cache) if cache else made
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
-    return dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
-                               sentence=_sentence(expected, low, high, made.uniform))  # fmt: skip
+    return joint.joined(dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
+                                            sentence=_sentence(expected, low, high, made.uniform)))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:
@@ -387,8 +387,8 @@ def polished(plan: Plan, polish: Mapping[str, Any]) -> Plan:
     if not polish["used"]:
         return dataclasses.replace(plan, sentence=f"{plan.sentence}; polishing didn't lower {before:.4f} on held-out text")
     ratio = after / before
-    return dataclasses.replace(
+    return joint.joined(dataclasses.replace(
         plan, predicted=ratio * plan.predicted, predicted_low=ratio * plan.predicted_low,
         predicted_high=ratio * plan.predicted_high,
         sentence=f"{plan.sentence}; polished on held-out text from {before:.4f} to {after:.4f}",
-    )  # fmt: skip
+    ))  # fmt: skip
