@@ -15,7 +15,7 @@ import torch
 
 import assay.engines.load
 from assay import cached, engines, preflight
-from assay.budget import agreement, offers, plans, presets, sensitivity, undo
+from assay.budget import agreement, joint, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
@@ -192,7 +192,8 @@ def compress(
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
+    least = joint.undecided(profile, limits)
+    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep, uniform, least)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     by = preflight.handling(streamed, window, memory.available())

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from assay.budget import caches, serving
@@ -54,6 +55,14 @@ def menu_of(profile: Profile, budget: Budget, contract: Contract) -> CacheMenu |
     assert budget.load is not None
     serving.check(needs, budget.load)
     return CacheMenu.of(prices, needs, budget.load, contract.name)
+
+
+def undecided(folder: str | Path | None, budget: Budget) -> CacheChoice | None:
+    """The least cache that a budget of memory may choose from a profile with prices; None where nothing is to choose."""
+    free = budget.memory is not None and budget.cache in (None, AUTO)
+    if folder is None or not free or caches.load(Path(folder)) is None:
+        return None
+    return CacheChoice((Stored(),), None, 0, 0.0)
 
 
 def choices(menu: CacheMenu, budget: Budget) -> list[CacheChoice]:

@@ -11,7 +11,7 @@ from assay.budget import joint, planners, serving
 from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
-from assay.budget.offers import decisions, menus_of, only_level, priced, rows, rows_of
+from assay.budget.offers import decisions, menus_of, only_level, priced, roughly, rows, rows_of
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget, parse_size
@@ -37,17 +37,23 @@ class Outlook:
     stays: list[str]
 
 
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> Outlook:
+def outlook(
+    model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str], uniform: bool = False,
+    cache: CacheChoice | None = None,
+) -> Outlook:  # fmt: skip
     """What the result will be within a budget, told before anything is measured.
 
-    For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
+    For a bound on the loss the fewest bytes that are possible. uniform: one level, taken by how well it holds a few weights;
+    cache: the one that memory is left for, if not the budget's. Raises InputError for what no measurement can make possible.
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
-    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
+    worth = roughly(model) if uniform else lambda row, level: 0.0
+    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, worth)
     whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
     fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
     if budget.bounds_bytes:
-        taken = min(_limit(budget, contract, options, whole, footprint(model)), most)
+        limit = min(_limit(budget, contract, options, whole, footprint(model), cache), most)
+        taken = _totals(options, planners.get("uniform").plan(options, limit))[1] if uniform else limit
     free = {site for d in options if len(d.options) > 1 for site in d.sites}
     return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
 
