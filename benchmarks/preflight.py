@@ -81,7 +81,8 @@ def line(row: dict[str, Any]) -> list[str]:
     told, were = row["told_seconds"] * row["busy"], row["seconds"] * row["busy_run"]
     return [
         row["name"], f"{row['told_memory'] / MIB:.0f}", f"{row['memory'] / MIB:.0f}", ratio(row["told_memory"], row["memory"]),
-        f"{row['told_seconds']:.0f}", f"{row['seconds']:.0f}", ratio(row["told_seconds"], row["seconds"]), f"{told:.0f}", f"{were:.0f}", ratio(told, were),
+        f"{row['told_seconds']:.0f}", f"{row['seconds']:.0f}", ratio(row["told_seconds"], row["seconds"]),
+        f"{told:.0f}", f"{were:.0f}", ratio(told, were),
         f"{row['told_bytes']:,}", f"{row['bytes']:,}", f"{100 * (row['told_bytes'] / row['bytes'] - 1):+.3f}%",
         f"{row['rehearsal']:.0f}",
     ]  # fmt: skip
@@ -98,7 +99,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     given = parser.parse_args()
     work, rows = work_folder(given.out), []
-    header = ("run", "memory told, MiB", "was", "ratio", "seconds told", "were", "ratio", "CPU seconds told", "were", "ratio", "bytes told", "were",
+    header = ("run", "memory told, MiB", "was", "ratio", "seconds told", "were", "ratio", "CPU seconds told", "were", "ratio",
+              "bytes told", "were",
               "off", "rehearsal, s")  # fmt: skip
     for name in given.only:
         rows.append(both(name, work, given.threads))
