@@ -10,9 +10,12 @@ from typing import Any, Protocol
 from assay.engines.serving import SERVERS, CacheType, Server, server
 from assay.measure.footprint import Footprint
 from assay.model.errors import InputError
+from assay.runtime.tape import DECODED_AT_ONCE
 
 WORK_ITEMSIZE = 2
 LOGITS_ITEMSIZE = 4
+PART_ITEMSIZE = 14
+"""Of what decoding a part of a cache takes at its widest: 13.3 bytes a number measured, where keys have a low rank."""
 DEFAULT_CACHE = "fp16"
 
 
@@ -93,8 +96,9 @@ def activation_bytes(footprint: Footprint, load: Load, by: Server, packed: bool 
     inside = WORK_ITEMSIZE * tokens * (4 * footprint.hidden + 3 * footprint.intermediate)
     rows = tokens if by.logits == "token" else load.batch
     matrix = footprint.hidden * max(footprint.intermediate, footprint.vocabulary)
-    layer = max((x.keys + x.values for x in footprint.layers), default=0) * load.context * load.batch if packed else 0
-    return max(inside, LOGITS_ITEMSIZE * rows * footprint.vocabulary) + by.decoded * (matrix + layer)
+    held = max((x.keys + x.values for x in footprint.layers), default=0) * load.context * load.batch if packed else 0
+    layer = WORK_ITEMSIZE * held + PART_ITEMSIZE * min(held, DECODED_AT_ONCE) if by.decoded else 0
+    return max(inside, LOGITS_ITEMSIZE * rows * footprint.vocabulary) + by.decoded * matrix + layer
 
 
 def room(footprint: Footprint, load: Load, engine: str, memory: int, cache: CacheBytes | None = None) -> int:

@@ -32,8 +32,8 @@ class Server:
     it caches the latent vector of multi-head latent attention; overhead: bytes of everything else, and their basis;
     flags: the command-line options that keep it to this, {context}, {batch}, {total}, {cache} or {keys} and {values} filled
     in; alike: what must have one cache type, "all" keys and values of all layers, "sides" the keys of all layers and the
-    values of all layers, "none"; embeds: whether a compressed embedding stays so; decoded: bytes for each element of what is
-    decoded while it runs, the largest matrix and the cache of one layer.
+    values of all layers, "none"; embeds: whether a compressed embedding stays so; decoded: bytes for each element of the
+    largest matrix, where it decodes matrices and caches while it runs.
     """
 
     packed: bool

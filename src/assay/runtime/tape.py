@@ -12,6 +12,8 @@ from assay.runtime.codecs import Codec, Map, Plain, Side, Tensors
 
 ROOM = 32
 """Slots that a tape grows by when single tokens come."""
+DECODED_AT_ONCE, LEAST_AT_ONCE = 1 << 17, 64
+"""Numbers that are decoded together, and slots at least."""
 
 
 class Tape:
@@ -51,10 +53,31 @@ class Tape:
         recent = self._exact[:, :, : self._count]
         if not self.old:
             return recent
-        old = self._codec().decode(self._tokens, self._shared[-1], self._width, self._exact.dtype)
+        first = self._decoded(where, 0, self._at_once())
+        if first.shape[2] == self.old:
+            return torch.cat([first, recent], 2)
+        # in parts, because decoding takes several times the memory of its result
+        whole = first.new_empty(*first.shape[:2], len(self), first.shape[3])
+        whole[:, :, : first.shape[2]] = first
+        for start in range(first.shape[2], self.old, first.shape[2]):
+            part = self._decoded(where, start, start + first.shape[2])
+            whole[:, :, start : start + part.shape[2]] = part
+        whole[:, :, self.old :] = recent
+        return whole
+
+    def _decoded(self, where: Tensor, start: int, stop: int) -> Tensor:
+        """Stored slots from `start` to `stop`, [B, H, slots, D]."""
+        stop = min(stop, self.old)
+        tokens = {name: t[:, :, start:stop] for name, t in self._tokens.items()}
+        x = self._codec().decode(tokens, self._shared[-1], self._width, self._exact.dtype)
         for m, shared in reversed(self._maps()):
-            old = m.backward(old, shared, where[:, : self.old])
-        return torch.cat([old, recent], 2)
+            x = m.backward(x, shared, where[:, start:stop])
+        return x
+
+    def _at_once(self) -> int:
+        """Slots that are decoded together."""
+        rows, heads, _, width = self._exact.shape
+        return max(LEAST_AT_ONCE, DECODED_AT_ONCE // (rows * heads * width))
 
     def store(self, step: Step, where: Tensor, empty: Tensor | None = None) -> None:
         """Move the tokens that are ready from exact to stored; empty: bool [B, H or 1, slots], slots that hold nothing."""
