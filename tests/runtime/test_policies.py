@@ -230,7 +230,7 @@ def test_a_cache_of_codes_reads_the_same_in_blocks(monkeypatch: pytest.MonkeyPat
     found, ids = model(), text(2, 110)
     results = []
     for size in (1 << 18, 1):
-        monkeypatch.setattr("assay.runtime.tape.AT_ONCE", size)
+        monkeypatch.setattr("assay.runtime.tape.DECODED_AT_ONCE", size)
         with assay.attach(found, "kivi", bits=4, group=8, residual=8):
             results.append(run(found, ids, prompt=100)[0])
     torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-5)

@@ -199,6 +199,29 @@ def _groups(codes: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) ->
     return torch.addcmul(low.float()[..., None], parts, scale.float()[..., None]).flatten(-2)
 
 
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """llama.cpp's cache types of 8 or 4 bits, q8_0 and q4_0: a 16-bit scale for 32 consecutive channels of a token."""
+
+    bits: int
+    block: int = 32
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`. Four bits reach one step further on the side of the largest number."""
+        parts, half = x.float().unflatten(-1, (-1, fitting(self.block, x.shape[-1]))), 1 << self.bits - 1
+        largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+        exact = largest.abs() / 127 if self.bits == 8 else -largest / half
+        scale = storable(exact, torch.float16)
+        codes = (parts * torch.where(exact == 0, 0.0, 1 / exact)).round().clamp(1 - half if self.bits == 8 else -half, half - 1)
+        return {"codes": pack((codes + half).to(torch.uint8).flatten(-2), self.bits), "scale": scale[..., 0]}, shared
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        codes = unpack(tokens["codes"], self.bits, width).float() - (1 << self.bits - 1)
+        scale = tokens["scale"].float()
+        return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2).to(dtype)
+
+
 def affine(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and lowest value of x along an axis, which is kept with length 1, in x's dtype (float16 for float32).
 

@@ -11,7 +11,8 @@ from assay.runtime.attention import Step
 from assay.runtime.codecs import Codec, Map, Plain, Side, Tensors
 from assay.runtime.grown import Away, Grown, gather
 
-AT_ONCE = 1 << 18
+DECODED_AT_ONCE = 1 << 18
+"""Numbers that are decoded together: they stay in a processor's cache, and take several times the memory while they are."""
 
 
 class Tape:
@@ -39,7 +40,7 @@ class Tape:
 
     def read(self, where: Tensor) -> Tensor:
         """All slots [B, H, slots, D]; where: int [B, slots or 1] text positions of them."""
-        return torch.cat([self._decoded(slice(0, self.old), where), self.exact], 2) if self.old else self.exact
+        return torch.cat([*(self._decoded(b, where) for b in self._blocks()), self.exact], 2) if self.old else self.exact
 
     def take(self, index: Tensor, where: Tensor) -> Tensor:
         """Some slots [B, H, n, D]; index: int [B, H, n]."""
@@ -111,12 +112,19 @@ class Tape:
             grown.rows(index)
         self._shared = [{n: t[index.to(t.device)] for n, t in s.items()} for s in self._shared]
 
-    def bytes_per_slot(self) -> float:
-        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included."""
+    def bytes_per_slot(self, half: bool = False) -> float:
+        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included.
+
+        half: as in a model of 16 bits, whatever this one has.
+        """
         if not self.old:
-            return self.exact[:, :, :1].nbytes
+            return _bytes(self.exact[:, :, :1], half)
         grown = [t for shared in self._shared[-1:] for t in shared.values()]
-        return sum(t.nbytes for t in [*(x.view for x in self._tokens.values()), *grown]) / self.old
+        return sum(_bytes(t, half) for t in [*(x.view for x in self._tokens.values()), *grown]) / self.old
+
+    def fixed_bytes(self, half: bool = False) -> float:
+        """Bytes of what maps know of all rows and heads, which doesn't grow."""
+        return sum(_bytes(t, half) for shared in self._shared[:-1] for t in shared.values())
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
@@ -126,7 +134,7 @@ class Tape:
 
     def _blocks(self) -> Iterator[slice]:
         """Stored slots, so many at a time that their numbers stay in a processor's cache."""
-        size = max(AT_ONCE // (self.exact.shape[0] * self.exact.shape[1] * self.exact.shape[3]), 64)
+        size = max(DECODED_AT_ONCE // (self.exact.shape[0] * self.exact.shape[1] * self.exact.shape[3]), 64)
         yield from (slice(start, min(start + size, self.old)) for start in range(0, self.old, size))
 
     def _codes(self, block: slice) -> Tensor:
@@ -157,6 +165,10 @@ class Tape:
             found.append(m.fit(x, step))
             x = m.forward(x, found[-1], where)
         return [*found, {}]
+
+
+def _bytes(x: Tensor, half: bool) -> int:
+    return x.numel() * (2 if half and x.dtype == torch.float32 else x.element_size())
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
