@@ -225,7 +225,7 @@ def compress(
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
-        report = hand_over(streamed, chosen, measured, contract, results, destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
         write_report(destination)
         shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
