@@ -72,6 +72,7 @@ function show() {
   $("f-bits").textContent = plan.bits.toFixed(3);
   $("f-size").textContent = `${bytes(plan.nbytes)} of ${bytes(facts.source_bytes)}`;
   $("f-kl").textContent = span(plan);
+  $("brief").textContent = `${bytes(plan.nbytes)}, KL ${number(plan.predicted)}`;
   $("f-uniform").textContent = `${plan.uniform.level}: ${number(plan.uniform.predicted)}`;
   const serving = plan.serving;
   $("f-cache").textContent = !serving ? "give a context" : serving.error ? "-" : bytes(serving.bytes.cache);
