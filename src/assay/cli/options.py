@@ -33,7 +33,13 @@ Context = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Sequences served at once; 1 if not given.")]
 Cache = Annotated[
-    str | None, typer.Option("--cache", metavar="TYPE", help="How keys and values are stored: fp16, fp8, int8 or int4.")
+    str | None,
+    typer.Option(
+        "--cache", metavar="TYPE|auto", help="How keys and values are stored, like fp8; auto divides --memory over both."
+    ),
+]
+Evict = Annotated[
+    str | None, typer.Option("--evict", metavar="NAME", help="Let the plan drop tokens: snapkv or streaming_llm; loses facts.")
 ]
 Latency = Annotated[float | None, typer.Option("--latency", metavar="MS", help="Bound on the time of one token; needs --speeds.")]
 TokensPerSecond = Annotated[

@@ -28,7 +28,7 @@ Select = Annotated[
 Target = Annotated[
     str | None, typer.Option("--target", metavar="FILE", help="Your own text: what dsir looks for, and is compared with.")
 ]
-Cache = Annotated[bool, typer.Option("--cache", help="Price keys and values of every layer too; loads the whole model.")]
+Cache = Annotated[bool, typer.Option("--cache", help="Price the cache of every layer too, for --memory; loads the whole model.")]
 
 
 @command(resumes=True)
@@ -49,7 +49,9 @@ def run(
         levels=level or (), token_weights=token_weights, select=select, target=target, progress=listener(progress),
     )  # fmt: skip
     if cache:
-        assay.price_cache(assay.builtin_model() if model == "builtin" else model, measured.folder, calibration)
+        assay.price_cache(
+            assay.builtin_model() if model == "builtin" else model, measured.folder, calibration, listener(progress)
+        )
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     facts["target"] = measured.index["target"]
     return Answer(facts, lambda: tables.profiled(facts))
