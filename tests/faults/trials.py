@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -287,26 +288,44 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.base = folder, folder / "base"
+        self.undisturbed: dict[str, tuple[dict[str, str], float]] = {}
         prepare(self.base)
-        self.wanted: dict[str, dict[str, str]] = {}
-        self.seconds: dict[str, float] = {}
-        for name, step in STEPS.items():
-            for _ in range(2):
-                room = copy(self.base, folder / name)
-                begun = perf_counter()
-                code, said = start(step, room).wait()
-                if code:
-                    raise Lost(f"{name} undisturbed: exit {code}: {said}")
-                self.seconds[name], self.wanted[name] = perf_counter() - begun, hashes(room, step)
-                shutil.rmtree(room)
 
     def trial(self, kind: str, step: str, number: int) -> str:
-        """One trial; the same number is the same fault, at about the same moment."""
+        """One trial; the same number is the same fault, at about the same moment. Raises Lost."""
+        wanted, seconds = self.undisturbed.get(step) or self._undisturbed(step)
         room = copy(self.base, self.folder / "room")
-        case = Case(STEPS[step], room, self.wanted[step], self.seconds[step], Random(f"{kind}:{step}:{number}"))
+        case = Case(STEPS[step], room, wanted, seconds, Random(f"{kind}:{step}:{number}"))
         try:
             return ALL[kind][0](case)
         finally:
-            shutil.rmtree(room, ignore_errors=True)
-            for path in (*self.folder.glob("room.*"),):
+            for path in self.folder.glob("room*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _undisturbed(self, name: str) -> tuple[dict[str, str], float]:
+        room = copy(self.base, self.folder / "room")
+        begun = perf_counter()
+        code, said = start(STEPS[name], room).wait()
+        if code:
+            raise Lost(f"{name} undisturbed: exit {code}: {said}")
+        self.undisturbed[name] = hashes(room, STEPS[name]), perf_counter() - begun
+        shutil.rmtree(room)
+        return self.undisturbed[name]
+
+
+def serve(folder: Path) -> None:
+    """Answers lines of kind, step and number, separated by tabs, with what came of that trial.
+
+    For programs that have threads: trials fork, which only a process without threads may do.
+    """
+    bench = Bench(folder)
+    for line in sys.stdin:
+        kind, step, number = line.rstrip("\n").split("\t")
+        try:
+            print("ok", bench.trial(kind, step, int(number)), flush=True)
+        except Lost as error:
+            print("LOST", " ".join(str(error).split()), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
