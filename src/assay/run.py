@@ -317,7 +317,7 @@ def list_methods() -> list[dict[str, Any]]:
 def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
+    folder = work / f"profile-{_digest(f'{open_model(model).fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [budget.level] if budget.level else []
     return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
 
