@@ -11,6 +11,18 @@ from assay.model.checkpoint import Checkpoint
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Keeps products of float32 in float32, whatever `torch.set_float32_matmul_precision` allows outside."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
 def stored_precision(checkpoint: Checkpoint) -> Iterator[None]:
     """Lets a CPU with bf16 units round the factors of a product to bf16, with sums still in float32.
 
