@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from assay.measure.precision import full_precision
 from assay.measure.stream import BATCH_TOKENS, StreamedModel
 from assay.measure.text import Windows
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.precision import float32_products
 from assay.model.progress import Progress
 from assay.prove.divergence import Candidate, Scores, compare
 
@@ -41,7 +41,7 @@ def judged(
         reference, candidate = (
             StreamedModel(c, batch_tokens=size * length, compute=COMPUTE[compute]) for c in (original, result)
         )
-        with full_precision():
+        with float32_products():
             runs.append(compare(reference, {"out": Candidate(candidate)}, windows, progress)["out"])
     found: dict[str, Any] = runs[0].summary() | {"compute": compute, "batches": None}
     if sizes:
