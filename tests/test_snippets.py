@@ -19,7 +19,7 @@ from assay.cli.main import app
 FIRST = "tutorial"
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 ALIASES = {"convert": "export"}
-FEW = 1024
+FEW = 512
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 
 
