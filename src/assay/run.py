@@ -44,8 +44,8 @@ from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
-from assay.prove.divergence import Candidate, compare
-from assay.report.page.render import write as write_report
+from assay.prove import repeat
+from assay.report.page.render import write as write_page
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 
@@ -226,8 +226,8 @@ def compress(
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
-        report = hand_over(streamed, chosen, measured, contract, results, destination)
-        write_report(destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
+        write_page(destination)
         shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
@@ -237,10 +237,14 @@ def compress(
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, progress: Progress | None = None,
+    window: int | None = None, compute: str = "float32", batches: Sequence[int] = (), progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw."""
+    """Measure a result against its original on text that calibration never saw.
+
+    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures.
+    """
     progress = progress or Silent()
+    repeat.check(compute, batches)
     result, original = open_model(out), StreamedModel(open_model(against))
     sums.check(result.folder)
     recipe = read_recipe(result.folder)
@@ -251,9 +255,9 @@ def verify(
     if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
     texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
-    scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
+    scores = repeat.judged(original.checkpoint, result, judge, compute, batches, progress)
     predicted = (recipe or {}).get("predicted", {})
-    kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
+    kl = scores.pop("kl") | {
         "predicted": predicted.get("kl"), "predicted_low": predicted.get("low"), "predicted_high": predicted.get("high"),
     }  # fmt: skip
     limit = predicted.get("max_loss")
@@ -268,7 +272,7 @@ def verify(
         with alone(result.folder):
             save_note(result.folder / "assay" / "verdict.json", verdict)
             if "damage" in recipe:
-                write_report(result.folder)
+                write_page(result.folder)
     return verdict
 
 
@@ -298,9 +302,9 @@ def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
 convert = export
 
 
-def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
+def write_report(out: str | Path, destination: str | Path) -> dict[str, Any]:
     """Write one page about a result, which opens in any browser without a network."""
-    page = write_report(out, destination)
+    page = write_page(out, destination)
     return {"report": str(page), "bytes": page.stat().st_size}
 
 
@@ -317,7 +321,7 @@ def list_methods() -> list[dict[str, Any]]:
 def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
+    folder = work / f"profile-{_digest(f'{open_model(model).fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [budget.level] if budget.level else []
     return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
 

@@ -24,6 +24,7 @@ from assay.cli.options import (
     Method,
     Model,
     Output,
+    Planner,
     ProgressKind,
     Shown,
     Size,
@@ -44,7 +45,6 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
 ]
-Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only rehearse on two blocks: print memory, disk, size and time, and write nothing.")
