@@ -20,7 +20,7 @@ FLOORS = {
     "methods": 2, "prove": 2,
     "budget": 3,
     "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "reranking": 4, "report": 4,
-    "handover": 5, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "contest": 5,
+    "handover": 5, "calibrated": 4, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "contest": 5,
     "explore": 5,
     "run": 6, "": 6,
     "cli": 7, "__main__": 8,

@@ -23,6 +23,7 @@ from assay.budget.size import Budget
 from assay.budget.speed import Speeds
 from assay.budget.speed import benchmark as measure_speeds
 from assay.budget.sweep import STEP, frontier
+from assay.calibrated import calibrated
 from assay.contest import blocks_folder, solve_better
 from assay.engines.write import check_space
 from assay.evolving import check as check_search
@@ -213,6 +214,7 @@ def compress(
         chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
     else:
         chosen = plans.checked(measured, given, contract)
+    calibrated(streamed, measured, contract, chosen.levels, limits.cache)
     twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
     ordered = best if sequential is None else sequential
     chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)

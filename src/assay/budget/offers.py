@@ -101,7 +101,7 @@ def priced(
     for row in found:
         columns = row.shape[1]
         levels = [] if reasons[row.name] else [menus.stand_in(only, columns)] if only else kinds(columns)
-        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None)]
+        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None, row.shape[0])]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
                          contract.fused, outside, keep, contract.experts_by_role, contract.nbytes)  # fmt: skip

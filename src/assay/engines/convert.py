@@ -127,7 +127,7 @@ def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level]
         site = sites.get(name)
         role, expert = (site.role, site.expert) if site else ("", None)
         reason = whole or contract.refuses(role, (rows, columns), source.turned(name), expert, name)
-        if reason is None and not contract.takes(level, columns, expert is not None):
+        if reason is None and not contract.takes(level, columns, expert is not None, rows):
             reason = f"{contract.name} has no {level.name}"
         if reason is None and not LAYOUTS[contract.layout].ordered and _scattered(source, name):
             reason = f"{contract.name} wants neighbouring inputs in a group"

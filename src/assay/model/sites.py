@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
-from typing import Any
 
 import torch
 import transformers
@@ -16,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from assay.model.arch import facts
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 
@@ -70,12 +67,6 @@ class Anatomy:
     def block_sites(self, block: int) -> list[Site]:
         """Sites of one block, in the order of the model."""
         return [s for s in self.sites.values() if s.block == block]
-
-
-@cache
-def facts() -> dict[str, Any]:
-    """The table of families."""
-    return json.loads(resources.files("assay.model.arch").joinpath("families.json").read_text())
 
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
