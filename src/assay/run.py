@@ -44,6 +44,7 @@ from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
 from assay.prove.divergence import Candidate, compare
+from assay.prove.tasks import Tasks, compared
 from assay.report.page.render import write as write_report
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
@@ -230,16 +231,17 @@ def compress(
     shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
-        raise ShortfallError(f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json")
+        found = f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json"
+        raise ShortfallError(f"{found} (more --tokens reach more experts)" if streamed.anatomy.has_experts else found)
     return report | {"seconds": perf_counter() - started, "peak_rss_bytes": memory.peak()}
 
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, progress: Progress | None = None,
+    window: int | None = None, tasks: Sequence[str] = (), limit: int | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw."""
-    progress = progress or Silent()
+    """Measure a result against its original on text that calibration never saw; and on `limit` examples of lm-eval's tasks."""
+    progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
     result, original = open_model(out), StreamedModel(open_model(against))
     recipe = _recipe(result.folder)
     if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
@@ -261,6 +263,8 @@ def verify(
         "passed": limit is None or kl["measured"] <= limit, "texts": texts,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
+    if examined:
+        verdict["tasks"] = compared(result, original.checkpoint, examined)
     if recipe:
         save_json(result.folder / "assay" / "verdict.json", verdict)
     if recipe and "damage" in recipe:

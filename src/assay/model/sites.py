@@ -64,6 +64,11 @@ class Anatomy:
     parameters: dict[str, tuple[str, ...]] = field(repr=False)
     tied: bool = False
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are shared out among experts."""
+        return any(site.expert is not None for site in self.sites.values())
+
     def block_sites(self, block: int) -> list[Site]:
         """Sites of one block, in the order of the model."""
         return [s for s in self.sites.values() if s.block == block]

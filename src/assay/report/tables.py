@@ -49,7 +49,25 @@ def verdict(found: Facts) -> Group:
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(table, *undo, *_texts(found.get("texts")), f"{'passed' if found['passed'] else 'missed'}: {bound}")
+    return Group(
+        table,
+        *undo,
+        *_tasks(found.get("tasks")),
+        *_texts(found.get("texts")),
+        f"{'passed' if found['passed'] else 'missed'}: {bound}",
+    )
+
+
+def _tasks(found: Mapping[str, Facts] | None) -> list[Table]:
+    """Scores on tasks, the difference with its interval."""
+    if not found:
+        return []
+    table = Table("task", "metric", "examples", "original", "compressed", "difference", title="lm-eval", title_justify="left")
+    for task, metrics in found.items():
+        for metric, row in metrics.items():
+            change = span(row["difference"], row["low"], row["high"])
+            table.add_row(task, metric, str(row["examples"]), number(row["original"]), number(row["compressed"]), change)
+    return [table]
 
 
 def _restorations(found: Sequence[Facts]) -> Table:
