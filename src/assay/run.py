@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import assay.engines.load
 from assay import engines, preflight
 from assay.budget import agreement, offers, plans, presets, sensitivity, undo
+from assay.budget.holding import check_held
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
@@ -158,13 +160,13 @@ def benchmark(source: str | Path, out: str | Path) -> Speeds:
 def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
-    engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
+    engine: str | None = None, keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
     sequential: bool | None = None, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
     dry_run: bool = False, progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
-    budget: see `Budget`; none where a plan is given.
+    budget: see `Budget`; none where a plan is given. engine: of the plan, else transformers, where none is named.
     sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
     planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
     two blocks and say what it will take.
@@ -185,7 +187,7 @@ def compress(
     )
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
-    contract = engines.get(given.engine if given else engine)
+    contract = engines.get(engine or (given.engine if given else "transformers"))
     best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
     limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
@@ -194,6 +196,8 @@ def compress(
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
+        check_held(given, streamed, contract)
+        given = replace(given, engine=contract.name)
     ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
