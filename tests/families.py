@@ -55,7 +55,7 @@ WRITTEN: dict[str, dict[str, Any]] = SETTINGS | {
     "qwen2_moe": _COMMON | _MOE | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
     "olmoe": _COMMON | _MOE | {"num_experts": 4},
 }
-"""Twenty families that every writer is run on."""
+"""Families that every writer is run on, twenty of them language models."""
 CAUSAL = tuple(f for f in FAMILIES if f not in ("bert", "vit"))
 
 
