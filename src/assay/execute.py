@@ -16,10 +16,11 @@ from torch import Tensor
 
 from assay.budget.plan import Plan
 from assay.budget.probe import batched, statistics
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
 from assay.measure.experts import ENOUGH_TOKENS, reason, starved
 from assay.measure.pair import Met, Pair
-from assay.measure.profile import Curvatures, Profile
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import recall
 from assay.methods import base

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
-from assay.measure.profile import Curvatures
 from assay.model.sites import Site, key_of
 
 ENOUGH_TOKENS = 64

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from assay.measure.curvatures import LARGEST, PART
 from assay.model.errors import InputError
 from assay.model.sites import Site, key_of
 
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
-PART = "part|"
-LARGEST = "largest|"
 
 
 class Sums:

@@ -29,6 +29,8 @@ def apart(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> dict[s
     found: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         suffix = next((s for s in patterns if name.endswith(s)), None) if _is_stack(name, info) else None
+        if suffix is not None and info.shape[1] % len(patterns[suffix]):
+            suffix = None
         if suffix is None:
             found[_renamed(name, own.get("rename", {}))] = _whole(name, info, own.get("rename", {}))
         else:
