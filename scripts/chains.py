@@ -115,7 +115,8 @@ def _stock_reads(model: Path) -> bool:
 
 
 def _compress(model: Path, chain: Chain, out: Path) -> None:
-    options: dict[str, Any] = {"level": chain.level, "engine": chain.engine, "method": chain.method, "tokens": TOKENS, "window": 32}
+    options: dict[str, Any] = {"level": chain.level, "engine": chain.engine, "method": chain.method}
+    options |= {"tokens": TOKENS, "window": 32}
     text = model.parent / "text.txt"
     assay.compress(model, out, calibration=text if text.exists() else text_file(model.parent), **options)
 
