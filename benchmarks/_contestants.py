@@ -33,7 +33,7 @@ class Contestant:
     @property
     def ours(self) -> bool:
         """Whether this is assay and not a peer."""
-        return self.home is None
+        return self.script == "ours.py"
 
     @property
     def python(self) -> Path:
@@ -53,6 +53,12 @@ class Task:
     group_size: int = GROUP_SIZE
 
 
+def llama_cpp(family: str) -> Contestant:
+    """llama.cpp's own quantizer, k-quants or i-quants; it lives in our environment."""
+    options = ("--family", family, "--text", str(CALIBRATION_TEXT))
+    return Contestant(f"llama.cpp {family}-quants", "llama_cpp_peer.py", options=options)
+
+
 PEER_GPTQ = Contestant("llm-compressor GPTQ", "llm_compressor_gptq.py", "llmc")
 RIVALS = (
     PEER_GPTQ,
@@ -60,6 +66,8 @@ RIVALS = (
     Contestant("auto-round, 200 steps", "auto_round_peer.py", "ar"),
     Contestant("HQQ", "hqq_peer.py", "misc"),
     Contestant("quanto", "quanto_peer.py", "misc"),
+    llama_cpp("k"),
+    llama_cpp("i"),
 )
 
 

@@ -7,14 +7,12 @@ python benchmarks/gguf_files.py [--types Q4_K_M IQ2_XS] [--profile FOLDER] [--th
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import llama_cpp.llama_cpp as api
 import torch
 from _harness import (
     CALIBRATION_TEXT,
@@ -35,12 +33,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import assay
-from assay.exporting import importance
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
 
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).with_name("peers")))
 from engines.llama_reader import Reader
+from llama_cpp_peer import quantize
 
 TYPES = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}
 REPEATS = 9
@@ -48,23 +47,6 @@ GENERATED = 48
 BOUND = 0.7
 HEADER = ("type, maker", "bytes", "KL to the original [95%]", "perplexity", "same top token", "prompt tokens/CPU s",
           "generated tokens/CPU s", "seconds to make")  # fmt: skip
-
-
-def quantize(source: Path, target: Path, ftype: int, profile: Profile, threads: int) -> None:
-    """llama.cpp's own quantizer with an importance matrix."""
-    entries = importance(profile).entries
-    rows = (api.llama_model_imatrix_data * (len(entries) + 1))()
-    keep = []
-    for row, (name, entry) in zip(rows, sorted(entries.items()), strict=False):
-        values = entry.mean.flatten().contiguous().numpy()
-        keep.append((name.encode(), values))
-        row.name, row.size = keep[-1][0], len(values)
-        row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    given = api.llama_model_quantize_default_params()
-    given.ftype, given.nthread = ftype, threads
-    given.imatrix = ctypes.cast(rows, ctypes.POINTER(api.llama_model_imatrix_data))
-    if api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(given)):
-        raise RuntimeError(f"llama.cpp could not make {target}")
 
 
 def compressed(model: Path, work: Path, name: str, profile: Profile, engine: str, size: int) -> tuple[Path, float]:

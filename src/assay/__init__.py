@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from assay.attaching import attach
     from assay.cache_pricing import cache_prices, price_cache
     from assay.caching import planned_cache
+    from assay.relu_tuning import tune_relu
     from assay.reranking import rerank
     from assay.run import (
         benchmark,
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "attach", "benchmark", "builtin_model", "cache_prices", "compress", "convert", "export", "inspect", "job",
-    "list_methods", "load", "plan", "planned_cache", "price_cache", "profile", "rank", "report", "rerank", "sweep",
-    "transform", "verify",
+    "list_methods", "load", "plan", "planned_cache", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform",
+    "tune_relu", "verify",
 ]  # fmt: skip
 _HOMES = {
     "attach": "attaching", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",
-    "planned_cache": "caching", "rerank": "reranking",
+    "planned_cache": "caching", "rerank": "reranking", "tune_relu": "relu_tuning",
 }  # fmt: skip
 
 

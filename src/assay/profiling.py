@@ -29,6 +29,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import read_note, save_note, unless_refused
 from assay.model.level import Level
+from assay.model.lock import alone
 from assay.model.progress import Progress
 
 TOKENS = 16_384
@@ -75,15 +76,24 @@ def make_profile(
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
     weightwise = base.weightwise(*methods)
     settings = _settings(model, text, seed, weightwise, token_weights) | {"target": target.digest if target else None}
-    if (folder / "profile.json").exists():
-        existing = Profile.open(folder)
-        if existing.index["settings"] != settings:
-            raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
+    if (existing := _existing(folder, settings)) is not None:
         return existing
-    with unless_refused(folder):
+    with alone(folder) as fresh, unless_refused(folder, fresh):
+        if (existing := _existing(folder, settings)) is not None:
+            return existing
         _claim(folder, settings)
         measure(model, text, folder, seed, progress, weightwise, token_weights)
         return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
+
+
+def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:
+    """The finished profile of a folder. Raises InputError for one of other settings."""
+    if not (folder / "profile.json").exists():
+        return None
+    found = Profile.open(folder)
+    if found.index["settings"] != settings:
+        raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
+    return found
 
 
 def stable_profile(
@@ -133,6 +143,7 @@ def _finish(
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
         "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,
+        "folder": str(model.checkpoint.folder.absolute()),
         "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest}
         | origin,
@@ -204,9 +215,8 @@ def _settings(model: StreamedModel, text: Windows, seed: int, weightwise: Sequen
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Mark an unfinished profile with its settings, so that only the same ones continue it. Raises InputError."""
     note = folder / "unfinished.json"
-    if folder.exists() and not note.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+    if not note.exists() and next(folder.iterdir(), None) is not None:
         raise InputError(f"{folder} exists and is no profile; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     if note.exists() and read_note(note, "damaged") != settings:
         raise InputError(f"{folder} holds an unfinished profile of other settings; remove it or choose another folder")
     save_note(note, settings)

@@ -33,11 +33,13 @@ from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import load_tokenizer, seen, tokenizer_digest, windows
 from assay.methods import base, listing
-from assay.model import memory
+from assay.model import memory, sums
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import read_json, save_json, unless_refused
+from assay.model.files import save_note
 from assay.model.level import Level
+from assay.model.lock import alone
+from assay.model.notes import read_recipe
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
@@ -175,9 +177,7 @@ def compress(
         torch.set_num_threads(threads)
     destination = Path(out)
     work = destination.absolute().parent / f".{destination.name}.assay"
-    unproven = work.exists() and _recipe(destination) is not None
-    if not unproven:
-        _check_destination(destination)
+    _unproven(work, destination)
     searched = check_search(
         planner, minutes, "--plan" if plan else "--level" if budget.get("level") else "--uniform" if uniform else None
     )
@@ -206,27 +206,29 @@ def compress(
             streamed, contract, compress, wanted, how, ahead, count, by, profiled=bool(profile), planned=bool(given),
             polish=polish, near=work.parent,
         )  # fmt: skip
-    progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
-    measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
-    _check_profile(measured, streamed, method)
-    if given is None:
-        chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
-        chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
-    else:
-        chosen = plans.checked(measured, given, contract)
-    twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
-    ordered = best if sequential is None else sequential
-    chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
-    if polish is not None:
-        results = polish_whole(
-            streamed, results, measured, polish, blocks_folder(work, chosen, ordered) / f"polish-{polish:g}", progress
-        )
-        chosen = plans.polished(chosen, results.polish or {})
-    if unproven:
-        shutil.rmtree(destination)
-    report = hand_over(streamed, chosen, measured, contract, results, destination)
-    write_report(destination)
-    shutil.rmtree(work, ignore_errors=True)
+    with alone(work):
+        unproven = _unproven(work, destination)
+        progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
+        measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
+        _check_profile(measured, streamed, method)
+        if given is None:
+            chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
+            chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
+        else:
+            chosen = plans.checked(measured, given, contract)
+        twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
+        ordered = best if sequential is None else sequential
+        chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
+        if polish is not None:
+            results = polish_whole(
+                streamed, results, measured, polish, blocks_folder(work, chosen, ordered) / f"polish-{polish:g}", progress
+            )
+            chosen = plans.polished(chosen, results.polish or {})
+        if unproven:
+            shutil.rmtree(destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination)
+        write_report(destination)
+        shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
         raise ShortfallError(f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json")
@@ -240,7 +242,8 @@ def verify(
     """Measure a result against its original on text that calibration never saw."""
     progress = progress or Silent()
     result, original = open_model(out), StreamedModel(open_model(against))
-    recipe = _recipe(result.folder)
+    sums.check(result.folder)
+    recipe = read_recipe(result.folder)
     if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
         raise InputError(f"{out} was made from another model than {against}")
     length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
@@ -262,9 +265,10 @@ def verify(
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if recipe:
-        save_json(result.folder / "assay" / "verdict.json", verdict)
-    if recipe and "damage" in recipe:
-        write_report(result.folder)
+        with alone(result.folder):
+            save_note(result.folder / "assay" / "verdict.json", verdict)
+            if "damage" in recipe:
+                write_report(result.folder)
     return verdict
 
 
@@ -315,8 +319,15 @@ def _profile_in(
 ) -> Profile:
     folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
     levels = [budget.level] if budget.level else []
-    with unless_refused(work):
-        return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
+    return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
+
+
+def _unproven(work: Path, destination: Path) -> bool:
+    """Whether a result is there that was not read back, as its unfinished work shows. Raises InputError for any other one."""
+    if any(work.glob("*")) and read_recipe(destination) is not None:
+        return True
+    _check_destination(destination)
+    return False
 
 
 def _check_destination(destination: Path) -> None:
@@ -336,11 +347,6 @@ def _check_profile(profile: Profile, model: StreamedModel, method: str) -> None:
         raise InputError(f"{profile.folder}: made with another tokenizer; run assay profile again")
     if missing := [kind for kind in base.weightwise(method) if kind not in profile.index["settings"]["weightwise"]]:
         raise InputError(f"{profile.folder} holds no {missing[0]}; run assay profile with --method {method}")
-
-
-def _recipe(folder: Path) -> dict[str, Any] | None:
-    path = folder / "assay" / "recipe.json"
-    return read_json(path, "damaged result") if path.exists() else None
 
 
 def _budget(method: str, **given: Any) -> Budget:

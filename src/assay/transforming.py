@@ -20,13 +20,12 @@ from assay.methods import base
 from assay.methods.transform._subject import Subject, Transform
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.files import read_json, save_json
+from assay.model.files import save_json
+from assay.model.notes import TRANSFORM, read_transform
 from assay.model.progress import Progress
 from assay.model.sites import empty_model, load_config, survey
 from assay.model.streams import find_streams
 from assay.model.weights import Weights
-
-RECORD = "assay/transform.json"
 
 
 def transform(
@@ -135,7 +134,7 @@ def _write(weights: Weights, steps: list[dict[str, Any]], destination: Path, pro
         config = {key: value for key, value in weights.config.items() if key != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / "assay").mkdir()
-        save_json(folder / RECORD, record)
+        save_json(folder / TRANSFORM, record)
 
 
 def _tensors(weights: Weights, progress: Progress) -> Iterator[dict[str, Tensor]]:
@@ -169,5 +168,4 @@ def _dtype(source: Checkpoint, name: str) -> torch.dtype:
 
 
 def _record(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.folder / RECORD
-    return read_json(path, "damaged result") if path.exists() else {}
+    return read_transform(checkpoint.folder) or {}

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from assay import engines
 from assay.engines import convert, load, write
-from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model.checkpoint import Checkpoint
+from assay.model.folder import INDEX, SINGLE
 from assay.model.level import Level
 from assay.model.packed import PackedInteger
 
@@ -124,9 +125,19 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int,
     monkeypatch.setattr(owner, name, cutting)
 
 
-OWNERS = {"save_file": write, "copyfile": shutil, "fsync": os, "rename": os}
+OWNERS = {"write_safetensors": write, "copyfile": shutil, "fsync": os, "rename": os}
 CUTS = [
-    *((None, *cut) for cut in (("save_file", 0), ("save_file", 2), ("copyfile", 1), ("fsync", 0), ("fsync", 5), ("rename", 0))),
+    *(
+        (None, *cut)
+        for cut in (
+            ("write_safetensors", 0),
+            ("write_safetensors", 2),
+            ("copyfile", 1),
+            ("fsync", 0),
+            ("fsync", 5),
+            ("rename", 0),
+        )
+    ),
     *(("plain", function, 0) for function in OWNERS),
     *(("compressed-tensors", *cut) for cut in (("copyfile", 0), ("copyfile", 3), ("fsync", 0), ("rename", 0))),
 ]

@@ -12,8 +12,9 @@ import torch
 from families import build
 from safetensors.torch import load_file, save_file
 
-from assay.model.checkpoint import INDEX, Checkpoint
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.folder import INDEX
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_a_tensor_has_one_fate() -> None:
 def test_it_comes_back_from_json_sorted() -> None:
     rows = json.loads(json.dumps(Ledger(reversed(ENTRIES)).to_json()))
     assert [row["tensor"] for row in rows] == ["a", "b", "c", "d"]
-    assert Ledger.from_json(rows).entries == Ledger(ENTRIES).entries
+    assert Ledger(Entry(**row) for row in rows).entries == Ledger(ENTRIES).entries
 
 
 def test_an_empty_ledger_counts_zero() -> None:

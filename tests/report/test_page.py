@@ -13,6 +13,7 @@ from tiny import save, text_file
 
 import assay
 from assay.model.errors import InputError
+from assay.model.files import save_note
 from assay.report.page.facts import cells, read
 from assay.report.page.render import page
 
@@ -55,7 +56,7 @@ def test_verify_turns_the_promise_into_a_verdict(result: Path) -> None:
     assert f"on {verdict['tokens']:,} tokens" in html
     shutil.copytree(result, result.parent / "tight")
     notes = result.parent / "tight" / "assay" / "verdict.json"
-    notes.write_text(json.dumps(verdict | {"passed": False, "max_loss": 1e-9}))
+    save_note(notes, verdict | {"passed": False, "max_loss": 1e-9})
     assert 'class="verdict bad"' in page(read(result.parent / "tight"))
 
 
@@ -66,6 +67,9 @@ def test_names_and_reasons_are_text_and_never_markup(result: Path, tmp_path: Pat
     rows = json.loads(ledger.read_text())
     rows[0]["reason"] = "</script><script>alert(1)</script>"
     ledger.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"ledger\.json: not as it was written"):
+        read(evil)
+    (evil / "assay" / "SHA256SUMS").unlink()
     html = page(read(evil))
     assert "alert(1)</script>" not in html
     assert embedded(html)["ledger"][0][3] == rows[0]["reason"]
@@ -86,20 +90,6 @@ def test_a_damaged_result_is_refused_in_one_line(result: Path, tmp_path: Path, d
         read(tmp_path / "out")
     with pytest.raises(InputError, match="assay compress wrote"):
         read(tmp_path)
-
-
-@pytest.fixture
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Debian's browser")

@@ -13,7 +13,8 @@ from assay.budget.plan import Plan
 from assay.budget.prices import price
 from assay.budget.probe import probed_level
 from assay.budget.spread import noise, of_weight
-from assay.measure.profile import Curvatures, Profile, measure
+from assay.measure.curvatures import Curvatures
+from assay.measure.profile import Profile, measure
 from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import Windows
 from assay.model.progress import Progress

@@ -61,8 +61,8 @@ def decisions(
     forecast, kind = Forecast.from_index(profile.index), base.get(method).prices
 
     def price(row: SiteRow, level: Level) -> float | None:
-        known = profile.prices.get(row.name, {}).get(level.base.name)
-        return forecast.damage(method, level, known[_price_kind(row, kind)]) if known else None
+        known, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
+        return forecast.damage(method, level, known[wanted]) if known and wanted in known else None
 
     return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
 

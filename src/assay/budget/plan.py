@@ -104,7 +104,12 @@ class Plan:
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load that refuses a key written twice, instead of dropping the first."""
+    """safe_load that refuses a key written twice, instead of dropping the first, and references, which can multiply."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="a reference; write it out", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

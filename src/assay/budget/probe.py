@@ -13,9 +13,9 @@ from torch import Tensor
 
 from assay.budget.forecast import UNKNOWN_SPREAD
 from assay.budget.prices import InputCosts, price, rotates
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
 from assay.measure.precision import stored_precision
-from assay.measure.profile import Curvatures
 from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.measure.text import Windows
 from assay.methods import base

@@ -8,20 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from assay.budget.menu import Decision, Option, SiteRow
 from assay.model.errors import InputError
 from assay.model.files import read_json, save_json
 from assay.model.level import Level
+from assay.model.schema import Shape as ShapeList
+from assay.model.schema import conform
 
 Shape = tuple[int, int]
 Planner = Callable[[Sequence[Decision], int], list[int]]
 REPEATS, SECONDS, NANOSECONDS = 7, 0.01, 10**9
 KEPT = "keep"
+
+
+class _Timed(TypedDict):
+    level: str
+    shape: ShapeList
+    seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+
+class _Table(TypedDict):
+    machine: str
+    rows: list[_Timed]
 
 
 @dataclass(frozen=True)
@@ -43,11 +58,8 @@ class Speeds:
     def load(cls, path: str | Path) -> Speeds:
         """Raises InputError for anything that `save` didn't write."""
         value = read_json(Path(path), "no table of speeds; assay benchmark writes one")
-        try:
-            rows = {(str(r["level"]), (int(r["shape"][0]), int(r["shape"][1]))): float(r["seconds"]) for r in value["rows"]}
-            return cls(rows, str(value["machine"]))
-        except (KeyError, TypeError, ValueError, IndexError):
-            raise InputError(f"{path}: not a table of speeds; assay benchmark writes one") from None
+        conform(value, _Table, f"{path}: not a table of speeds; assay benchmark writes one")
+        return cls({(r["level"], (r["shape"][0], r["shape"][1])): r["seconds"] for r in value["rows"]}, value["machine"])
 
     def time(self, level: str | None, shape: Shape) -> float:
         """Seconds of one product. Raises InputError for a shape that was not measured."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from assay.budget.probe import probed_level
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature, diagonal
-from assay.measure.profile import Curvatures
 from assay.measure.stream import StreamedModel, read_weight
 from assay.methods.grid.formats import grid_of
 from assay.model.sites import key_of

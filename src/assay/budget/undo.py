@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ from assay import engines
 from assay.budget import menu, offers
 from assay.engines.write import kept_nbytes
 from assay.measure.stream import StreamedModel
-from assay.model.errors import InputError
-from assay.model.ledger import Ledger
+from assay.model.notes import read_ledger
 
 NAMED = 10
 """Groups that a verdict names."""
@@ -50,7 +48,7 @@ def suggestions(result: Path, original: StreamedModel, recipe: Mapping[str, Any]
     files would not grow. Raises InputError for a damaged ledger.
     """
     damage, contract = recipe["damage"], engines.get(recipe["engine"])
-    ledger = _ledger(result).entries
+    ledger = read_ledger(result).entries
     added = {
         name: kept_nbytes(original.checkpoint, name, contract) - ledger[name].bytes_after for name in damage if name in ledger
     }
@@ -59,17 +57,9 @@ def suggestions(result: Path, original: StreamedModel, recipe: Mapping[str, Any]
         [row.name for row in group if row.name in added]
         for group in menu.together(rows, contract.fused, contract.experts_by_role)
     ]
-    total = sum(damage.values())
+    total = sum(damage.values()) or 1.0
     return [
         {"tensors": list(r.tensors), "level": ledger[r.tensors[0]].planned, "bytes": r.nbytes, "damage": r.damage,
          "kl": kl * r.damage / total, "share": r.damage / total}
         for r in restorations(damage, added, groups)[:NAMED]
     ]  # fmt: skip
-
-
-def _ledger(result: Path) -> Ledger:
-    path = result / "assay" / "ledger.json"
-    try:
-        return Ledger.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); compress again") from error

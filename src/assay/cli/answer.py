@@ -7,10 +7,12 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from threading import current_thread, main_thread
 from typing import Any, ParamSpec
 
 import typer
@@ -20,7 +22,11 @@ from assay.model.errors import AssayError
 
 P = ParamSpec("P")
 INTERRUPTED = 130
-_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_REFUSED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+}  # fmt: skip
+_CONTINUES = "; the same command continues from here"
 
 
 @dataclass(frozen=True)
@@ -61,13 +67,46 @@ def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
             return body()
     except AssayError as error:
         raise fail(error, error.exit_code) from None
-    except KeyboardInterrupt:
-        hint = "; the same command continues from here" if resumes else ""
-        raise fail(f"interrupted{hint}", INTERRUPTED) from None
+    except KeyboardInterrupt as stop:
+        raise interrupted(stop, resumes) from None
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        raise fail(f"{error.filename or 'the disk'}: {error.strerror}", 2) from None
+        raise fail(f"{error.filename or 'the disk'}: {error.strerror}{_CONTINUES if resumes else ''}", 2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not memory.lacked(error):
+            raise
+        raise fail(f"out of memory; free some, or give a smaller --window{_CONTINUES if resumes else ''}", 1) from None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Lets the signals that ask a program to end do what Ctrl-C does, while this lasts; in the main thread only."""
+    signals = _ENDING if current_thread() is main_thread() else ()
+    before = {number: signal.signal(number, _terminate) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted(stop: BaseException, resumes: bool = False) -> typer.Exit:
+    """Say that a signal came; returns what to raise, with the exit code that shells give it."""
+    code = 128 + stop.number if isinstance(stop, Terminated) else INTERRUPTED
+    return fail(f"interrupted{_CONTINUES if resumes else ''}", code)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal other than that of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated(number)
 
 
 def _prepare() -> None:

@@ -24,6 +24,8 @@ from assay.cli.options import (
     Method,
     Model,
     Output,
+    ProgressKind,
+    Shown,
     Size,
     Tokens,
     Uniform,
@@ -57,7 +59,7 @@ def run(
     level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
     sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
-    threads: Threads = None, dry_run: DryRun = False, as_json: Json = False,
+    threads: Threads = None, dry_run: DryRun = False, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
     budget: dict[str, Any] = {
@@ -67,13 +69,13 @@ def run(
     _one_of(plan, budget)
     count = token_count(tokens)
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.report import tables
 
     report = assay.compress(
         model, output, plan=plan, profile=profile, method=method, calibration=calibration, tokens=count, window=window,
         engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform, sequential=sequential,
-        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=Bars(),
+        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=listener(progress),
     )  # fmt: skip
     if dry_run:
         return Answer(report, lambda: tables.preflight(report))

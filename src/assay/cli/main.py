@@ -11,7 +11,7 @@ import typer
 
 from assay import __version__
 from assay.cli import benchmark, compress, explore, export, inspect, methods, plan, profile, report, transform, verify
-from assay.cli.answer import INTERRUPTED, fail
+from assay.cli.answer import fail, interrupted, terminable
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 USAGE = 2
@@ -40,9 +40,10 @@ def assay(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 fell short, 2 wrong input, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 fell short, 2 wrong input, 130 interrupted (143 by SIGTERM)."""
     given = sys.argv[1:] if arguments is None else arguments
-    sys.exit(_run(given))
+    with terminable():
+        sys.exit(_run(given))
 
 
 def _run(given: list[str]) -> int:
@@ -50,8 +51,8 @@ def _run(given: list[str]) -> int:
         return int(app(args=given, prog_name="assay", standalone_mode=False) or 0)
     except USAGE_ERROR as error:
         return _code(fail(_with_hint(error, given), USAGE))
-    except (KeyboardInterrupt, typer.Abort):
-        return _code(fail("interrupted", INTERRUPTED))
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        return _code(interrupted(stop))
     except typer.Exit as stop:
         return _code(stop)
 

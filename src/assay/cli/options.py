@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from assay.model.errors import InputError
+
+
+class ProgressKind(str, Enum):
+    """How progress is shown: bars for people, lines for programs."""
+
+    bars = "bars"
+    lines = "lines"
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id like org/name, or builtin.", show_default=False)]
 Size = Annotated[str | None, typer.Option("--size", metavar="SIZE", help="Bound on the bytes of all weight files, like 3.5GB.")]
@@ -60,6 +69,9 @@ Tokens = Annotated[
 Window = Annotated[int | None, typer.Option("--window", metavar="N", help="Tokens that are read together.", min=2)]
 Uniform = Annotated[bool, typer.Option("--uniform", help="One level everywhere instead of the best mix.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write; must not exist yet.")]
+Shown = Annotated[
+    ProgressKind, typer.Option("--progress", help="On stderr: bars on a terminal, or lines of JSON for another program.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 

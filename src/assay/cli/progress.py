@@ -1,12 +1,50 @@
-"""Bars and lines on stderr; silent when nobody looks at it."""
+"""Bars and lines on stderr; silent when nobody looks at it, JSON for a program that asks for it."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from assay.cli.options import ProgressKind
+
+
+class Lines:
+    """The Progress for another program: on stderr one JSON object a line, `task` with `done` and `total` or with `ended`,
+    or `line`: what would stay above the bars."""
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[..., None]]:
+        """See `Progress`."""
+        done = 0
+
+        def advance(n: int = 1) -> None:
+            nonlocal done
+            done += n
+            _say(task=description, done=done, total=total)
+
+        advance(0)
+        try:
+            yield advance
+        finally:
+            _say(task=description, ended=True)
+
+    def log(self, message: str) -> None:
+        """One line that stays."""
+        _say(line=message)
+
+
+def _say(**what: object) -> None:
+    print(json.dumps(what), file=sys.stderr, flush=True)
+
+
+def listener(kind: ProgressKind) -> Bars | Lines:
+    """The Progress of a kind."""
+    return Lines() if kind == ProgressKind.lines else Bars()
 
 
 class Bars:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from assay.cli.answer import Answer, command
-from assay.cli.options import Json, Window
+from assay.cli.options import Json, ProgressKind, Shown, Window
 
 Result = Annotated[str, typer.Argument(metavar="OUT", help="Folder that assay compress wrote.", show_default=False)]
 Against = Annotated[str, typer.Option("--against", metavar="MODEL", help="The original.", show_default=False)]
@@ -20,12 +20,18 @@ Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", help="Token
 
 @command()
 def run(
-    out: Result, against: Against, text: Text = None, tokens: Tokens = None, window: Window = None, as_json: Json = False
+    out: Result,
+    against: Against,
+    text: Text = None,
+    tokens: Tokens = None,
+    window: Window = None,
+    progress: Shown = ProgressKind.bars,
+    as_json: Json = False,
 ) -> Answer:
     """Measure KL, perplexity and agreement on text that calibration never saw; exit 1 when a bound is missed."""
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.report import tables
 
-    verdict = assay.verify(out, against, text=text, tokens=tokens, window=window, progress=Bars())
+    verdict = assay.verify(out, against, text=text, tokens=tokens, window=window, progress=listener(progress))
     return Answer(verdict, lambda: tables.verdict(verdict), 0 if verdict["passed"] else 1)

@@ -18,10 +18,11 @@ from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
 from assay.engines.gguf.exact import as_blocks
 from assay.engines.layout import LAYOUTS
-from assay.model.checkpoint import INDEX, Checkpoint
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
-from assay.model.files import read_json
+from assay.model.folder import INDEX
 from assay.model.level import Level
+from assay.model.notes import read_recipe
 from assay.model.packed import Packed, PackedInteger
 from assay.model.sites import Anatomy, survey
 
@@ -170,11 +171,10 @@ def _scattered(source: Checkpoint, name: str) -> bool:
 
 def _recipe(source: Checkpoint, contract: Contract) -> dict[str, str]:
     """What the source's recipe promised holds of the same weights; its damage belongs to the bytes of the source."""
-    path = source.folder / RECIPE
-    if not path.exists():
+    found = read_recipe(source.folder)
+    if found is None:
         return {}
-    recipe = read_json(path, "damaged result") | {"engine": contract.name}
-    recipe.pop("damage", None)
+    recipe = {key: value for key, value in found.items() if key != "damage"} | {"engine": contract.name}
     return {RECIPE: json.dumps(recipe, indent=1, sort_keys=True) + "\n"}
 
 

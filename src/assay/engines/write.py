@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from assay.engines.contract import Contract
 from assay.engines.layout import LAYOUTS
-from assay.model.checkpoint import INDEX, SINGLE, Checkpoint
+from assay.model import sums
+from assay.model.checkpoint import Checkpoint
 from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
+from assay.model.files import write_safetensors
+from assay.model.folder import INDEX, SINGLE
 from assay.model.level import Level
+from assay.model.lock import made_alone
 from assay.model.packed import Packed
+from assay.model.terms import decoded
 
 SHARD_BYTES = 500_000_000
 HEADROOM = 16_000_000
@@ -53,18 +57,20 @@ def write(
 def new_folder(destination: Path) -> Iterator[Path]:
     """A hidden folder to write into, which becomes `destination`, complete and durable, or goes if anything fails."""
     partial = destination.absolute().with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
-        os.rename(partial, destination)
-        _sync(destination.absolute().parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with made_alone(partial):
+        try:
+            yield partial
+            sums.write(partial)
+            for path in sorted(partial.rglob("*")):
+                _sync(path)
+            _sync(partial)
+            if destination.exists():
+                raise InputError(f"{destination} exists by now; choose another folder or remove it")
+            os.rename(partial, destination)
+            _sync(destination.absolute().parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def own_config(source: Checkpoint, levels: Mapping[str, Level], transposed: frozenset[str]) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def output_tensors(
         if contract.layout != "plain":
             stored = LAYOUTS[contract.layout].tensors(result)
             return {name.removesuffix("weight") + suffix: t for suffix, t in stored.items()}
-        weight = result.decode().to(source.dtype(name))
+        weight = decoded(name, result).to(source.dtype(name))
         return {name: weight.T.contiguous() if name in transposed else weight}
     if len(source.parts(name)) > 1:
         stored = {name: source.read(name).to(source.kept_dtype(name))}
@@ -124,7 +130,7 @@ def write_shards(folder: Path, tensors: Iterable[Mapping[str, Tensor]], shard_by
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, shard_bytes):
-        save_file(shard, folder / f"part-{len(shards):05d}", {"format": "pt"})
+        write_safetensors(folder / f"part-{len(shards):05d}", shard, {"format": "pt"})
         shards.append(sorted(shard))
         total += sum(t.nbytes for t in shard.values())
     if len(shards) == 1:

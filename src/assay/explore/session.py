@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from assay import engines
-from assay.budget import joint, offers, plans, presets, serving
+from assay.budget import agreement, joint, offers, plans, presets, serving
 from assay.budget.forecast import Forecast
 from assay.budget.plan import Choice, Plan
 from assay.budget.serving import Load
@@ -66,10 +66,12 @@ class Session:
     # ---- what the page shows -----------------------------------------------------------------
 
     def facts(self, engine: str, method: str) -> dict[str, Any]:
-        """What no choice in the page changes, and the state it starts with."""
-        context = self._start_context()
+        """What no choice in the page changes, and the state it starts with. Raises InputError for unknown names."""
+        context, engine = self._start_context(), engines.get(engine).name
+        presets.method(method, engine)
         return {
-            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]), "start": {
+            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]),
+            "model": str(self.profile.index.get("folder", "")), "start": {
                 "bits": START_BITS, "engine": engine, "method": method, "context": context, "batch": 1,
                 "cache": serving.DEFAULT_CACHE, "pins": [],
             },
@@ -160,7 +162,7 @@ class Session:
         made = plans.checked(self.profile, bare, board.menu.contract)
         held = {s for d, is_pinned in zip(board.prepared.decisions, board.pinned, strict=True) if is_pinned for s in d.sites}
         choices = {n: dataclasses.replace(c, why="pinned by hand") if n in held else c for n, c in made.choices.items()}
-        return dataclasses.replace(made, choices=choices)
+        return agreement.noted(self.profile, dataclasses.replace(made, choices=choices))
 
     def save(self, state: State, path: str) -> Path:
         """Write the plan of a state to a new file. Raises InputError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from assay.measure import tokens
 from assay.measure.capture import Capture, OnProduct
-from assay.measure.damage import Curvature
+from assay.measure.curvatures import EMPTY, PART, Curvatures, block_name
+from assay.measure.index import check
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
 from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
 from assay.model.errors import InputError
-from assay.model.files import Tensors, load_tensors, open_tensors, read_note, save_note, save_tensors
+from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 
@@ -30,8 +31,6 @@ WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
-_EMPTY = "none"
-_PART = "part|"
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Profile:
         index = read_note(path / INDEX, "not a profile, or one that was cut off; run assay profile again")
         if index.get("version") != VERSION:
             raise InputError(f"{path}: profile version {index.get('version')}, this assay reads {VERSION}; measure again")
+        check(index, str(path / INDEX))
         return cls(path, index)
 
     @property
@@ -62,68 +62,8 @@ class Profile:
 
     def curvatures(self, block: int | None, weightwise: Sequence[str] = ()) -> Curvatures:
         """Statistics of every site of one block, or of those outside the blocks, by site name."""
-        return Curvatures(self.folder, block, int(self.index["calibration"]["tokens"]), weightwise)
-
-
-class Curvatures(Mapping[str, Curvature]):
-    """Statistics on disk as averages per token, read one site at a time.
-
-    total: calibration tokens; weightwise: which of `WEIGHTWISE` to read as well, where they were measured.
-    """
-
-    def __init__(self, folder: Path, block: int | None, total: int, weightwise: Sequence[str] = ()) -> None:
-        name = _block_name(block)
-        files = {kind: folder / f"{name}.{kind}.safetensors" for kind in weightwise}
-        self._weightwise = {kind: path for kind, path in files.items() if path.exists()}
-        self._inputs, self._gradients = (folder / f"{name}.{part}.safetensors" for part in ("H", "G"))
-        self._total = total
-        with open_tensors(self._gradients) as file:
-            keys = [key for key in file if key != _EMPTY and not key.startswith(_PART)]
-        self._keys = dict(key.split("|", 1) for key in keys)
-
-    def reads(self, site: str) -> str:
-        """Key of what a site reads: sites with one key have one H."""
-        return self._keys[site]
-
-    def tokens(self, site: str) -> int:
-        """How many tokens met a site."""
-        with open_tensors(self._inputs) as file:
-            return int(file[f"n|{self.reads(site)}"])
-
-    def __getitem__(self, site: str) -> Curvature:
-        reads = self._keys[site]
-        with open_tensors(self._inputs) as file:
-            seen = int(file[f"n|{reads}"])
-            h = file[reads] / max(seen, 1)
-            parts = _parts(file, reads)
-        with open_tensors(self._gradients) as file:
-            g = file[f"{site}|{reads}"] / max(seen, 1)
-            outputs = _parts(file, f"{site}|{reads}")
-        more: dict[str, Any] = {}
-        if parts and outputs:
-            counts = parts[0][:, None]
-            more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
-        for kind, path in self._weightwise.items():
-            with open_tensors(path) as file:
-                more[kind] = file[site].clone()
-        return Curvature(h, g, seen / self._total, seen, **more)
-
-    def __contains__(self, site: object) -> bool:
-        return site in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def _parts(file: Tensors, key: str) -> tuple[Tensor, Tensor] | None:
-    """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
-    if f"{_PART}{key}" not in file:
-        return None
-    counts = file[f"{_PART}n|{key}"]
-    return counts[counts > 0], file[f"{_PART}{key}"][counts > 0]
+        shapes = {row["name"]: tuple(row["shape"]) for row in self.index["rows"]}
+        return Curvatures(self.folder, block, int(self.index["calibration"]["tokens"]), weightwise, shapes)
 
 
 def measure(
@@ -170,7 +110,7 @@ def _forward(
             work.put("h0", b, model.embed(ids))
     advance()
     for index in range(len(model.blocks)):
-        target = folder / f"{_block_name(index)}.H.safetensors"
+        target = folder / f"{block_name(index)}.H.safetensors"
         if not target.exists():
             sums = Sums()
             sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
@@ -221,7 +161,7 @@ def _tail(
             work.put(f"g{depth}", b, torch.cat(gradients))
     if head:
         inputs.values[f"{head[0].name}|{head[0].reads}"] = outputs
-    save_tensors(target, inputs.values or {_EMPTY: torch.zeros(1)})
+    save_tensors(target, inputs.values or {EMPTY: torch.zeros(1)})
 
 
 def _text_tail(model: StreamedModel, parts: list[Tensor], work: Activations) -> None:
@@ -252,7 +192,7 @@ def _backward(
     total, places = sum(p.numel() for p in parts), _places(parts)
     counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
     for index in reversed(range(len(model.blocks))):
-        target = folder / f"{_block_name(index)}.G.safetensors"
+        target = folder / f"{block_name(index)}.G.safetensors"
         if not target.exists():
             sums, more = Sums(), {kind: WeightSums() for kind in weightwise}
             sites = model.anatomy.block_sites(index)
@@ -269,7 +209,7 @@ def _backward(
             sums.unreached(sites)
             for kind, found in more.items():
                 found.untouched(sites)
-                save_tensors(folder / f"{_block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
+                save_tensors(folder / f"{block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
             save_tensors(target, sums.values)
         for flow in ("h", "g", "t"):
             work.drop(f"{flow}{index + 1}")
@@ -306,8 +246,8 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
         forward[embedding.reads] = sums.values[embedding.reads]
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
-    save_tensors(folder / "outside.H.safetensors", forward or {_EMPTY: torch.zeros(1)})
-    save_tensors(folder / "outside.G.safetensors", backward or {_EMPTY: torch.zeros(1)})
+    save_tensors(folder / "outside.H.safetensors", forward or {EMPTY: torch.zeros(1)})
+    save_tensors(folder / "outside.G.safetensors", backward or {EMPTY: torch.zeros(1)})
 
 
 class Sums:
@@ -335,8 +275,8 @@ class Sums:
             squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
             squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
             counts = torch.full((len(places),), len(flat) / len(places))
-            self.values.setdefault(f"{_PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
-            self.values.setdefault(f"{_PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
+            self.values.setdefault(f"{PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
+            self.values.setdefault(f"{PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
 
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""
@@ -379,7 +319,3 @@ def save_index(folder: Path, index: Mapping[str, Any]) -> Profile:
     """Close a profile: written last, so that a folder with an index is complete."""
     save_note(folder / INDEX, {"version": VERSION} | dict(index))
     return Profile.open(folder)
-
-
-def _block_name(block: int | None) -> str:
-    return "outside" if block is None else f"block-{block:04d}"

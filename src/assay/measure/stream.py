@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -258,9 +260,15 @@ class Activations:
         return int(read_note(note, "damaged")["tokens"])
 
     def put(self, name: str, batch: int, value: Tensor) -> None:
-        with (self.folder / f"{name}.{batch}.npy").open("wb") as file:
-            np.save(file, value.detach().numpy())
-            file.write(checksum(value).to_bytes(4, "little"))
+        path = self.folder / f"{name}.{batch}.npy"
+        try:
+            with path.open("wb") as file:
+                np.save(file, value.detach().numpy())
+                file.write(checksum(value).to_bytes(4, "little"))
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error  # numpy gives no number
 
     def get(self, name: str, batch: int) -> Tensor:
         path = self.folder / f"{name}.{batch}.npy"

@@ -162,16 +162,27 @@ def _file(path: Path) -> Iterable[str]:
 def _row(path: Path, line: int, row: str) -> str:
     try:
         value = json.loads(row)
-    except ValueError as error:
+        found = _said(value)
+        found.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}:{line + 1}: half a character (a lone surrogate)") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{line + 1}: not JSON ({error})") from error
+    except TypeError:
+        raise InputError(f"{path}:{line + 1}: no field {' or '.join(_FIELDS)}") from None
+    return found
+
+
+def _said(value: Any) -> str:
+    """The text of a row. Raises TypeError where there is none."""
     if isinstance(value, str):
         return value
     found = next((value[f] for f in _FIELDS if isinstance(value, dict) and f in value), None)
-    if isinstance(found, list):
-        return "\n".join(str(m.get("content", "")) for m in found)
-    if found is None:
-        raise InputError(f"{path}:{line + 1}: no field {' or '.join(_FIELDS)}")
-    return str(found)
+    if isinstance(found, list) and all(isinstance(message, dict) for message in found):
+        return "\n".join(str(message.get("content", "")) for message in found)
+    if not isinstance(found, str):
+        raise TypeError
+    return found
 
 
 def _hub(name: str, split: str) -> Iterator[str]:

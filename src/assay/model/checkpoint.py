@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,18 +14,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from assay.model import gguf_file, layouts
+from assay.model import gguf_file, layouts, memory
 from assay.model.errors import InputError
 from assay.model.files import read_json
+from assay.model.folder import INDEX, read_index, resolve, shards, stamp
 from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.shards import read_header
 from assay.model.stored import TensorInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 Decoded = TypeVar("Decoded")
+SLACK = 64
+"""Bytes that a format may save beside its bits a weight."""
 
 
 class Checkpoint:
@@ -41,7 +41,7 @@ class Checkpoint:
         self.config = config
         self.stored = stored
         self._replaced: Mapping[str, Tensor] = {}
-        self._stamps = {shard: _stamp(shard) for shard in {info.shard for info in stored.values()}}
+        self._stamps = {shard: stamp(shard) for shard in {info.shard for info in stored.values()}}
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -53,8 +53,8 @@ class Checkpoint:
         folder = resolve(source)
         config = read_json(folder / "config.json", "not a model folder")
         stored: dict[str, TensorInfo] = {}
-        index = _index(folder)
-        for shard in _shards(folder, index):
+        index = read_index(folder)
+        for shard in shards(folder, index):
             for name, info in read_header(shard).items():
                 if name in stored:
                     raise InputError(f"{shard.name}: tensor {name} is also in {stored[name].shard.name}; remove one")
@@ -100,8 +100,21 @@ class Checkpoint:
             return self.stored[name].shape
         if tensor.shape is not None:
             return tensor.shape
-        shape = tuple(int(n) for n in self._raw(tensor.parts["weight_shape" if tensor.level else "shape"]))
+        part = tensor.parts.get("weight_shape" if tensor.level else "shape")
+        if part is None:
+            raise InputError(f"{self.folder}: {name} is packed but nothing tells its shape; download the model again")
+        noted = self._raw(part)
+        shape = tuple(noted.tolist()) if noted.ndim == 1 and not noted.is_floating_point() else (-1,)
+        if min(shape, default=0) < 0 or (tensor.level and len(shape) != 2):
+            raise InputError(f"{self.folder}: the stored shape of {name} is none; download the model again")
+        self._check_room(name, tensor, shape)
         return shape[::-1] if tensor.turned else shape
+
+    def _check_room(self, name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+        """Raises InputError for a stored shape of more weights than the parts can hold, a byte each where they aren't coded."""
+        bits = tensor.level.bits if tensor.level else 8
+        if math.prod(shape) * bits > 8 * (self.nbytes(name) + SLACK):
+            raise InputError(f"{self.folder}: {name} is too small for {list(shape)} weights; download the model again")
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that `read` returns."""
@@ -134,7 +147,10 @@ class Checkpoint:
         """One logical tensor, decoded, in memory of its own. Raises InputError if it isn't there."""
         tensor = self.packed.get(name)
         if tensor is not None:
-            return self._decoded(name, tensor.decode, tensor)
+            value = self._decoded(name, tensor.decode, tensor)
+            if value.shape != self.shape(name):
+                raise InputError(f"{name}: decodes to {list(value.shape)} instead of {list(self.shape(name))}; download it again")
+            return value
         if name not in self.stored:
             raise InputError(f"{self.folder}: tensor {name} is missing from the weight files; download the model again")
         return self._raw(name)
@@ -201,10 +217,13 @@ class Checkpoint:
 
     def _decoded(self, name: str, decode: Callable[[Mapping[str, Tensor]], Decoded], tensor: Stored) -> Decoded:
         parts = self._parts(tensor)
+        _ = self.shape(name)
         try:
             return decode(parts)
-        except (ValueError, RuntimeError, IndexError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (ValueError, RuntimeError, IndexError, KeyError, TypeError, ArithmeticError, AssertionError) as error:
+            if memory.lacked(error):
+                raise
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
             raise InputError(f"{name}: its stored parts don't fit together ({reason}); download the model again") from error
 
     def _parts(self, tensor: Stored) -> dict[str, Tensor]:
@@ -212,7 +231,7 @@ class Checkpoint:
 
     def check_unchanged(self, shard: Path) -> None:
         """Raises InputError where a weight file is no longer the one that was opened."""
-        if _stamp(shard) != self._stamps[shard]:
+        if stamp(shard) != self._stamps[shard]:
             raise InputError(f"{shard}: changed while it was read; let no other program write to it, and run this again")
 
     def _raw(self, name: str) -> Tensor:
@@ -227,57 +246,3 @@ class Checkpoint:
                 return file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{info.shard.name}: can't read {name} ({error}); download the file again") from error
-
-
-def resolve(source: str | Path) -> Path:
-    """Folder of a local model or of a hub id in the cache. Raises InputError."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    text = str(source)
-    if path.exists():
-        raise InputError(f"{text} is a file; give the model's folder")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no model at {text}; give a folder that holds config.json, or a hub id like org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise InputError(f"no folder {text}, and the hub did not give {text}: {str(error).splitlines()[0]}") from error
-
-
-def _stamp(shard: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written to or replaced; None where it is gone."""
-    try:
-        found = shard.stat()
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Shard names by tensor; empty where there is no index."""
-    if not (folder / INDEX).exists():
-        return {}
-    shards = read_json(folder / INDEX, "not a model folder").get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f"{folder / INDEX}: weight_map must map tensors to shards; download the model again")
-    return shards
-
-
-def _shards(folder: Path, index: dict[str, str]) -> list[Path]:
-    names = sorted(set(index.values()))
-    for name in names:
-        if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise InputError(f"{INDEX}: shard path {name!r} leaves the folder; the download is not to be trusted")
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: shard {name} is missing; download the model again")
-    if names:
-        return [folder / name for name in names]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise InputError(f"{folder} holds pickle files, which can run code; convert them to safetensors first")
-    raise InputError(f"{folder}: not a model folder (no {SINGLE} and no {INDEX})")

@@ -2,9 +2,12 @@
 
 
 class AssayError(Exception):
-    """A failure whose message is one line for the user: what is wrong and what to do."""
+    """A failure whose message is one line for the user, whatever the files hold that it quotes: what is wrong and what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: object) -> None:
+        super().__init__(" ".join(str(message).split()))
 
 
 class InputError(AssayError):

@@ -142,9 +142,8 @@ def damaged(path: Path, reason: str) -> InputError:
 
 
 @contextmanager
-def unless_refused(folder: Path) -> Iterator[None]:
-    """Removes a folder that wasn't there before when the work on it ends in an InputError."""
-    fresh = not folder.exists()
+def unless_refused(folder: Path, fresh: bool) -> Iterator[None]:
+    """Removes a folder that is new when the work on it ends in an InputError."""
     try:
         yield
     except InputError:

@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from gguf.gguf_reader import ReaderTensor
 from torch import Tensor
 
+from assay.model import memory
 from assay.model.errors import InputError
-from assay.model.gguf_layout import Target, facts, pairs
+from assay.model.gguf_header import open_gguf
+from assay.model.gguf_layout import Target, depth, facts, pairs
 from assay.model.stored import TensorInfo
 
 SUFFIX = ".gguf"
@@ -42,12 +44,18 @@ def read(path: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], 
     Raises InputError for a damaged file, an architecture without a layout, and tensors without a place.
     """
     try:
-        reader = GGUFReader(path)
-    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reader = open_gguf(path)
+        tensors = {t.name: t for t in reader.tensors}
+        made = dict(config) if config is not None else _config(path, reader, tensors)
+        return made, _stored(path, made, tensors)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, ArithmeticError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise InputError(f"{path}: not a GGUF file, or a damaged one ({reason}); download it again") from error
-    tensors = {t.name: t for t in reader.tensors}
-    made = dict(config) if config is not None else _config(path, reader, tensors)
+
+
+def _stored(path: Path, made: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> dict[str, TensorInfo]:
+    if depth(made) > len(tensors):
+        raise InputError(f"{path}: {depth(made)} blocks, but {len(tensors)} tensors; download it again")
     stored: dict[str, TensorInfo] = {}
     placed = set()
     experts: dict[str, int] = {}
@@ -61,7 +69,7 @@ def read(path: Path, config: Mapping[str, Any] | None) -> tuple[dict[str, Any], 
     computed = {f"{name}.weight" for name in facts()["computed"]}
     if odd := sorted(set(tensors) - placed - computed - {"output.weight"}):
         raise InputError(f"{path}: {odd[0]} has no place in {made['model_type']} models of transformers")
-    return made, stored
+    return stored
 
 
 def _info(path: Path, tensor: ReaderTensor, target: Target, place: int) -> TensorInfo:
@@ -75,6 +83,15 @@ def _info(path: Path, tensor: ReaderTensor, target: Target, place: int) -> Tenso
 
 def _reader(tensor: ReaderTensor, target: Target, place: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     def read() -> Tensor:
+        try:
+            return decoded()
+        except (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError) as error:
+            if memory.lacked(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{tensor.name} can't be decoded ({reason}); download the file again") from error
+
+    def decoded() -> Tensor:
         data = np.asarray(tensor.data[place] if target.stacked else tensor.data)
         if tensor.tensor_type == GGMLQuantizationType.BF16:
             value = torch.from_numpy(data.copy()).view(torch.bfloat16)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from assay.model.schema import Count
+
 Fate = Literal["done", "fell_back", "copied", "dropped"]
 
 
@@ -18,8 +20,8 @@ class Entry:
     planned: str | None
     fate: Fate
     reason: str
-    bytes_before: int
-    bytes_after: int
+    bytes_before: Count
+    bytes_after: Count
 
 
 class Ledger:
@@ -48,7 +50,3 @@ class Ledger:
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(self.entries[name]) for name in sorted(self.entries)]
-
-    @classmethod
-    def from_json(cls, rows: Iterable[dict[str, Any]]) -> Ledger:
-        return cls(Entry(**row) for row in rows)

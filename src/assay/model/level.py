@@ -133,6 +133,8 @@ class Level:
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights. Raises InputError if they don't divide."""
         size = self.group_size or columns
+        if columns < 1:
+            raise InputError(f"no groups in rows of {columns} inputs")
         if FORMATS[self.format].layout == "blocks" and columns % size:
             raise InputError(f"{self.format} cuts rows into blocks of {size} weights, which do not divide {columns} inputs")
         if columns % size:

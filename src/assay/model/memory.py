@@ -44,6 +44,15 @@ def _trim() -> Callable[[int], int]:
     return trim
 
 
+def lacked(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def forget_peak() -> None:
     """Start the process's high-water mark anew, where the system lets it."""
     with suppress(OSError):

@@ -67,8 +67,11 @@ class PackedTrellis:
 
     @classmethod
     def from_tensors(cls, stored: Mapping[str, Tensor], level: Level) -> PackedTrellis:
-        """Inverse of `tensors`."""
+        """Inverse of `tensors`. Raises ValueError for a stream that is too short for the weight."""
         seed, upwards = stored["weight_signs"].tolist()
+        needed = Trellis.of_rate(level.bits).words(len(stored["weight_scale"]) * len(stored["weight_places"]))
+        if stored["weight_packed"].dtype != torch.int32 or stored["weight_packed"].shape != (needed,):
+            raise ValueError(f"{needed} words of int32 needed, not {list(stored['weight_packed'].shape)}")
         return cls(level, stored["weight_packed"], stored["weight_scale"], stored["weight_places"], seed, bool(upwards))
 
 

@@ -22,7 +22,7 @@ _MAX_HEADER = 100_000_000
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file. Raises InputError for a damaged header."""
+    """The tensors of a safetensors file. Raises InputError where header and file don't fit together."""
     size = shard.stat().st_size
     try:
         with shard.open("rb") as file:
@@ -33,7 +33,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         infos = {name: _info(shard, entry) for name, entry in header.items()}
         end = 8 + length + _end_of_data(header)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, OverflowError) as error:
         raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
     if end != size:
         raise InputError(f"{shard.name}: {size} bytes where its header needs {end}; download the file again")
@@ -51,8 +51,10 @@ def _end_of_data(header: dict[str, Any]) -> int:
 
 
 def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, end = entry["data_offsets"]
+    if not all(type(n) is int for n in (*shape, start, end)):
+        raise ValueError("sizes must be whole numbers")
     count = 1
     for n in shape:
         count *= n

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from typing import Any
 
@@ -16,8 +16,14 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.schema import conform
+
+WEIGHTS_A_BYTE = 8
+BUFFERS = 1 << 27
+"""Bytes of tables, such as masks, that a model may have however small its files are."""
 
 
 @dataclass(frozen=True)
@@ -81,44 +87,81 @@ def facts() -> dict[str, Any]:
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """transformers' config of a checkpoint, any quantization of the files left out. Raises InputError."""
     kind = checkpoint.config.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise InputError(f"{checkpoint.folder}: config.json has no model_type; not a transformers model")
     try:
         if (checkpoint.folder / "config.json").exists():
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         else:
             config = AutoConfig.for_model(**checkpoint.config)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever the config's own class makes of odd values
+        if memory.lacked(error):
+            raise
         if "trust_remote_code" in str(error):
             problem = f"{checkpoint.folder}: {kind} needs code from its folder, which assay never runs"
             wanted = f"give a version of the model that transformers {transformers.__version__} opens by itself"
             raise InputError(f"{problem}; {wanted}") from error
-        raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
+        if kind not in transformers.CONFIG_MAPPING:
+            raise InputError(f"unknown architecture {kind!r} in transformers {transformers.__version__}") from error
+        raise _unusable(checkpoint, error) from error
+    depth = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(depth, int) or depth > len(checkpoint.stored):
+        raise InputError(f"{checkpoint.folder}: {depth} blocks in config.json, but {len(checkpoint.stored)} tensors in the files")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _unusable(checkpoint: Checkpoint, error: Exception) -> InputError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return InputError(f"{checkpoint.folder}: transformers can't make a model of config.json ({reason}); download it again")
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model with real buffers and parameters that take no memory. Raises InputError."""
     config = load_config(checkpoint)
     config.use_cache = False
-    wanted = (checkpoint.config.get("architectures") or [None])[0]
+    wanted = checkpoint.config.get("architectures") or [""]
+    conform(wanted, list[str], f"{checkpoint.folder / 'config.json'}: architectures must be names")
     kinds = [
         transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM,
         transformers.AutoModelForImageClassification, transformers.AutoModel,
     ]  # fmt: skip
-    cls = getattr(transformers, wanted, None) if wanted else None
-    with init_empty_weights(include_buffers=False):
-        if cls is not None and issubclass(cls, PreTrainedModel):
-            model = cls._from_config(config, dtype=torch.float32)
-        else:
-            kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
-            if kind is None:
-                raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    cls = getattr(transformers, wanted[0], None)
+    kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        make = partial(cls._from_config, config, dtype=torch.float32)
+    elif kind is not None:
+        make = partial(kind.from_config, config, dtype=torch.float32, trust_remote_code=False)
+    else:
+        raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")
+    _check_size(checkpoint, make)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = make()
+    except Exception as error:  # whatever the model's own class makes of odd values
+        if memory.lacked(error):
+            raise
+        raise _unusable(checkpoint, error) from error
     model.config._experts_implementation = "eager"
     return model.eval()
+
+
+def _check_size(checkpoint: Checkpoint, make: Callable[[], PreTrainedModel]) -> None:
+    """Raises InputError for a config of a far larger model than the files hold, before any memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            model = make()
+    except Exception as error:  # whatever the model's own class makes of odd values
+        if "meta" in str(error):  # a class that can't be made without memory
+            return
+        raise _unusable(checkpoint, error) from error
+    most = WEIGHTS_A_BYTE * sum(info.nbytes for info in checkpoint.stored.values())
+    count = sum(tensor.numel() for tensor in model.parameters())
+    buffers = sum(tensor.nbytes for tensor in model.buffers())
+    if count > most or buffers > most + BUFFERS:
+        problem = f"config.json describes {count} weights and {buffers} bytes of tables, far more than the files hold"
+        raise InputError(f"{checkpoint.folder}: {problem}; download it again")
 
 
 def survey(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Anatomy:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from assay.model import memory
 from assay.model.binary import PackedPlanes, PackedSalient
 from assay.model.blocks import PackedBlocks
+from assay.model.errors import InputError
 from assay.model.lattice import PackedLattice
 from assay.model.level import FORMATS, Level
 from assay.model.ordered import PackedOrdered
@@ -146,6 +148,17 @@ def restore(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> P
     names = ("weight_exact", "weight_exact_columns", "weight_exact_rows")
     exact = Exact(*(stored[n] for n in names)) if "weight_exact" in stored else None
     return PackedSum(level, base, factors, exact)
+
+
+def decoded(name: str, packed: Packed) -> Tensor:
+    """A weight from parts that may be damaged. Raises InputError naming the weight."""
+    try:
+        return packed.decode()
+    except (RuntimeError, IndexError, KeyError, ValueError, TypeError, OverflowError, AssertionError) as error:
+        if memory.lacked(error):
+            raise
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise InputError(f"{name}: its packed parts don't belong together ({reason}); download the model again") from error
 
 
 def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtype) -> Packed:

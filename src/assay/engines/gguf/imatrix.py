@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from torch import Tensor
 
 from assay.model.errors import InputError
+from assay.model.gguf_header import open_gguf
 
 LEGACY = ".dat"
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -81,13 +82,13 @@ def read(path: Path) -> Imatrix:
         return _read_gguf(path) if raw[:4] == b"GGUF" else _read_legacy(raw)
     except FileNotFoundError:
         raise InputError(f"no importance matrix at {path}") from None
-    except (ValueError, KeyError, IndexError, OSError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, struct.error, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not an importance matrix of llama.cpp ({reason})") from error
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    reader = GGUFReader(path)
+    reader = open_gguf(path)
     tensors = {t.name: torch.from_numpy(np.array(t.data, dtype=np.float32)) for t in reader.tensors}
     field = {key: f.contents() for key, f in reader.fields.items()}
     if field.get("general.type") != "imatrix":
@@ -95,6 +96,8 @@ def _read_gguf(path: Path) -> Imatrix:
     entries = {}
     for name in sorted(n.removesuffix(SUMS) for n in tensors if n.endswith(SUMS)):
         sums, counts = tensors[name + SUMS], tensors[name + COUNTS].flatten()
+        if not len(counts) or sums.numel() % len(counts):
+            raise ValueError(f"{name}: {sums.numel()} sums for {len(counts)} experts")
         sums = sums.view(len(counts), -1)
         entries[name] = Importance(sums / counts.clamp_min(1)[:, None], counts)
     texts = field.get("imatrix.datasets") or [""]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from assay.methods.sensitivity._subject import Scores, Subject
+from assay.model.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Kfac:
     def score(self, subject: Subject) -> Scores:
         """See `Sensitivity.score`. Nats per token; one sample for each part of the text."""
         index, found = subject.profile.index, {}
+        count = max(map(len, index["spread"].values()), default=1)
         for row in index["rows"]:
             priced = subject.profile.prices.get(row["name"])
             if row["block"] is not None and priced is not None:
-                parts = index["spread"].get(row["name"], [1.0])
+                parts = index["spread"].get(row["name"], [1.0] * count)
                 level = subject.level_of(row["shape"][1]).name
+                if level not in priced:
+                    raise InputError(f"{subject.profile.folder} has no price of {row['name']} at {level}; measure again")
                 found[row["name"]] = priced[level]["nearest"] * torch.tensor(parts, dtype=torch.float64)
         return found
 

@@ -13,7 +13,11 @@ from assay.methods import compiled
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve.curvature import damage, diagonal
 from assay.methods.solve.rounded import Rounded
+from assay.model.precision import bf16_products
 from assay.model.threads import spread
+
+LARGE = 1 << 20
+"""Weights of a matrix from which products are what its solution takes."""
 
 
 class Problem(NamedTuple):
@@ -37,13 +41,22 @@ class Rounding(NamedTuple):
 
 def objective(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
     """f of each problem, [batch]; centred: steps of the grid, the unscaled levels."""
-    scale = problem.grid.per_weight(affine, centred.shape[-1])[0]
-    return damage(problem.weight - problem.grid.level(centred, scale), problem.inputs, problem.outputs)
+    return damage(_errors(problem, centred, affine), problem.inputs, problem.outputs)
+
+
+def _errors(problem: Problem, centred: Tensor, affine: Affine) -> Tensor:
+    """D, [batch, out, in]."""
+    return problem.weight - problem.grid.level(centred, problem.grid.per_weight(affine, centred.shape[-1])[0])
 
 
 def better(problem: Problem, one: Rounding, other: Rounding) -> Rounding:
-    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal."""
-    return choose(objective(problem, *other) < objective(problem, *one), other, one)
+    """Matrix by matrix the candidate with the smaller objective, `one` if they are equal.
+
+    With the errors A and B of the two, f(B) - f(A) = 1/2 tr((B - A)^T G (A + B) H): the products of one objective.
+    """
+    a, b = _errors(problem, *one), _errors(problem, *other)
+    change = (problem.outputs @ (a + b) @ problem.inputs * (b - a)).sum((1, 2))
+    return choose(change < 0, other, one)
 
 
 def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
@@ -95,11 +108,12 @@ class _Descent:
         self.centred = centred.mT.contiguous().clone()
         self.levels = problem.grid.level(self.centred, self.scale)
         self.row_weight, self.column_weight = diagonal(problem.outputs), diagonal(problem.inputs)
+        self.through = (problem.weight.mT - self.levels) @ problem.outputs
+        """(G D)^T"""
 
     def sweep(self, width: int, block: int) -> None:
         """Visit every column once."""
-        inputs, outputs = self.problem.inputs, self.problem.outputs
-        through = (self.problem.weight.mT - self.levels) @ outputs  # (G D)^T, afresh: no drift
+        inputs, through = self.problem.inputs, self.through
         for start in range(0, self.levels.shape[1], block):
             stop = min(start + block, self.levels.shape[1])
             gradient = inputs[:, start:stop] @ through  # (G D H)^T of the block
@@ -160,13 +174,14 @@ class _Descent:
 # ---- scales ----------------------------------------------------------------------------------
 
 
-def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 6) -> Affine:
+def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 4) -> Affine:
     """The grid with its scales moved to the least-squares optimum for these codes.
 
     Rounded to the stored dtype and kept only for the matrices whose objective falls. Scales that would
     change sign, or fall below a third, stay: their codes carry no information about them.
     """
-    free = least_squares_scales(problem, centred, affine.scale, iterations)
+    with bf16_products(centred[0].numel() >= LARGE):  # a third of the time, and no step is taken that doesn't help
+        free = least_squares_scales(problem, centred, affine.scale, iterations)
     present = affine.scale.float()
     scale = problem.grid.round_scale(torch.where(free / present > 1 / 3, free, present))
     trial = Rounding(centred, Affine(scale, affine.zero_point))

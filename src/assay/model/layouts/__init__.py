@@ -8,7 +8,8 @@ from typing import Any
 
 from assay.model.errors import InputError
 from assay.model.layouts import awq, compressed_tensors, float8, gptq, mxfp4, own
-from assay.model.layouts.base import Headers, Stored
+from assay.model.layouts.base import Headers, Stored, setting
+from assay.model.schema import conform
 
 READERS: Mapping[str, Callable[[Mapping[str, Any], Headers], dict[str, Stored]]] = {
     "assay": own.find, "awq": awq.find, "compressed-tensors": compressed_tensors.find, "gptq": gptq.find,
@@ -20,7 +21,10 @@ READERS: Mapping[str, Callable[[Mapping[str, Any], Headers], dict[str, Stored]]]
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     """Every logical tensor that lies in the files as several parts. config: of the model. Raises InputError."""
     quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
+    conform(
+        quantization, dict[str, Any], "config.json: quantization_config is not one that can be read; download the model again"
+    )
+    method = setting(quantization, "quant_method", str, None)
     if method is not None and method not in READERS and method != "fp8" and _unknown(stored):
         raise InputError(f"config.json: assay doesn't read quant_method {method!r}; it reads {', '.join(sorted(READERS))}, fp8")
     reader = READERS.get(method or "")

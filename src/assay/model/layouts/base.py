@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from assay.model.stored import TensorInfo
 Parts = Mapping[str, Tensor]
 """Stored tensors of one logical tensor, by the suffix that follows its module's name."""
 Headers = Mapping[str, TensorInfo]
+SECONDS = 1.0
+"""For one pattern of a config."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,14 @@ def check_shapes(module: str, stored: Headers, wanted: Mapping[str, tuple[int, .
         have = stored[module + suffix].shape
         if have != shape:
             raise InputError(f"{module}{suffix} is {list(have)}, the rest of it needs {list(shape)}; download the model again")
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a config's regular expression matches the start of a module's name. Raises InputError for one that takes long."""
+    try:
+        return regex.match(pattern, module, timeout=SECONDS) is not None
+    except (regex.error, TimeoutError) as error:
+        raise InputError(f"config.json: the pattern {pattern[:80]!r} can't be matched ({error}); download it again") from None
 
 
 def setting(config: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:

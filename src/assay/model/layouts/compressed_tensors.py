@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from assay.model.errors import InputError
 from assay.model.layouts import floats
-from assay.model.layouts.base import Headers, Parts, Stored, modules, packed, parts_of
+from assay.model.layouts.base import Headers, Parts, Stored, matches, modules, packed, parts_of
 from assay.model.layouts.float8 import FP8, spread_blocks
 from assay.model.layouts.own import torch_dtype
 from assay.model.level import Level
@@ -59,7 +58,7 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
 def _schemes(quantization: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     """The scheme of a module by its name: named outright, by a pattern, or by the class that all linear layers have."""
     exact: dict[str, Scheme] = {}
-    patterns: list[tuple[re.Pattern[str], Scheme]] = []
+    patterns: list[tuple[str, Scheme]] = []
     common: list[Scheme] = []
     for group in (quantization.get("config_groups") or {}).values():
         if not group.get("weights"):
@@ -67,7 +66,7 @@ def _schemes(quantization: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
         scheme = {"format": quantization.get("format"), **{k: v for k, v in group.items() if v is not None}}
         for target in group.get("targets", []):
             if target.startswith("re:"):
-                patterns.append((re.compile(target[3:]), scheme))
+                patterns.append((target[3:], scheme))
             elif "." not in target and target[:1].isupper():
                 common.append(scheme)
             else:
@@ -76,7 +75,7 @@ def _schemes(quantization: Mapping[str, Any]) -> Callable[[str], Scheme | None]:
     def lookup(module: str) -> Scheme | None:
         if module in exact:
             return exact[module]
-        return next((s for p, s in patterns if p.match(module)), common[0] if common else None)
+        return next((s for p, s in patterns if matches(p, module)), common[0] if common else None)
 
     return lookup
 

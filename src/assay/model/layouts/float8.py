@@ -43,4 +43,5 @@ def spread_blocks(name: str, scale: Tensor, shape: torch.Size, blocks: list[int]
     if list(scale.shape) != [-(-n // b) for n, b in zip(shape, blocks, strict=True)]:
         shapes = f"{list(scale.shape)} scales for {list(shape)} weights"
         raise InputError(f"{name}: {shapes} in blocks of {blocks}; download the model again")
-    return scale.repeat_interleave(blocks[0], 0).repeat_interleave(blocks[1], 1)[: shape[0], : shape[1]]
+    rows, columns = (min(b, n) for n, b in zip(shape, blocks, strict=True))
+    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]

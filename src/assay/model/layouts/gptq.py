@@ -19,7 +19,7 @@ from torch import Tensor
 
 from assay.model.bits import pack_rows, unpack_rows
 from assay.model.errors import InputError
-from assay.model.layouts.base import Headers, Parts, Stored, check_shapes, modules, need, packed, parts_of, setting
+from assay.model.layouts.base import Headers, Parts, Stored, check_shapes, matches, modules, need, packed, parts_of, setting
 from assay.model.level import FORMATS, Level
 from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger
@@ -62,7 +62,7 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
 def _facts_of(settings: Mapping[str, Any], module: str) -> dict[str, Any]:
     """Settings of a module, the first rule that names it included."""
     for rule, change in (setting(settings, "dynamic", dict, None) or {}).items():
-        if not str(rule).startswith("-:") and re.match(str(rule).removeprefix("+:"), module.removesuffix(".")):
+        if not str(rule).startswith("-:") and matches(str(rule).removeprefix("+:"), module.removesuffix(".")):
             return {**settings, **change}
     return dict(settings)
 

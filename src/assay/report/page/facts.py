@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from assay.budget.plan import Plan
+from assay.model import sums
 from assay.model.errors import InputError
-from assay.model.files import read_json
 from assay.model.ledger import Entry
+from assay.model.notes import DAMAGED, read_ledger, read_recipe, read_rows, read_verdict
+from assay.model.schema import Count, Finite, Size
 
-DAMAGED = "not a result of assay compress, or a damaged one"
 OUTSIDE = "outside"
 
 
@@ -25,11 +25,11 @@ class Row:
     site: str
     block: int | None
     role: str
-    weights: int
+    weights: Size
     level: str
-    before: int
-    after: int
-    damage: float
+    before: Count
+    after: Count
+    damage: Finite
     why: str
 
 
@@ -61,24 +61,16 @@ def read(folder: str | Path) -> Facts:
     notes = root / "assay"
     if not notes.is_dir():
         raise InputError(f"{root}: no assay/ folder; give a folder that assay compress wrote")
-    verdict = notes / "verdict.json"
-    try:
-        ledger = [Entry(**row) for row in _list(notes / "ledger.json")]
-        rows = [Row(**row) for row in _list(notes / "sites.json")]
-    except TypeError as error:
-        raise InputError(f"{notes}: {DAMAGED} ({error})") from None
+    recipe = read_recipe(root)
+    if recipe is None:
+        raise InputError(f"{notes}: {DAMAGED} (recipe.json is missing)")
+    ledger = list(read_ledger(root).entries.values())
+    rows = [Row(**row) for row in read_rows(notes / "sites.json", Row)]
+    sums.check(root, notes_only=True)
     licence = next((p.name for p in sorted(root.iterdir()) if p.name.lower().startswith(("licen", "copying"))), None)
     return Facts(
-        Plan.load(notes / "plan.yaml"), read_json(notes / "recipe.json", DAMAGED), ledger, rows,
-        read_json(verdict, DAMAGED) if verdict.exists() else None, licence,
+        Plan.load(notes / "plan.yaml"), recipe, ledger, rows, read_verdict(root), licence,
     )  # fmt: skip
-
-
-def _list(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {DAMAGED} ({error})") from None
 
 
 def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
