@@ -26,7 +26,7 @@ from assay import engines
 from assay.budget import plans
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
-from assay.cache_pricing import WINDOW, WINDOWS
+from assay.cache_pricing import FITTED, WINDOW, WINDOWS
 from assay.evolving import LevelStore
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -60,8 +60,8 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         vocabulary = self.streamed.vocabulary
-        count = WINDOWS * WINDOW
-        self.calibration: Tensor = windows(source, text, "calibration", count, WINDOW, vocabulary).ids
+        count = (WINDOWS + FITTED) * WINDOW
+        self.calibration: Tensor = windows(source, text, "calibration", count, WINDOW, vocabulary).ids[WINDOWS:]
         judge = None if shipped else JUDGE_TEXT
         ids = windows(source, judge, "evaluation", judged, WINDOW, vocabulary).ids
         self.parts = list(ids.split(24))
