@@ -30,14 +30,16 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
+from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
 def hand_over(
-    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
-) -> dict[str, Any]:
+    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
     """Write the folder, reopen it with another reader, and close the ledger."""
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
@@ -62,12 +64,15 @@ def hand_over(
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    writer(destination, source, loaders, contract, extra, levels, turned)
-    try:
-        reader(destination, source, loaders, contract, turned)
-    except ShortfallError:
-        shutil.rmtree(destination)
-        raise
+    with progress.task("writing the result, reading it back", 2) as advance:
+        writer(destination, source, loaders, contract, extra, levels, turned)
+        advance()
+        try:
+            reader(destination, source, loaders, contract, turned)
+        except ShortfallError:
+            shutil.rmtree(destination)
+            raise
+        advance()
     written = Checkpoint.open(destination)
     stored = sum(info.nbytes for info in written.stored.values())
     if stored != ledger.nbytes:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import assay.engines.load
-from assay import engines, preflight
-from assay.budget import agreement, offers, plans, presets, sensitivity, undo
+from assay import cached, engines, preflight
+from assay.budget import agreement, joint, offers, plans, presets, sensitivity, undo
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
@@ -192,7 +192,8 @@ def compress(
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
-    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
+    least = joint.undecided(profile, limits)
+    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep, uniform, least)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     by = preflight.handling(streamed, window, memory.available())
@@ -225,7 +226,7 @@ def compress(
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
-        report = hand_over(streamed, chosen, measured, contract, results, destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
         write_page(destination)
         shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
@@ -264,6 +265,7 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit, "texts": texts,
+        "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if recipe:
@@ -319,7 +321,7 @@ def list_methods() -> list[dict[str, Any]]:
 def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
+    folder = work / f"profile-{_digest(f'{open_model(model).fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [budget.level] if budget.level else []
     return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
 

@@ -18,7 +18,7 @@ from assay.cli import answer
 from assay.cli.main import main
 from assay.model.errors import InputError, ShortfallError
 
-COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods")
+COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods", "explore")
 SOURCE = Path(assay.__file__).parents[1]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from assay.cli.answer import Answer, command
-from assay.cli.options import Json, Window
+from assay.cli.options import Json, ProgressKind, Shown, Window
 from assay.model.errors import InputError
 
 Result = Annotated[str, typer.Argument(metavar="OUT", help="Folder that assay compress wrote.", show_default=False)]
@@ -28,15 +28,17 @@ Batches = Annotated[
 @command()
 def run(
     out: Result, against: Against, text: Text = None, tokens: Tokens = None, window: Window = None,
-    compute: Compute = "float32", batches: Batches = None, as_json: Json = False,
+    compute: Compute = "float32", batches: Batches = None, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure KL, perplexity and agreement on text that calibration never saw; exit 1 when a bound is missed."""
     sizes = _numbers(batches)
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.report import tables
 
-    verdict = assay.verify(out, against, text=text, tokens=tokens, window=window, compute=compute, batches=sizes, progress=Bars())
+    verdict = assay.verify(
+        out, against, text=text, tokens=tokens, window=window, compute=compute, batches=sizes, progress=listener(progress)
+    )
     return Answer(verdict, lambda: tables.verdict(verdict), 0 if verdict["passed"] else 1)
 
 
