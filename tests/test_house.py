@@ -22,7 +22,7 @@ FLOORS = {
     "methods": 2, "prove": 2,
     "budget": 3,
     "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "caching": 4, "prompted": 4, "reranking": 4,
-    "relu_tuning": 4, "report": 4,
+    "relu_tuning": 4, "report": 4, "calibrated": 4,
     "handover": 5, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "cached": 5, "contest": 5,
     "explore": 5,
     "run": 6, "": 6,

@@ -24,11 +24,17 @@ Batches = Annotated[
     str | None, typer.Option("--batches", metavar="N,N", help="Windows read at once, like 1,4,16: shows what that changes.")
 ]
 
+Named = Annotated[
+    str, typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval for both models, by name or YAML file, with commas.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="Examples of each task; all if not given.", min=1)]
+
 
 @command()
 def run(
-    out: Result, against: Against, text: Text = None, tokens: Tokens = None, window: Window = None,
-    compute: Compute = "float32", batches: Batches = None, progress: Shown = ProgressKind.bars, as_json: Json = False,
+    out: Result, against: Against, text: Text = None, tokens: Tokens = None, window: Window = None, tasks: Named = "",
+    limit: Limit = None, compute: Compute = "float32", batches: Batches = None, progress: Shown = ProgressKind.bars,
+    as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure KL, perplexity and agreement on text that calibration never saw; exit 1 when a bound is missed."""
     sizes = _numbers(batches)
@@ -36,9 +42,11 @@ def run(
     from assay.cli.progress import listener
     from assay.report import tables
 
+    named = tasks.split(",") if tasks else ()
     verdict = assay.verify(
-        out, against, text=text, tokens=tokens, window=window, compute=compute, batches=sizes, progress=listener(progress)
-    )
+        out, against, text=text, tokens=tokens, window=window, tasks=named, limit=limit, compute=compute, batches=sizes,
+        progress=listener(progress),
+    )  # fmt: skip
     return Answer(verdict, lambda: tables.verdict(verdict), 0 if verdict["passed"] else 1)
 
 

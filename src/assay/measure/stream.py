@@ -24,6 +24,8 @@ Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
 LOGITS_AT_ONCE = 1 << 22
 BATCH_TOKENS = 2048
+CACHES = ("past_key_values", "layer_past")
+"""What blocks call the cache."""
 
 
 class _Stop(Exception):
@@ -87,9 +89,11 @@ class StreamedModel:
             self.model(input_ids=ids)
         return seen[0]
 
-    def run_block(self, index: int, hidden: Tensor, batch: int) -> Tensor:
-        """Output [batch, length, hidden] of a loaded block for one batch noted by `embed`."""
+    def run_block(self, index: int, hidden: Tensor, batch: int, cache: Any = None) -> Tensor:
+        """Output [batch, length, hidden] of a loaded block for one batch noted by `embed`; cache: gets its keys and values."""
         args, kwargs = self._calls[index][batch]
+        if cache is not None:
+            kwargs = kwargs | {name: cache for name in CACHES if name in kwargs}
         result = self.blocks[index](hidden.to(self.compute), *args, **kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
 

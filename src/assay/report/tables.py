@@ -52,8 +52,9 @@ def verdict(found: Facts) -> Group:
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
     return Group(
-        table, *undo, *_batches(found), *_texts(found.get("texts")), f"{'passed' if found['passed'] else 'missed'}: {bound}"
-    )
+        table, *undo, *_tasks(found.get("tasks")), *_batches(found), *_texts(found.get("texts")),
+        f"{'passed' if found['passed'] else 'missed'}: {bound}",
+    )  # fmt: skip
 
 
 def _batches(found: Facts) -> list[Any]:
@@ -78,6 +79,18 @@ def _with_cache(joint: Facts) -> tuple[str, str, str]:
     name = f"KL with its cache ({joint['cache']}{', simulated' if joint['simulated'] else ''})"
     alone = f"{number(joint['weights'])} without, on the same {joint['tokens']} tokens"
     return name, predicted, f"{span(joint['measured'], joint['low'], joint['high'])}; {alone}"
+
+
+def _tasks(found: Mapping[str, Facts] | None) -> list[Table]:
+    """Scores on tasks, the difference with its interval."""
+    if not found:
+        return []
+    table = Table("task", "metric", "examples", "original", "compressed", "difference", title="lm-eval", title_justify="left")
+    for task, metrics in found.items():
+        for metric, row in metrics.items():
+            change = span(row["difference"], row["low"], row["high"])
+            table.add_row(task, metric, str(row["examples"]), number(row["original"]), number(row["compressed"]), change)
+    return [table]
 
 
 def _restorations(found: Sequence[Facts]) -> Table:
