@@ -16,7 +16,9 @@ from torch import Tensor
 
 from assay.budget.plan import Plan
 from assay.budget.probe import batched, statistics
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
+from assay.measure.experts import ENOUGH_TOKENS, reason, starved
 from assay.measure.pair import Met, Pair
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel, read_weight
@@ -153,29 +155,33 @@ class _Task:
 
     model: StreamedModel
     plan: Plan
-    curvatures: Mapping[str, Curvature]
+    curvatures: Curvatures
 
     def solve(self, sites: Sequence[Site], met: Met | None = None) -> Part:
         """Each site's tensors and what became of it. met: what these sites, that read one input, meet by now."""
-        batches = list(_batches(self.plan, sites))
+        batches = list(_batches(self.plan, sites, self._starved))
         largest = max((batch[0].count for _, batch in batches), default=0)
         parts = side_by_side(lambda batch: self._batch(*batch, met), batches, largest)
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
+    def _starved(self, site: Site) -> bool:
+        return site.expert is not None and self.curvatures.tokens(key_of(site)) < ENOUGH_TOKENS
+
     def _batch(self, level: Level, sites: list[Site], met: Met | None) -> Part:
         weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[key_of(s)] for s in sites]
         targets, used = weights, stats
-        if met is not None:
+        if met is not None and not any(map(starved, stats)):
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
             used = [replace(curvature, h=met.h) for curvature in stats]
         dtype = scale_dtype(self.model, sites[0])
-        packed, reason = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
+        packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             stored = str(dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, reason, curvature.tokens))
+            why = reason(curvature) if failure and starved(curvature) else failure
+            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -190,20 +196,21 @@ def encode(
     method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
-    if "H" in method.needs and not all(s.tokens for s in stats):
-        return method.encode(weights, level, dtype, base.Statistics()), "no calibration token met it"
+    if "H" in method.needs and any(map(starved, stats)):
+        return method.encode(weights, level, dtype, base.Statistics()), reason(stats[0])
     try:
         return method.encode(weights, level, dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 
 
-def _batches(plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[Level, list[Site]]]:
-    """Planned sites that have one shape and level, in batches of bounded size."""
-    alike: dict[tuple[str, tuple[int, int], bool], list[Site]] = {}
+def _batches(plan: Plan, sites: Iterable[Site], starving: Callable[[Site], bool]) -> Iterator[tuple[Level, list[Site]]]:
+    """Planned sites that have one shape and level, in batches of bounded size; those that starve apart from the others."""
+    alike: dict[tuple[str, tuple[int, int], bool, bool], list[Site]] = {}
     for site in sites:
-        alike.setdefault((str(plan.choices[key_of(site)].level), site.shape, site.role == "head"), []).append(site)
-    for (level, shape, _), same in alike.items():
+        level = str(plan.choices[key_of(site)].level)
+        alike.setdefault((level, site.shape, site.role == "head", starving(site)), []).append(site)
+    for (level, shape, _, _), same in alike.items():
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))
         for start in range(0, len(same), size):
             yield Level.parse(level), same[start : start + size]

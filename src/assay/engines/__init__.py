@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "assay", "awq", "gptq", "gptq-v2", "llama.cpp", "llama.cpp-fast", "plain", "transformers", "vllm", "vllm-w8a8",
+    "vllm-w8a8-static",
 )  # fmt: skip
 ALIASES = {"gguf": "llama.cpp"}
 
