@@ -42,7 +42,7 @@ from engines.llama_reader import Reader
 from llama_cpp_peer import quantize
 
 TYPES = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "IQ2_XS": 20}
-REPEATS = 9
+REPEATS = 60
 GENERATED = 48
 BOUND = 0.7
 HEADER = ("type, maker", "bytes", "KL to the original [95%]", "perplexity", "same top token", "prompt tokens/CPU s",

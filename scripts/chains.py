@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "chains.md"
 IDS = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
 STOCK, KERNELS, RULES = "transformers", "assay.load", "vLLM rules"
+TOKENS = 1024
+"""Enough for every expert of the tiny models."""
 FAMILIES = tuple(f for f in WRITTEN if f not in ("bert", "vit"))
 """Those that read text and write logits of the next token."""
 HEADER = ("family", "engine", "level", "method", "reader", "size", "difference")
@@ -55,6 +57,7 @@ CHAINS = (
     Chain("vllm", "fp8-channel", "gptq", (STOCK, KERNELS, RULES)),
     Chain("vllm", "nvfp4-g16", "gptq", (KERNELS, RULES)),
     Chain("vllm-w8a8", "int8-channel-sym", "two_sided", (KERNELS, RULES)),
+    Chain("vllm-w8a8-static", "fp8-channel", "gptq", (KERNELS, RULES)),
     Chain("gptq", "int4-g32-sym", "two_sided", (KERNELS,)),
     Chain("gptq-v2", "int3-g32-asym", "two_sided", (KERNELS,)),
     Chain("awq", "int4-g32-asym", "two_sided", (KERNELS,)),
@@ -112,7 +115,8 @@ def _stock_reads(model: Path) -> bool:
 
 
 def _compress(model: Path, chain: Chain, out: Path) -> None:
-    options: dict[str, Any] = {"level": chain.level, "engine": chain.engine, "method": chain.method, "tokens": 256, "window": 32}
+    options: dict[str, Any] = {"level": chain.level, "engine": chain.engine, "method": chain.method}
+    options |= {"tokens": TOKENS, "window": 32}
     text = model.parent / "text.txt"
     assay.compress(model, out, calibration=text if text.exists() else text_file(model.parent), **options)
 

@@ -48,8 +48,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES = tuple(SETTINGS)
-WRITTEN: dict[str, dict[str, Any]] = SETTINGS | {"gemma": _COMMON | {"head_dim": 16}, "olmo2": _COMMON, "starcoder2": _COMMON}
-"""Twenty families that every writer is run on."""
+WRITTEN: dict[str, dict[str, Any]] = SETTINGS | {
+    "gemma": _COMMON | {"head_dim": 16},
+    "olmo2": _COMMON,
+    "starcoder2": _COMMON,
+    "qwen2_moe": _COMMON | _MOE | {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "olmoe": _COMMON | _MOE | {"num_experts": 4},
+}
+"""Families that every writer is run on, twenty of them language models."""
 CAUSAL = tuple(f for f in FAMILIES if f not in ("bert", "vit"))
 
 

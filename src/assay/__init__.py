@@ -24,17 +24,17 @@ if TYPE_CHECKING:
         plan,
         profile,
         rank,
-        report,
         sweep,
         transform,
         verify,
+        write_report,
     )
 
 __version__ = "0.1.0"
 __all__ = [
     "attach", "benchmark", "builtin_model", "cache_prices", "compress", "convert", "export", "inspect", "job",
-    "list_methods", "load", "plan", "planned_cache", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform",
-    "tune_relu", "verify",
+    "list_methods", "load", "plan", "planned_cache", "price_cache", "profile", "rank", "rerank", "sweep", "transform",
+    "tune_relu", "verify", "write_report",
 ]  # fmt: skip
 _HOMES = {
     "attach": "attaching", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",

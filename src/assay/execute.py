@@ -16,7 +16,9 @@ from torch import Tensor
 
 from assay.budget.plan import Plan
 from assay.budget.probe import batched, statistics
+from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
+from assay.measure.experts import ENOUGH_TOKENS, reason, starved
 from assay.measure.pair import Met, Pair
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel, read_weight
@@ -38,7 +40,7 @@ Part = tuple[dict[str, Tensor], list["Solved"]]
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of one site: its level, its method, and why that had to do without statistics."""
+    """What became of one site: its level, its method, why that had to do without statistics, and of how many tokens these are."""
 
     site: str
     level: str
@@ -46,6 +48,7 @@ class Solved:
     damage: float
     dtype: str
     fell_back: str = ""
+    tokens: int = 0
 
 
 class Results:
@@ -97,14 +100,15 @@ def execute(
     files = {block: folder / f"{_name(block)}.safetensors" for block in blocks}
     if not all(path.exists() for path in files.values()):
         pair = _pair(model, profile, folder) if sequential else None
-        with progress.task("compressing, block by block", len(blocks)) as advance:
-            for block, target in files.items():
+        due = {block: target for block, target in files.items() if sequential or not target.exists()}
+        with progress.task("compressing, block by block", len(due)) as advance:
+            for block, target in due.items():
                 if not target.exists():
                     started = perf_counter()
                     tensors, solved = _solve_block(model, plan, profile, block, pair)
                     metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
                     save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
-                    progress.log(_line(block, solved, perf_counter() - started))
+                    progress.log(_line(model, plan, block, solved, perf_counter() - started))
                     memory.release()
                 if pair is not None:
                     pair.pass_by(block, Results(folder, [block]).decoded)
@@ -151,29 +155,33 @@ class _Task:
 
     model: StreamedModel
     plan: Plan
-    curvatures: Mapping[str, Curvature]
+    curvatures: Curvatures
 
     def solve(self, sites: Sequence[Site], met: Met | None = None) -> Part:
         """Each site's tensors and what became of it. met: what these sites, that read one input, meet by now."""
-        batches = list(_batches(self.plan, sites))
+        batches = list(_batches(self.plan, sites, self._starved))
         largest = max((batch[0].count for _, batch in batches), default=0)
         parts = side_by_side(lambda batch: self._batch(*batch, met), batches, largest)
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
+    def _starved(self, site: Site) -> bool:
+        return site.expert is not None and self.curvatures.tokens(key_of(site)) < ENOUGH_TOKENS
+
     def _batch(self, level: Level, sites: list[Site], met: Met | None) -> Part:
         weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[key_of(s)] for s in sites]
         targets, used = weights, stats
-        if met is not None:
+        if met is not None and not any(map(starved, stats)):
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
             used = [replace(curvature, h=met.h) for curvature in stats]
         dtype = scale_dtype(self.model, sites[0])
-        packed, reason = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
+        packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
         for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             stored = str(dtype).removeprefix("torch.")
-            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, reason))
+            why = reason(curvature) if failure and starved(curvature) else failure
+            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -188,20 +196,21 @@ def encode(
     method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
 ) -> tuple[list[Packed], str]:
     """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
-    if "H" in method.needs and not all(s.tokens for s in stats):
-        return method.encode(weights, level, dtype, base.Statistics()), "no calibration token met it"
+    if "H" in method.needs and any(map(starved, stats)):
+        return method.encode(weights, level, dtype, base.Statistics()), reason(stats[0])
     try:
         return method.encode(weights, level, dtype, statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 
 
-def _batches(plan: Plan, sites: Iterable[Site]) -> Iterator[tuple[Level, list[Site]]]:
-    """Planned sites that have one shape and level, in batches of bounded size."""
-    alike: dict[tuple[str, tuple[int, int], bool], list[Site]] = {}
+def _batches(plan: Plan, sites: Iterable[Site], starving: Callable[[Site], bool]) -> Iterator[tuple[Level, list[Site]]]:
+    """Planned sites that have one shape and level, in batches of bounded size; those that starve apart from the others."""
+    alike: dict[tuple[str, tuple[int, int], bool, bool], list[Site]] = {}
     for site in sites:
-        alike.setdefault((str(plan.choices[key_of(site)].level), site.shape, site.role == "head"), []).append(site)
-    for (level, shape, _), same in alike.items():
+        level = str(plan.choices[key_of(site)].level)
+        alike.setdefault((level, site.shape, site.role == "head", starving(site)), []).append(site)
+    for (level, shape, _, _), same in alike.items():
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))
         for start in range(0, len(same), size):
             yield Level.parse(level), same[start : start + size]
@@ -212,14 +221,19 @@ def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
     return model.checkpoint.dtype(site.name)
 
 
-def _line(block: int | None, solved: list[Solved], seconds: float) -> str:
-    bits: Mapping[str, int] = {}
-    for s in solved:
-        bits = {**bits, s.level: bits.get(s.level, 0) + 1}
-    levels = ", ".join(f"{n} x {level}" for level, n in sorted(bits.items())) or "nothing planned"
+def _line(model: StreamedModel, plan: Plan, block: int | None, solved: list[Solved], seconds: float) -> str:
+    """What a terminal shows of a block: bits of what was compressed, loss in nats per token, tokens, time and memory."""
+    took = f"{seconds:.1f} s, {memory.resident() / 1e9:.2f} GB"
+    if not solved:
+        return f"{_name(block)}: nothing planned, {took}"
+    levels, tokens = {s.level for s in solved}, {s.tokens for s in solved}
+    nbytes = sum(plan.choices[s.site].nbytes for s in solved)
+    weights = sum(model.anatomy.sites[s.site].count for s in solved)
+    bits = f"{8 * nbytes / weights:.2f} bits ({levels.pop() if len(levels) == 1 else f'{len(levels)} levels'})"
+    samples = " to ".join(f"{n:,}" for n in sorted({min(tokens), max(tokens)}))
     fallen = sum(bool(s.fell_back) for s in solved)
     tail = f", {fallen} fell back" if fallen else ""
-    return f"{_name(block)}: {levels}; damage {sum(s.damage for s in solved):.5f} nats/token{tail}; {seconds:.1f} s"
+    return f"{_name(block)}: {bits}, loss {sum(s.damage for s in solved):.5f}, {samples} tokens{tail}, {took}"
 
 
 def _name(block: int | None) -> str:

@@ -6,16 +6,19 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from assay.budget import offers, plans
 from assay.budget.agreement import Reference
 from assay.budget.plan import Plan
 from assay.budget.sweep import frontier
+from assay.calibrated import calibrated
 from assay.engines import reopen, write
 from assay.engines.contract import Contract
 from assay.engines.fused import share_units
@@ -30,20 +33,22 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
+from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
 def hand_over(
-    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
-) -> dict[str, Any]:
+    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
     """Write the folder, reopen it with another reader, and close the ledger."""
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
     source = model.checkpoint.replaced(results.plain)
-    ledger = _ledger(model, source, plan, results, contract)
-    writer, reader = (gguf_write.write, gguf_reopen.compare) if contract.layout == "gguf" else (write.write, reopen.compare)
+    added = calibrated(model, profile, contract, levels, plan.budget.get("cache"))
+    ledger = _ledger(model, source, plan, results, contract, added)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
         "calibration": dict(profile.index["calibration"]),
@@ -62,12 +67,21 @@ def hand_over(
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    writer(destination, source, loaders, contract, extra, levels, turned)
-    try:
-        reader(destination, source, loaders, contract, turned)
-    except ShortfallError:
-        shutil.rmtree(destination)
-        raise
+    with progress.task("writing the result, reading it back", 2) as advance:
+        if contract.layout == "gguf":
+            gguf_write.write(destination, source, loaders, contract, extra, levels, turned)
+        else:
+            write.write(destination, source, loaders, contract, extra, levels, turned, added=added)
+        advance()
+        try:
+            if contract.layout == "gguf":
+                gguf_reopen.compare(destination, source, loaders, contract, turned)
+            else:
+                reopen.compare(destination, source, loaders, contract, turned, added)
+        except ShortfallError:
+            shutil.rmtree(destination)
+            raise
+        advance()
     written = Checkpoint.open(destination)
     stored = sum(info.nbytes for info in written.stored.values())
     if stored != ledger.nbytes:
@@ -79,7 +93,9 @@ def hand_over(
     }  # fmt: skip
 
 
-def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: Results, contract: Contract) -> Ledger:
+def _ledger(
+    model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: Results, contract: Contract, added: Mapping[str, Tensor]
+) -> Ledger:
     ledger, sites = Ledger(), model.anatomy.sites
     after, dropped = _bytes_after(checkpoint, results, contract)
     for name in checkpoint.names:
@@ -97,6 +113,8 @@ def _ledger(model: StreamedModel, checkpoint: Checkpoint, plan: Plan, results: R
             planned = plan.choices[name].level if name in plan.choices else None
             reason = model.anatomy.kept.get(name) or _contract_reason(contract, sites.get(name)) or plan.choices[name].why
             ledger.add(Entry(name, planned, "copied", reason, before, after[name]))
+    for name, tensor in added.items():
+        ledger.add(Entry(name, None, "done", "measured on the calibration text", 0, tensor.nbytes))
     return ledger
 
 

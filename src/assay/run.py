@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import assay.engines.load
 from assay import cached, engines, preflight
 from assay.budget import agreement, joint, offers, plans, presets, sensitivity, undo
+from assay.budget.holding import check_held
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
 from assay.budget.sensitivity import Ranking
@@ -23,6 +25,7 @@ from assay.budget.size import Budget
 from assay.budget.speed import Speeds
 from assay.budget.speed import benchmark as measure_speeds
 from assay.budget.sweep import STEP, frontier
+from assay.calibrated import calibrated
 from assay.contest import blocks_folder, solve_better
 from assay.engines.write import check_space
 from assay.evolving import check as check_search
@@ -44,8 +47,9 @@ from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
-from assay.prove.divergence import Candidate, compare
-from assay.report.page.render import write as write_report
+from assay.prove import repeat
+from assay.prove.tasks import Tasks, compared
+from assay.report.page.render import write as write_page
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 
@@ -158,13 +162,13 @@ def benchmark(source: str | Path, out: str | Path) -> Speeds:
 def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
-    engine: str = "transformers", keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
+    engine: str | None = None, keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
     sequential: bool | None = None, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
     dry_run: bool = False, progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
-    budget: see `Budget`; none where a plan is given.
+    budget: see `Budget`; none where a plan is given. engine: of the plan, else transformers, where none is named.
     sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
     planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
     two blocks and say what it will take.
@@ -183,7 +187,7 @@ def compress(
     )
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
-    contract = engines.get(given.engine if given else engine)
+    contract = engines.get(engine or (given.engine if given else "transformers"))
     best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
     limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
@@ -192,6 +196,8 @@ def compress(
     if given:
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
+        check_held(given, streamed, contract)
+        given = replace(given, engine=contract.name)
     least = joint.undecided(profile, limits)
     ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep, uniform, least)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
@@ -216,6 +222,7 @@ def compress(
             chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
         else:
             chosen = plans.checked(measured, given, contract)
+        calibrated(streamed, measured, contract, chosen.levels, limits.cache)
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         ordered = best if sequential is None else sequential
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
@@ -226,21 +233,27 @@ def compress(
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
-        report = hand_over(streamed, chosen, measured, contract, results, destination)
-        write_report(destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
+        write_page(destination)
         shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
-        raise ShortfallError(f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json")
+        found = f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json"
+        raise ShortfallError(f"{found} (more --tokens reach more experts)" if streamed.anatomy.has_experts else found)
     return report | {"seconds": perf_counter() - started, "peak_rss_bytes": memory.peak()}
 
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, progress: Progress | None = None,
+    window: int | None = None, tasks: Sequence[str] = (), limit: int | None = None, compute: str = "float32",
+    batches: Sequence[int] = (), progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw."""
-    progress = progress or Silent()
+    """Measure a result against its original on text that calibration never saw; and on `limit` examples of lm-eval's tasks.
+
+    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures.
+    """
+    progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
+    repeat.check(compute, batches)
     result, original = open_model(out), StreamedModel(open_model(against))
     sums.check(result.folder)
     recipe = read_recipe(result.folder)
@@ -251,9 +264,9 @@ def verify(
     if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
     texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
-    scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
+    scores = repeat.judged(original.checkpoint, result, judge, compute, batches, progress)
     predicted = (recipe or {}).get("predicted", {})
-    kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
+    kl = scores.pop("kl") | {
         "predicted": predicted.get("kl"), "predicted_low": predicted.get("low"), "predicted_high": predicted.get("high"),
     }  # fmt: skip
     limit = predicted.get("max_loss")
@@ -264,11 +277,13 @@ def verify(
         "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
+    if examined:
+        verdict["tasks"] = compared(result, original.checkpoint, examined)
     if recipe:
         with alone(result.folder):
             save_note(result.folder / "assay" / "verdict.json", verdict)
             if "damage" in recipe:
-                write_report(result.folder)
+                write_page(result.folder)
     return verdict
 
 
@@ -298,9 +313,9 @@ def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
 convert = export
 
 
-def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
+def write_report(out: str | Path, destination: str | Path) -> dict[str, Any]:
     """Write one page about a result, which opens in any browser without a network."""
-    page = write_report(out, destination)
+    page = write_page(out, destination)
     return {"report": str(page), "bytes": page.stat().st_size}
 
 

@@ -19,7 +19,17 @@ SHAPE = (64, 64)
 def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
     contract = engines.get(name)
     assert contract.name == name
-    layouts = ("plain", "compressed-tensors", "compressed-tensors-w8a8", "gptq", "gptq-v2", "awq", "assay", "gguf")
+    layouts = (
+        "plain",
+        "compressed-tensors",
+        "compressed-tensors-w8a8",
+        "compressed-tensors-w8a8-static",
+        "gptq",
+        "gptq-v2",
+        "awq",
+        "assay",
+        "gguf",
+    )
     assert contract.layout in layouts
     assert contract.refuses("attn.q", SHAPE, False, None) is None
     assert contract.refusal("llama", False) is None

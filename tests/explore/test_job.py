@@ -70,7 +70,7 @@ def test_it_is_followed_cancelled_and_continued(slow: tuple[Server, Path]) -> No
     found = until(server, lambda j: any(line.startswith("block-0000") for line in j["lines"]) or ended(j))
     (bar,) = found["tasks"]
     assert (bar["what"], bar["total"]) == ("compressing, block by block", 3) and 0 < bar["done"] < 3
-    assert bar["left"] == pytest.approx(bar["seconds"] / bar["done"] * (3 - bar["done"]))
+    assert 0 < bar["left"] <= bar["seconds"] / bar["done"] * (3 - bar["done"])
     assert get(server, "report")[0] == 404
     assert post(server, {}, "cancel")[0] == 200
     found = until(server, ended)

@@ -106,8 +106,8 @@ def _order(split: Split) -> tuple[float, int]:
 
 
 def planned_loss(options: Sequence[Decision], forecast: Forecast, method: str) -> Callable[[Sequence[int]], float]:
-    """Predicted KL of one option per decision, as planners see damage."""
-    return lambda choice: forecast.kl(method, sum(d.options[c].damage for d, c in zip(options, choice, strict=True)))[1]
+    """Predicted KL of one option per decision, nats per token."""
+    return lambda choice: forecast.kl(method, forecast.total(d.options[c] for d, c in zip(options, choice, strict=True)))[1]
 
 
 def rows_by_site(profile: Profile) -> dict[str, SiteRow]:

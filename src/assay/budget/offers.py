@@ -105,8 +105,8 @@ def priced(
     prices: dict[str, dict[str, float]] = {}
     for row in found:
         columns = row.shape[1]
-        levels = [] if reasons[row.name] else [menus.stand_in(only, columns)] if only else kinds(columns)
-        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None)]
+        levels = [] if reasons[row.name] else [_stand_in(contract, only, columns)] if only else kinds(columns)
+        offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None, row.shape[0])]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
                          contract.fused, outside, keep, contract.experts_by_role, contract.nbytes)  # fmt: skip
@@ -124,6 +124,13 @@ def priced(
         example = (only or kinds(64)[0]).name
         why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
     raise InputError(f"nothing can be made smaller: {why}")
+
+
+def _stand_in(contract: Contract, level: Level, columns: int) -> Level:
+    """What takes a level's place in rows that it does not divide, of what the engine has."""
+    usual = menus.stand_in(level, columns)
+    finer = sorted(x for x in menus.blocks(columns) if x.bits >= level.bits and contract.takes(x, columns))
+    return usual if usual == level or contract.takes(usual, columns) or not finer else finer[0]
 
 
 def _price_kind(row: SiteRow, kind: str) -> str:

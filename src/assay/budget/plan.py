@@ -57,6 +57,11 @@ class Plan:
     more: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def levels(self) -> dict[str, Level]:
+        """Of what is compressed, by site."""
+        return {name: Level.parse(choice.level) for name, choice in self.choices.items() if choice.level}
+
     def to_text(self) -> str:
         """YAML: the header, then one line a site."""
         header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "choices"}

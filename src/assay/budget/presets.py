@@ -11,7 +11,8 @@ from assay.model.level import Level
 
 PRESETS = {
     "W3A16": "int3-g128-sym", "W4A16": "int4-g128-sym", "W8A16": "int8-channel-sym", "NF4": "nf4-g64", "FP4": "fp4-g64",
-    "FP8": "fp8-channel", "MXFP4": "mxfp4-g32", "MXFP6": "mxfp6-g32", "MXFP8": "mxfp8-g32", "NVFP4": "nvfp4-g16",
+    "FP8": "fp8-channel", "FP8_BLOCK": "tile8-g128",
+    "MXFP4": "mxfp4-g32", "MXFP6": "mxfp6-g32", "MXFP8": "mxfp8-g32", "NVFP4": "nvfp4-g16",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from assay.budget.forecast import UNKNOWN_SPREAD
 from assay.budget.prices import InputCosts, price, rotates
 from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
+from assay.measure.experts import ENOUGH_TOKENS, Typical
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Override, StreamedModel, read_weight
 from assay.measure.text import Windows
@@ -43,10 +44,14 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
             curvatures = Curvatures(folder, block, total)
             sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
             costs: dict[str, InputCosts] = {}
+            typical = Typical.of(curvatures, sites)
             for site in sites:
                 levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
                 with threads_for(math.prod(site.shape)):
                     curvature, reads = curvatures[key_of(site)], curvatures.reads(key_of(site))
+                    if (stand_in := typical.standing_in(site, curvature)) is not None:
+                        prices[key_of(site)] = _unsolved(price(read_weight(model, site), stand_in, levels))
+                        continue
                     if reads not in costs:
                         costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
                     prices[key_of(site)] = price(read_weight(model, site), curvature, levels, costs[reads])
@@ -55,28 +60,34 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     return prices
 
 
+def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Prices of a site that every method rounds to nearest."""
+    return {level: dict.fromkeys(found, found["nearest"]) for level, found in prices.items()}
+
+
 def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
              methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
     """Solve the middle block with each method and compare with its price."""
     block = len(model.blocks) // 2
     curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
-    met = [s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures and curvatures.tokens(key_of(s))]
+    known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
+    met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
     sites = met[:REHEARSED_SITES]
     priced, done = ({name: dict.fromkeys(PROBED_BITS, 0.0) for name in methods} for _ in range(2))
     with progress.task("rehearsing on one block", len(sites)) as advance:
         for site in sites:
-            known = prices[key_of(site)]
+            listed = prices[key_of(site)]
             weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
             with threads_for(weight.numel()):
                 for name, bits in itertools.product(methods, PROBED_BITS):
                     method = base.get(name)()
-                    if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in known]):
+                    if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in listed]):
                         continue
                     level = _nearest_level(levels, bits)
                     packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
                     done[name][bits] += curvature.damage(packed.decode().float() - weight)
                     whole = len(weight) == site.shape[0]
-                    costs = known if whole else price(weight, curvature, [level.base])
+                    costs = listed if whole else price(weight, curvature, [level.base])
                     priced[name][bits] += costs[level.base.name][method.prices]
             memory.release()
             advance()

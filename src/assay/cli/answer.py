@@ -21,6 +21,8 @@ from assay.model import memory
 from assay.model.errors import AssayError
 
 P = ParamSpec("P")
+NARROW = 70
+"""Columns of a terminal below which tables do without frames."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REFUSED = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
@@ -143,7 +145,22 @@ def _show(answer: Answer, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(answer.view())
+    view = answer.view()
+    if console.width < NARROW:
+        _narrow(view)
+    console.print(view)
+
+
+def _narrow(view: Any) -> None:
+    """Tables for a terminal of few columns: no frame, and words are broken rather than cut."""
+    from rich.console import Group
+    from rich.table import Table
+
+    for part in view.renderables if isinstance(view, Group) else [view]:
+        if isinstance(part, Table):
+            part.box, part.pad_edge, part.padding = None, False, (0, 1, 0, 0)
+            for column in part.columns:
+                column.overflow = "fold"
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ from assay.cli.options import (
     Cache,
     Calibration,
     Context,
-    Engine,
     Evict,
     Json,
     Keep,
@@ -24,6 +23,7 @@ from assay.cli.options import (
     Method,
     Model,
     Output,
+    Planner,
     ProgressKind,
     Shown,
     Size,
@@ -44,10 +44,12 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
 ]
-Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only rehearse on two blocks: print memory, disk, size and time, and write nothing.")
+]
+EngineOf = Annotated[
+    str | None, typer.Option("--engine", metavar="NAME", help="What will run it: transformers (default), vllm, llama.cpp, ...")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Threads of torch.", min=1)]
 
@@ -57,7 +59,7 @@ def run(
     model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, memory: Memory = None,
     context: Context = None, batch: Batch = None, cache: Cache = None, evict: Evict = None, max_loss: MaxLoss = None,
     level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
-    engine: Engine = "transformers", keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
+    engine: EngineOf = None, keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
     sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
     threads: Threads = None, dry_run: DryRun = False, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip

@@ -17,7 +17,7 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 USAGE = 2
 
 app = typer.Typer(
-    name="assay", add_completion=False, pretty_exceptions_enable=False,
+    name="assay", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
 for module in (inspect, transform, profile, plan, explore, compress, verify, report, export, methods, benchmark):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.model.errors import InputError
 
 
@@ -52,9 +53,27 @@ Level = Annotated[
     str | None,
     typer.Option("--level", metavar="LEVEL", help="One level everywhere: a preset like W4A16 or NF4, or like int4-g64-asym."),
 ]
-Method = Annotated[str, typer.Option("--method", metavar="NAME", help="A name that assay methods lists, auto (quick) or best.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="A name that assay methods lists, auto (quick) or best.",
+        autocompletion=completion.methods,
+    ),
+]
 Engine = Annotated[
-    str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.")
+    str,
+    typer.Option(
+        "--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.",
+        autocompletion=completion.engines,
+    ),
+]  # fmt: skip
+Planner = Annotated[
+    str,
+    typer.Option(
+        "--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.", autocompletion=completion.planners
+    ),
 ]
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Leave matching tensors as they are; may be repeated.")

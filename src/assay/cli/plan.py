@@ -22,6 +22,7 @@ from assay.cli.options import (
     MaxLoss,
     Memory,
     Method,
+    Planner,
     Size,
     Speeds,
     TokensPerSecond,
@@ -31,7 +32,6 @@ from assay.cli.options import (
 from assay.model.errors import InputError
 
 Source = Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that assay profile wrote.", show_default=False)]
-Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How the budget is divided.")]
 Target = Annotated[
     Path | None,
     typer.Option(

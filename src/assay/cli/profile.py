@@ -6,12 +6,16 @@ from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.cli.answer import Answer, command
 from assay.cli.options import Calibration, Json, Model, Output, ProgressKind, Shown, Tokens, Window, token_count
 
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.")]
 
-Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.", autocompletion=completion.methods),
+]
 Levels = Annotated[list[str] | None, typer.Option("--level", metavar="LEVEL", help="Price this one too; may be repeated.")]
 
 Weights = Annotated[

@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.cli.answer import Answer, command
 from assay.cli.options import Json, Model, Output, ProgressKind, Shown
 
 With = Annotated[
     list[str],
-    typer.Option("--with", metavar="NAME", help="A transform, like rotate or awq:bits=3; may be repeated.", show_default=False),
+    typer.Option(
+        "--with",
+        metavar="NAME",
+        help="A transform, like rotate or awq:bits=3; may be repeated.",
+        show_default=False,
+        autocompletion=completion.transforms,
+    ),
 ]
 ProfileFolder = Annotated[
     Path | None, typer.Option("--profile", metavar="PROFILE", help="A profile of MODEL, for those that read one.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
-from assay.model.level import Level
+from assay.model.level import FORMATS, Level
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Contract:
             return f"{self.name} packs {rows} outputs and {columns} inputs together; {shape[0]} and {shape[1]} don't divide"
         return None
 
-    def takes(self, level: Level, columns: int, expert: bool = False) -> bool:
-        """Whether a weight of so many inputs, an expert's or not, may be stored at a level."""
+    def takes(self, level: Level, columns: int, expert: bool = False, rows: int = 0) -> bool:
+        """Whether a weight of so many inputs, an expert's or not, may be stored at a level; rows: 0 for any that fit."""
         if expert and self.expert_formats and not (level.format in self.expert_formats and level.symmetric):
             return False
-        whole = level.group_size is None or columns % level.group_size == 0
+        whole = (level.group_size is None or columns % level.group_size == 0) and rows % FORMATS[level.format].tile == 0
         if level.name in self.also:
             return whole
         return (

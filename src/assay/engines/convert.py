@@ -98,15 +98,16 @@ def _holder(source: Checkpoint, to: str) -> tuple[Contract, Mapping[str, Level]]
     """The first engine of a layout that holds all weights, and the level that each has there. Raises InputError."""
     if to == "plain":
         return get("plain"), source.levels
-    anatomy, problem = survey(source), None
+    anatomy = survey(source)
+    problems: list[tuple[int, str]] = []
     for name in TARGETS[to]:
         contract = get(name)
         levels = {n: _level_in(contract, level) for n, level in source.levels.items()}
         refused = _refused(source, contract, levels, anatomy)
         if not refused:
             return contract, levels
-        problem = problem or _sentence(contract, levels, refused)
-    raise InputError(str(problem))
+        problems.append((len(refused), _sentence(contract, levels, refused)))
+    raise InputError(min(problems)[1])
 
 
 def _level_in(contract: Contract, level: Level) -> Level:
@@ -130,7 +131,7 @@ def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level]
         site = sites.get(name)
         role, expert = (site.role, site.expert) if site else ("", None)
         reason = whole or contract.refuses(role, (rows, columns), source.turned(name), expert, name)
-        if reason is None and not contract.takes(level, columns, expert is not None):
+        if reason is None and not contract.takes(level, columns, expert is not None, rows):
             reason = f"{contract.name} has no {level.name}"
         if reason is None and not LAYOUTS[contract.layout].ordered and _scattered(source, name):
             reason = f"{contract.name} wants neighbouring inputs in a group"

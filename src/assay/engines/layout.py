@@ -38,11 +38,12 @@ def _own_nbytes(level: Level, rows: int, columns: int, itemsize: int) -> int:
     return level.nbytes(rows, columns, itemsize)
 
 
-def _compressed_tensors(rounded_inputs: bool) -> Layout:
+def _compressed_tensors(inputs: compressed_tensors.Inputs) -> Layout:
+    rounded_inputs = inputs != "exact"
     return Layout(
         partial(compressed_tensors.tensors, rounded_inputs=rounded_inputs),
         partial(compressed_tensors.nbytes, rounded_inputs=rounded_inputs),
-        lambda levels, kept, ordered: compressed_tensors.config(levels, kept, rounded_inputs),
+        lambda levels, kept, ordered: compressed_tensors.config(levels, kept, inputs),
         "compressed-tensors",
     )
 
@@ -56,8 +57,9 @@ def _gptq(later: bool) -> Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "assay": Layout(lambda weight: weight.tensors(), _own_nbytes, ordered=True),
-    "compressed-tensors": _compressed_tensors(False),
-    "compressed-tensors-w8a8": _compressed_tensors(True),
+    "compressed-tensors": _compressed_tensors("exact"),
+    "compressed-tensors-w8a8": _compressed_tensors("dynamic"),
+    "compressed-tensors-w8a8-static": _compressed_tensors("static"),
     "gptq": _gptq(False),
     "gptq-v2": _gptq(True),
     "awq": Layout(awq.tensors, awq.nbytes, lambda levels, kept, ordered: awq.config(levels, kept)),

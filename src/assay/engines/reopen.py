@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from assay.engines.contract import Contract
 from assay.engines.layout import LAYOUTS
-from assay.engines.write import Loaders, output_tensors
+from assay.engines.write import NOTHING, Loaders, output_tensors
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import ShortfallError
 
 
 def compare(
-    destination: Path, source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str] = frozenset()
-) -> dict[str, int]:
-    """Number of tensors found equal, by kind. Raises ShortfallError naming the first that differs.
+    destination: Path, source: Checkpoint, packed: Loaders, contract: Contract, transposed: frozenset[str] = frozenset(),
+    added: Mapping[str, Tensor] = NOTHING,
+) -> dict[str, int]:  # fmt: skip
+    """Number of tensors found equal, by kind. Raises ShortfallError naming the first that differs. added: see `write`.
 
     Packed weights are decoded by the engine's own reader (the compressed-tensors library, or assay for its own
     layout) and must equal what was meant bit for bit.
@@ -46,6 +48,9 @@ def compare(
             if contract.layout == "assay" and len(source.parts(name)) == 1:
                 _same(destination, name, written.read(name), source.read(name))
             counts["copied"] += 1
+    for name, tensor in added.items():
+        expected.add(name)
+        _same(destination, name, dict(written.iter_raw([name]))[name], tensor)
     if odd := sorted(set(written.stored) ^ expected):
         raise ShortfallError(f"{destination}: {odd[0]} is in the files or in the source, but not in both")
     if contract.rules and (wrong := contract.rules(written)):

@@ -11,6 +11,6 @@ from assay.engines.contract import Contract
 CONTRACT = Contract(
     name="transformers", layout="compressed-tensors", since="transformers 5.17 to 5.22, compressed-tensors 0.19",
     bits=(2, 3, 4, 5, 6, 8), group_sizes=(32, 64, 128, None), symmetric=(False, True),
-    also=("fp8-channel", "nvfp4-g16", "mxfp4-g32", "mxfp8-g32"), head=True, least_outputs=9,
+    also=("fp8-channel", "tile8-g128", "nvfp4-g16", "mxfp4-g32", "mxfp8-g32"), head=True, least_outputs=9,
     unreadable=("falcon", "mamba"), reads_expert_models=False,
 )  # fmt: skip

@@ -92,6 +92,17 @@ def _kernel_problem(group: Mapping[str, Any], form: str) -> str | None:
         return "INT8 weights need rounded inputs"
     if inputs and (inputs["num_bits"], inputs["type"]) != (8, weights["type"]):
         return "inputs are rounded to another type than the weights"
+    return _input_problem(weights, inputs) if inputs else None
+
+
+def _input_problem(weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
+    """Why no kernel rounds inputs this way for 8-bit weights."""
+    if weights["strategy"] == "block":
+        facts = (inputs.get("dynamic"), inputs["strategy"], inputs.get("group_size"))
+        fits = facts == (True, "group", weights["block_structure"][1])
+        return None if fits else "inputs of weights in blocks are rounded in groups as wide as a block, while the model runs"
+    if not inputs.get("dynamic") and (inputs["strategy"] != "tensor" or not inputs["symmetric"]):
+        return "stored scales of inputs are one a layer and symmetric"
     return None
 
 
@@ -104,6 +115,9 @@ def _shape_problems(module: str, infos: Mapping[str, TensorInfo], group: Mapping
             found.append(f"{module}.{part} is missing")
         elif info.dtype not in dtypes or info.shape != shape:
             found.append(f"{module}.{part} is {info.dtype} {list(info.shape)}, the kernel loads {dtypes[0]} {list(shape)}")
+    sides = group["weights"].get("block_structure") if group["weights"]["strategy"] == "block" else None
+    if sides and any(n % side for n, side in zip(infos["weight"].shape, sides, strict=True)):
+        found.append(f"{module} is {list(infos['weight'].shape)}, which blocks of {sides} don't divide")
     return found
 
 
@@ -118,6 +132,8 @@ def _expert_problems(module: str, group: Mapping[str, Any]) -> list[str]:
         return [f"{module}: experts have no zero points"]
     if weights["type"] == "float" and weights["num_bits"] == 8 and not group.get("input_activations"):
         return [f"{module}: FP8 experts need rounded inputs"]
+    if (group.get("input_activations") or {}).get("dynamic") is False and weights["strategy"] != "tensor":
+        return [f"{module}: experts with stored scales of inputs need one scale for the weights as well"]
     return []
 
 
@@ -172,6 +188,6 @@ def _cache_problems(written: Checkpoint, config: Mapping[str, Any]) -> list[str]
     facts = (scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy"), scheme.get("symmetric"), scheme.get("dynamic"))
     if facts != (8, "float", "tensor", True, False):
         return ["kv_cache_scheme is not static symmetric FP8 with a scale of the tensor"]
-    attention = {n.rpartition(".k_proj.")[0] for n in written.stored if ".k_proj." in n}
+    attention = {n.rpartition(k)[0] for n in written.stored for k in (".k_proj.", ".qkv_proj.") if k in n}
     wanted = [f"{a}.{part}" for a in sorted(attention) for part in ("k_scale", "v_scale")]
     return [f"{name} is missing, which kv_cache_scheme needs" for name in wanted if name not in written.stored]

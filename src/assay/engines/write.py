@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.files import write_safetensors
 from assay.model.folder import INDEX, SINGLE
+from assay.model.layouts.compressed_tensors import CACHE_SCALES, CACHE_SCHEME
 from assay.model.level import Level
 from assay.model.lock import made_alone
 from assay.model.packed import Packed
@@ -29,25 +32,27 @@ from assay.model.terms import decoded
 
 SHARD_BYTES = 500_000_000
 HEADROOM = 16_000_000
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 Loaders = Mapping[str, Callable[[], Packed]]
 
 
 def write(
     destination: Path, source: Checkpoint, packed: Loaders, contract: Contract, extra_files: Mapping[str, str],
     levels: Mapping[str, Level], transposed: frozenset[str] = frozenset(), shard_bytes: int = SHARD_BYTES,
-    ordered: frozenset[str] = frozenset(),
+    ordered: frozenset[str] = frozenset(), added: Mapping[str, Tensor] = NOTHING,
 ) -> None:  # fmt: skip
     """Write the compressed model and all side files into `destination`, which must not exist.
 
     packed: loaders by logical tensor name; every other tensor is copied byte for byte; ordered: those whose groups are
-    not neighbours. Raises InputError when the disk is too small; leaves nothing behind when anything fails.
+    not neighbours; added: further tensors by name. Raises InputError when the disk is too small; leaves nothing behind
+    when anything fails.
     """
     check_space(destination.absolute().parent, _expected_bytes(source, levels, contract, transposed))
     tensors = (output_tensors(source, name, packed, contract, transposed) for name in source.names)
     with new_folder(destination) as folder:
-        write_shards(folder, tensors, shard_bytes)
+        write_shards(folder, itertools.chain(tensors, [added] if added else []), shard_bytes)
         copy_side_files(folder, source)
-        _write_config(folder, source, contract, levels, transposed, ordered)
+        _write_config(folder, source, contract, levels, transposed, ordered, added)
         for name, text in extra_files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -170,7 +175,7 @@ def copy_side_files(folder: Path, source: Checkpoint) -> None:
 
 def _write_config(
     folder: Path, source: Checkpoint, contract: Contract, levels: Mapping[str, Level], transposed: frozenset[str],
-    ordered: frozenset[str],
+    ordered: frozenset[str], added: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     config = {k: v for k, v in source.config.items() if k != "quantization_config"}
     if contract.layout == "assay":
@@ -180,6 +185,8 @@ def _write_config(
         kept = [n for n in linear if len(source.shape(f"{n}.weight")) == 2 and "embed" not in n]
         config["quantization_config"] = describe(levels, kept, ordered)
         cache = (source.config.get("quantization_config") or {}).get("kv_cache_scheme")
+        if any(name.endswith(CACHE_SCALES) for name in added):
+            cache = dict(CACHE_SCHEME)
         if cache and config["quantization_config"]["quant_method"] == "compressed-tensors":
             config["quantization_config"]["kv_cache_scheme"] = cache
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from assay.model.errors import InputError
+from assay.model.progress import remaining
 
 LINES, MOST_LETTERS = 200, 4096
 GRACE = 10.0
@@ -52,18 +53,18 @@ class Order:
 
 @dataclass(frozen=True)
 class Task:
-    """A bar: how many of its steps are done, and when it began (seconds of `perf_counter`)."""
+    """A bar: how many of its steps are done, when it began and when the last step was done (seconds of `perf_counter`)."""
 
     what: str
     done: int
     total: int
     began: float
+    at: float
 
     def to_json(self, now: float) -> dict[str, Any]:
-        """left: seconds that the rest takes at the pace so far, None before the first step."""
-        spent = now - self.began
-        left = spent / self.done * (self.total - self.done) if self.done else None
-        return {"what": self.what, "done": self.done, "total": self.total, "seconds": spent, "left": left}
+        """left: seconds that the rest takes, None before the first step."""
+        left = remaining(self.done, self.total, self.at - self.began, now - self.began)
+        return {"what": self.what, "done": self.done, "total": self.total, "seconds": now - self.began, "left": left}
 
 
 class Job:
@@ -149,9 +150,9 @@ class Job:
                 case {"task": str(what), "ended": True}:
                     self._tasks.pop(what, None)
                 case {"task": str(what), "done": int(done), "total": int(total)}:
-                    fresh = Task(what, done, total, perf_counter())
-                    known = self._tasks.get(what)
-                    self._tasks[what] = replace(known, done=done, total=total) if known else fresh
+                    now = perf_counter()
+                    known = self._tasks.get(what, Task(what, done, total, now, now))
+                    self._tasks[what] = replace(known, done=done, total=total, at=now)
                 case {"line": str(words)}:
                     self._lines.append(words)
                 case _:

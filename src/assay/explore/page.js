@@ -72,6 +72,7 @@ function show() {
   $("f-bits").textContent = plan.bits.toFixed(3);
   $("f-size").textContent = `${bytes(plan.nbytes)} of ${bytes(facts.source_bytes)}`;
   $("f-kl").textContent = span(plan);
+  $("brief").textContent = `${bytes(plan.nbytes)}, KL ${number(plan.predicted)}`;
   $("f-uniform").textContent = `${plan.uniform.level}: ${number(plan.uniform.predicted)}`;
   const serving = plan.serving;
   $("f-cache").textContent = !serving ? "give a context" : serving.error ? "-" : bytes(serving.bytes.cache);
@@ -126,7 +127,7 @@ function inSight() {
   for (let r = first; r < last; r++) paint(all[r]);
 }
 function fill(start = 0) {
-  const all = rows(), end = Math.min(all.length, start + 60);
+  const all = rows(), end = Math.min(all.length, start + 25);
   for (let r = start; r < end; r++) paint(all[r]);
   if (end < all.length) filling = setTimeout(fill, 15, end);
 }
@@ -352,9 +353,9 @@ for (const id of ["model", "out"]) $(id).addEventListener("change", remember);
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 let drawing = false;
 function draw() {
-  if (drawing) return;  // plotly is slower than a drag: behind the frame with the figures, with what is newest then
+  if (drawing) return;  // plotly is slower than a drag: when there is time, with what is newest then
   drawing = true;
-  requestAnimationFrame(() => setTimeout(() => { drawing = false; plot(); }));
+  requestIdleCallback(() => { drawing = false; plot(); }, { timeout: 200 });
 }
 function plot() {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from assay.measure.damage import Curvature
+from assay.model.errors import InputError
 from assay.model.files import Tensors, damaged, open_tensors
 
 EMPTY = "none"
 PART = "part|"
+LARGEST = "largest|"
 
 
 class Curvatures(Mapping[str, Curvature]):
@@ -46,6 +48,25 @@ class Curvatures(Mapping[str, Curvature]):
         """How many tokens met a site."""
         with open_tensors(self._inputs) as file:
             return self._seen(file, self.reads(site))
+
+    def largest(self, site: str) -> Tensor:
+        """Largest magnitude among the inputs of a site, float32 []. Raises InputError for a profile that lacks it."""
+        return self._largest(self.reads(site))
+
+    def largest_cached(self) -> tuple[Tensor, Tensor] | None:
+        """The same of the keys and of the values of a block, as they are cached; None for a block that caches none."""
+        with open_tensors(self._inputs) as file:
+            known = f"{LARGEST}keys" in file
+        return (self._largest("keys"), self._largest("values")) if known else None
+
+    def _largest(self, key: str) -> Tensor:
+        with open_tensors(self._inputs) as file:
+            if f"{LARGEST}{key}" not in file:
+                raise InputError(f"{self._inputs.parent} does not say how large inputs are; run assay profile again")
+            found = file[f"{LARGEST}{key}"].clone()
+        if found.numel() != 1 or not 0 <= float(found) < torch.inf:
+            raise damaged(self._inputs, f"{LARGEST}{key} is no magnitude")
+        return found.float().reshape(())
 
     def __getitem__(self, site: str) -> Curvature:
         reads, (rows, columns) = self.reads(site), self._shapes.get(site, (None, None))

@@ -15,22 +15,21 @@ from torch.nn import functional
 
 from assay.measure import tokens
 from assay.measure.capture import Capture, OnProduct
-from assay.measure.curvatures import EMPTY, PART, Curvatures, block_name
+from assay.measure.curvatures import EMPTY, Curvatures, block_name
 from assay.measure.index import check
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
+from assay.measure.sums import PARTS, LargestCached, Sums
 from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
 from assay.model.errors import InputError
 from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 VERSION = 4
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
-PARTS = 8
-"""Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _forward(
     for index in range(len(model.blocks)):
         target = folder / f"{block_name(index)}.H.safetensors"
         if not target.exists():
-            sums = Sums()
+            sums, cached = Sums(), LargestCached()
             sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
@@ -120,10 +119,10 @@ def _forward(
                     sums.places = places[b]
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
-                        hidden = model.run_block(index, hidden, b)
+                        hidden = model.run_block(index, hidden, b, cached)
                     work.put(f"h{index + 1}", b, hidden)
             sums.untouched(sites)
-            save_tensors(target, sums.values)
+            save_tensors(target, sums.values | cached.values)
         advance()
 
 
@@ -248,71 +247,6 @@ def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Acti
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
     save_tensors(folder / "outside.H.safetensors", forward or {EMPTY: torch.zeros(1)})
     save_tensors(folder / "outside.G.safetensors", backward or {EMPTY: torch.zeros(1)})
-
-
-class Sums:
-    """Sums over tokens, float32: second moments by key, and the tokens they cover.
-
-    weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
-    places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
-    Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
-    """
-
-    def __init__(self) -> None:
-        self.places: Tensor | None = None
-        self.weights: Tensor | None = None
-        self.values: dict[str, Tensor] = {}
-        self._latest: dict[str, int] = {}
-
-    def add(self, key: str, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add the second moment of rows [..., n], each times its weight, to the sum at `key`."""
-        flat = rows.detach().reshape(-1, rows.shape[-1])
-        if key not in self.values:
-            self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
-        weighted = flat if weights is None else flat * weights.reshape(-1, 1)
-        self.values[key].addmm_(flat.T, weighted)
-        if self.places is not None:
-            squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
-            squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
-            counts = torch.full((len(places),), len(flat) / len(places))
-            self.values.setdefault(f"{PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
-            self.values.setdefault(f"{PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
-
-    def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
-        """A product's input; siblings that read the same one share the sum."""
-        reads = sites[0].reads
-        owner = self._latest.setdefault(f"owner|{reads}", hash(sites[0].name))
-        if owner == hash(sites[0].name):
-            if self.weights is not None and self.weights.numel() != x.numel() // x.shape[-1]:
-                raise InputError(f"{sites[0].name} sees some tokens only; profile models with experts without token weights")
-            self.add(reads, x, self.weights)
-            key = f"n|{reads}"
-            self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
-            self._latest[reads] = x.data_ptr()
-        elif self._latest[reads] != x.data_ptr():
-            raise AssertionError(f"{sites[0].name} does not read what its siblings read")
-
-    def gradients(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
-        """A product's output: its gradient is summed when it arrives."""
-
-        def arrived(gradient: Tensor) -> None:
-            for site in sites:
-                rows = slice(*site.rows) if site.rows else slice(None)
-                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows])
-
-        if y.requires_grad:
-            y.register_hook(arrived)
-
-    def untouched(self, sites: list[Site]) -> None:
-        """Sites that no token met (experts, say) get zeros."""
-        for site in sites:
-            self.values.setdefault(site.reads, torch.zeros(site.shape[1], site.shape[1]))
-            self.values.setdefault(f"n|{site.reads}", torch.tensor(0.0))
-
-    def unreached(self, sites: list[Site]) -> None:
-        """Sites that no gradient reached get zeros."""
-        for site in sites:
-            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros(site.shape[0], site.shape[0]))
 
 
 def save_index(folder: Path, index: Mapping[str, Any]) -> Profile:

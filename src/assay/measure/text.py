@@ -39,7 +39,7 @@ class Windows:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises InputError when it is missing, empty, or code of its own."""
-    if any(info.read is not None for info in checkpoint.stored.values()) and not checkpoint.side_files():
+    if checkpoint.method == "gguf" and not checkpoint.side_files():
         wanted = "put tokenizer.json and config.json of the original model beside it"
         raise InputError(f"{checkpoint.folder}: a GGUF file alone, whose tokenizer only llama.cpp can run; {wanted}")
     try:

@@ -13,6 +13,8 @@ SYMMETRIC_BITS = (4, 8)
 GROUPS: tuple[int | None, ...] = (32, 64, 128, None)
 SCALARS = ("int", "nf", "fp", "mxfp", "nvfp", "pow", "ternary", "binary")
 """Formats whose grids are fixed values times a scale: every solver of single weights takes them."""
+TILES = ("tile",)
+"""Formats of which rows share scales: for solvers that fit scales only through the grid."""
 BLOCKS = tuple(KINDS)
 """Formats of whole blocks; the solvers that take them are in `solve/blocks.py`."""
 LONG_BLOCKS = (

@@ -22,8 +22,11 @@ from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.shards import read_header, read_tensor
+from assay.model.stacked import apart
 from assay.model.stored import TensorInfo
 
+HEADER = 96
+"""Most bytes that a tensor takes in the header of a safetensors file, beside its name."""
 Decoded = TypeVar("Decoded")
 SLACK = 64
 """Bytes that a format may save beside its bits a weight."""
@@ -61,7 +64,7 @@ class Checkpoint:
                 stored[name] = info
         if lost := sorted(set(index) - set(stored)):
             raise InputError(f"{folder}: {INDEX} names {lost[0]}, which no shard holds; download the model again")
-        return cls(folder, config, stored)
+        return cls(folder, config, apart(config, stored))
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """This checkpoint as if some stored tensors had other values of the same shape and dtype."""
@@ -72,7 +75,7 @@ class Checkpoint:
     @property
     def method(self) -> str | None:
         """How the weights are compressed: quant_method of the config, "gguf" for a GGUF file; None where it names none."""
-        if any(info.read is not None for info in self.stored.values()):
+        if any(info.shard.suffix == gguf_file.SUFFIX for info in self.stored.values()):
             return "gguf"
         named = (self.config.get("quantization_config") or {}).get("quant_method")
         return None if named is None else str(named)
@@ -185,6 +188,7 @@ class Checkpoint:
     def kept_file_bytes(self) -> int:
         """Bytes of all weight files if every tensor stays."""
         headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
+        headers += sum(HEADER + len(name) for name, info in self.stored.items() if info.read is not None)
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
@@ -239,10 +243,8 @@ class Checkpoint:
             return self._replaced[name].clone()
         info = self.stored[name]
         self.check_unchanged(info.shard)
-        if info.read is not None:
-            return info.read()
         try:
-            value = read_tensor(info)
+            value = read_tensor(info) if info.read is None else info.read()
             self.check_unchanged(info.shard)
             return value
         except OSError as error:

@@ -21,7 +21,8 @@ class Format:
     bits: code widths that exist; group_sizes: None is one group per output row; scale_bytes: of one
     group's scale, None for the model's dtype; symmetric: whether levels with and without zero points exist;
     table: whose values are listed beside the codes, in float32 once a matrix or in the model's dtype once a row;
-    matrix_bytes: further bytes of a matrix; input_bytes: of an input; one_stream: whether the codes of all weights
+    tile: rows that share the scales of their groups; matrix_bytes: further bytes of a matrix; input_bytes: of an
+    input; one_stream: whether the codes of all weights
     are one stream of bits, not those of a row; layout: what the codes are: "codes", one a weight; "planes",
     `PLANES_BASE` bits with zero points and then planes of signs with a scale a group; "salient", a sign a weight, but
     8 bits of a share (bits - 1) / 7 of them; "vectors", indices of codebooks, see `STAGES`; "lattice", 16 bits for
@@ -37,6 +38,7 @@ class Format:
     input_bytes: int = 0
     one_stream: bool = False
     layout: Literal["codes", "planes", "salient", "vectors", "lattice", "blocks"] = "codes"
+    tile: int = 1
 
 
 ANY_GROUP = (32, 64, 128, None)
@@ -45,6 +47,7 @@ FORMATS = {
     "axis": Format((2, 3, 4, 5, 6, 8), ANY_GROUP, symmetric=(False, True), matrix_bytes=1),
     "nf": Format((2, 3, 4), ANY_GROUP, table="matrix"),
     "fp": Format((4, 6, 8), ANY_GROUP, table="matrix"),
+    "tile": Format((8,), (128,), table="matrix", tile=128),
     "mxfp": Format((4, 6, 8), (32,), scale_bytes=1, table="matrix"),
     "nvfp": Format((4,), (16,), scale_bytes=1, table="matrix", matrix_bytes=4),
     "pow": Format((2, 3, 4), ANY_GROUP, table="matrix"),
@@ -169,7 +172,7 @@ class Level:
     def _codes(self, rows: int, columns: int, scale_itemsize: int) -> int:
         kind, groups = FORMATS[self.format], self.groups(columns)
         codes = 4 * (Trellis.of_rate(self.bits).words(rows * columns) if kind.one_stream else rows * words(columns, self.bits))
-        scales = rows * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
+        scales = -(-rows // kind.tile) * groups * (scale_itemsize if kind.scale_bytes is None else kind.scale_bytes)
         zeros = 0 if self.symmetric else words(rows, self.bits) * groups * 4
         tables = {"none": 0, "matrix": 4, "row": rows * scale_itemsize}[kind.table] * 2 ** int(self.bits)
         return codes + scales + zeros + tables + kind.matrix_bytes + kind.input_bytes * columns

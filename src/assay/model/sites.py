@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib import resources
-from typing import Any
+from functools import partial
 
 import torch
 import transformers
@@ -17,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from assay.model import memory
+from assay.model.arch import facts
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.schema import conform
@@ -73,15 +71,14 @@ class Anatomy:
     parameters: dict[str, tuple[str, ...]] = field(repr=False)
     tied: bool = False
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens are shared out among experts."""
+        return any(site.expert is not None for site in self.sites.values())
+
     def block_sites(self, block: int) -> list[Site]:
         """Sites of one block, in the order of the model."""
         return [s for s in self.sites.values() if s.block == block]
-
-
-@cache
-def facts() -> dict[str, Any]:
-    """The table of families."""
-    return json.loads(resources.files("assay.model.arch").joinpath("families.json").read_text())
 
 
 def load_config(checkpoint: Checkpoint) -> PretrainedConfig:

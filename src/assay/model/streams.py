@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from assay.model.arch import facts
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.sites import Anatomy, Site, facts
+from assay.model.sites import Anatomy, Site
 
 Index = range | tuple[int, ...]
 

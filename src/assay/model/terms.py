@@ -17,6 +17,7 @@ from assay.model.level import FORMATS, Level
 from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedAxis, PackedInteger, PackedTable, Tunable, TunablePacked
 from assay.model.packed_trellis import PackedTrellis
+from assay.model.tiles import PackedTiles
 from assay.model.vectors import PackedVectors
 
 SUFFIXES = (
@@ -179,4 +180,6 @@ def _restore_codes(stored: Mapping[str, Tensor], level: Level, dtype: torch.dtyp
         return PackedSalient.from_tensors(stored, level)
     if level.format == "vector":
         return PackedVectors.from_tensors(stored, level)
+    if FORMATS[level.format].tile > 1:
+        return PackedTiles.from_tensors(stored, level)
     return PackedTable.from_tensors(stored, level, dtype)

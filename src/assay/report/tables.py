@@ -51,7 +51,24 @@ def verdict(found: Facts) -> Group:
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(table, *undo, *_texts(found.get("texts")), f"{'passed' if found['passed'] else 'missed'}: {bound}")
+    return Group(
+        table, *undo, *_tasks(found.get("tasks")), *_batches(found), *_texts(found.get("texts")),
+        f"{'passed' if found['passed'] else 'missed'}: {bound}",
+    )  # fmt: skip
+
+
+def _batches(found: Facts) -> list[Any]:
+    """The same figures at several batch sizes, and how far they are apart."""
+    if not found.get("batches"):
+        return []
+    table = Table("windows at once", "KL, nats/token", "perplexity", "same top token")
+    for row in found["batches"]["runs"]:
+        table.add_row(str(row["batch"]), f"{row['kl']:.9f}", f"{row['perplexity']:.7f}", f"{row['agreement']:.3%}")
+    apart = found["batches"]["spread"]
+    return [table, (
+        f"spread in {found['compute']}: KL {apart['kl']:.1e}, perplexity {apart['perplexity']:.1e}, one token's KL at most "
+        f"{apart['token_kl']:.1e}; {apart['top_tokens']:.3%} of the top tokens change"
+    )]  # fmt: skip
 
 
 def _with_cache(joint: Facts) -> tuple[str, str, str]:
@@ -62,6 +79,18 @@ def _with_cache(joint: Facts) -> tuple[str, str, str]:
     name = f"KL with its cache ({joint['cache']}{', simulated' if joint['simulated'] else ''})"
     alone = f"{number(joint['weights'])} without, on the same {joint['tokens']} tokens"
     return name, predicted, f"{span(joint['measured'], joint['low'], joint['high'])}; {alone}"
+
+
+def _tasks(found: Mapping[str, Facts] | None) -> list[Table]:
+    """Scores on tasks, the difference with its interval."""
+    if not found:
+        return []
+    table = Table("task", "metric", "examples", "original", "compressed", "difference", title="lm-eval", title_justify="left")
+    for task, metrics in found.items():
+        for metric, row in metrics.items():
+            change = span(row["difference"], row["low"], row["high"])
+            table.add_row(task, metric, str(row["examples"]), number(row["original"]), number(row["compressed"]), change)
+    return [table]
 
 
 def _restorations(found: Sequence[Facts]) -> Table:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from assay.methods.activation._sparse import Sparse, Turn
-from assay.model.sites import facts
+from assay.model.arch import facts
 
 LEADERS = ("attn.k", "attn.qkv", "mlp.gate", "mlp.gate_up")
 

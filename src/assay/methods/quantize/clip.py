@@ -24,7 +24,7 @@ class Clip:
     needs: ClassVar[tuple[str, ...]] = ("H",)
     prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "AWQ: Activation-aware Weight Quantization (2023), the clipping step"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.TILES + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:

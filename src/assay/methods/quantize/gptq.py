@@ -24,7 +24,7 @@ class Gptq:
     needs: ClassVar[tuple[str, ...]] = ("H",)
     prices: ClassVar[str] = "gptq"
     paper: ClassVar[str] = "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (2022)"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.TILES + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:

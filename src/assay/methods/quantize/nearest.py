@@ -24,7 +24,7 @@ class Nearest:
     needs: ClassVar[tuple[str, ...]] = ()
     prices: ClassVar[str] = "nearest"
     paper: ClassVar[str] = "none (round to nearest)"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.TILES + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:

@@ -24,7 +24,7 @@ class TwoSided:
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
     prices: ClassVar[str] = "two_sided"
     paper: ClassVar[str] = "GPTQ (2022) along the columns and, through the Kronecker-factored Fisher (2015), along the rows"
-    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.BLOCKS
+    formats: ClassVar[tuple[str, ...]] = menus.SCALARS + menus.TILES + menus.BLOCKS
     levels = staticmethod(menus.integers)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:

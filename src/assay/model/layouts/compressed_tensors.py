@@ -3,7 +3,8 @@
 - `pack-quantized`: integers as dense streams of bits, scales [out, groups], packed zero points; older files have a
   `weight_g_idx` where groups are not neighbours, which the library reads no more.
 - `int-quantized`, `float-quantized`, `naive-quantized`: one int8 or FP8 number a weight; scales of the tensor, of rows, of
-  groups or of blocks; zero points in int8. `mxfp8-quantized`: the same with exponents for scales.
+  groups or of blocks; zero points in int8; `input_scale` where inputs are rounded
+  by a stored scale. `mxfp8-quantized`: the same with exponents for scales.
 - `nvfp4-pack-quantized`, `mxfp4-pack-quantized`: two E2M1 patterns a byte, the lower nibble first, with E4M3 scales that
   are divided by `weight_global_scale`, or with exponents.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +23,21 @@ from assay.model.layouts import floats
 from assay.model.layouts.base import Headers, Parts, Stored, matches, modules, packed, parts_of
 from assay.model.layouts.float8 import FP8, spread_blocks
 from assay.model.layouts.own import torch_dtype
-from assay.model.level import Level
+from assay.model.level import FORMATS, Level
 from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger, PackedTable
+from assay.model.tiles import PackedTiles
 
 SUFFIXES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
+    "input_scale",
 )  # fmt: skip
+TILE = Level(8, 128, True, "tile")
+"""FP8 with a scale a block, the one size of block that others write too."""
 NIBBLES = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 Scheme = Mapping[str, Any]
+Inputs = Literal["exact", "dynamic", "static"]
+"""Whether inputs are rounded to 8 bits as well, and if so by scales found while the model runs or by stored ones."""
 
 
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
@@ -126,6 +133,9 @@ def _numbers(parts: dict[str, str], stored: Headers, scheme: Scheme) -> Stored:
     strategy = weights.get("strategy") or "tensor"
     if strategy == "block":
         sides = list(weights.get("block_structure") or [128, 128])
+        known = sides == [FORMATS[TILE.format].tile, TILE.group_size] and info.shape[1] % sides[1] == 0
+        if known and info.dtype == torch.float8_e4m3fn:
+            return packed(parts, info.shape, scales.dtype, TILE, _tiles)
         decode = partial(_blocks, parts["weight"], sides)
         return Stored(parts, info.shape, scales.dtype, decode)
     size = int(weights["group_size"]) if strategy == "group" else None
@@ -150,6 +160,11 @@ def _numbers(parts: dict[str, str], stored: Headers, scheme: Scheme) -> Stored:
     return packed(parts, info.shape, dtype, level, restore)
 
 
+def _tiles(found: Parts) -> PackedTiles:
+    places = floats.to_places(found["weight"].view(torch.uint8), floats.E4M3)
+    return PackedTiles(TILE, places, floats.table_of(floats.E4M3), found["weight_scale"])
+
+
 def _blocks(name: str, sides: list[int], found: Parts) -> Tensor:
     scale = found["weight_scale"]
     return (found["weight"].float() * spread_blocks(name, scale.float(), found["weight"].shape, sides)).to(scale.dtype)
@@ -170,7 +185,10 @@ def format_of(level: Level, rounded_inputs: bool) -> str:
     """The format in which weights of a level are stored; rounded_inputs: whether inputs are rounded to 8 bits as well."""
     if level.format == "int":
         return "int-quantized" if rounded_inputs else "pack-quantized"
-    known = {("fp", 8): "float-quantized", ("mxfp", 4): NIBBLES[1], ("mxfp", 8): "mxfp8-quantized", ("nvfp", 4): NIBBLES[0]}
+    known = {
+        ("fp", 8): "float-quantized", ("tile", 8): "float-quantized", ("mxfp", 4): NIBBLES[1], ("mxfp", 8): "mxfp8-quantized",
+        ("nvfp", 4): NIBBLES[0],
+    }  # fmt: skip
     return known[level.format, int(level.bits)]
 
 
@@ -183,8 +201,8 @@ def tensors(weight: Packed, rounded_inputs: bool = False) -> dict[str, Tensor]:
         assert isinstance(weight, PackedInteger)
         middle = 1 << (int(weight.level.bits) - 1)
         return {"weight": (weight.codes.short() - middle).to(torch.int8), "weight_scale": weight.scale.contiguous()}
-    assert isinstance(weight, PackedTable) and weight.scale is not None
-    if form not in NIBBLES:
+    assert isinstance(weight, PackedTable | PackedTiles) and weight.scale is not None
+    if isinstance(weight, PackedTiles) or form not in NIBBLES:
         numbers = floats.to_patterns(weight.codes, floats.E4M3).view(torch.float8_e4m3fn)
         return {"weight": numbers, "weight_scale": weight.scale.contiguous()}
     codes = floats.to_patterns(weight.codes, floats.E2M1)
@@ -200,17 +218,18 @@ def nbytes(level: Level, rows: int, columns: int, itemsize: int, rounded_inputs:
     if form == "pack-quantized":
         return level.nbytes(rows, columns, itemsize)
     one = 1 if level.format in ("mxfp", "nvfp") else itemsize
-    return rows * columns * int(level.bits) // 8 + rows * level.groups(columns) * one + 4 * (form == NIBBLES[0])
+    scaled = -(-rows // FORMATS[level.format].tile)
+    return rows * columns * int(level.bits) // 8 + scaled * level.groups(columns) * one + 4 * (form == NIBBLES[0])
 
 
-def config(levels: Mapping[str, Level], kept: list[str], rounded_inputs: bool = False) -> dict[str, Any]:
+def config(levels: Mapping[str, Level], kept: list[str], inputs: Inputs = "exact") -> dict[str, Any]:
     """quantization_config: one group a level, and the linear modules that stay."""
     groups: dict[str, Any] = {}
     for index, level in enumerate(sorted(set(levels.values()))):
         groups[f"group_{index}"] = {
             "targets": sorted(name.removesuffix(".weight") for name, own in levels.items() if own == level),
-            "weights": _arguments(level), "input_activations": _inputs(level) if rounded_inputs else None,
-            "output_activations": None, "format": format_of(level, rounded_inputs),
+            "weights": _arguments(level), "input_activations": None if inputs == "exact" else _inputs(level, inputs),
+            "output_activations": None, "format": format_of(level, inputs != "exact"),
         }  # fmt: skip
     formats = {group["format"] for group in groups.values()}
     return {
@@ -221,21 +240,43 @@ def config(levels: Mapping[str, Level], kept: list[str], rounded_inputs: bool = 
 
 
 def _arguments(level: Level) -> dict[str, Any]:
-    by_group = {"nvfp": "tensor_group"}.get(level.format, "group")
+    by_group = {"nvfp": "tensor_group", "tile": "block"}.get(level.format, "group")
+    sides = [FORMATS["tile"].tile, level.group_size] if level.format == "tile" else None
     found: dict[str, Any] = {
         "num_bits": level.bits, "type": "int" if level.format == "int" else "float", "symmetric": level.symmetric,
-        "strategy": "channel" if level.group_size is None else by_group, "group_size": level.group_size,
-        "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
+        "strategy": "channel" if level.group_size is None else by_group, "group_size": None if sides else level.group_size,
+        "dynamic": False, "actorder": None, "block_structure": sides, "observer": "minmax",
         "observer_kwargs": {},
     }  # fmt: skip
     kinds = {"nvfp": "torch.float8_e4m3fn", "mxfp": "torch.uint8"}
     return found | ({"scale_dtype": kinds[level.format], "zp_dtype": kinds[level.format]} if level.format in kinds else {})
 
 
-def _inputs(level: Level) -> dict[str, Any]:
-    """Inputs rounded to 8 bits, a scale for each token while the model runs."""
+def _inputs(level: Level, inputs: Inputs) -> dict[str, Any]:
+    """Inputs rounded to 8 bits: by a stored scale, or by one for each token, and for the inputs of each block, while it runs."""
+    size = level.group_size if level.format == "tile" else None
+    strategy = "tensor" if inputs == "static" else "token" if size is None else "group"
     return {
-        "num_bits": 8, "type": "int" if level.format == "int" else "float", "symmetric": True, "strategy": "token",
-        "group_size": None, "dynamic": True, "actorder": None, "block_structure": None, "observer": None,
-        "observer_kwargs": {},
+        "num_bits": 8, "type": "int" if level.format == "int" else "float", "symmetric": True, "strategy": strategy,
+        "group_size": size, "dynamic": inputs == "dynamic", "actorder": None, "block_structure": None,
+        "observer": "minmax" if inputs == "static" else None, "observer_kwargs": {},
     }  # fmt: skip
+
+
+def input_scale(largest: Tensor, level: Level) -> Tensor:
+    """The stored scale [1], float32, of inputs whose largest magnitude is `largest` (a number)."""
+    top = 127.0 if level.format == "int" else float(floats.E4M3[floats.E4M3.isfinite()].max())
+    return (largest.float() / top).clamp_min(torch.finfo(torch.float32).tiny).reshape(1)
+
+
+CACHE_SCALES = (".k_scale", ".v_scale")
+CACHE_SCHEME: Mapping[str, Any] = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "group_size": None, "dynamic": False,
+    "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+}  # fmt: skip
+"""`kv_cache_scheme` of a checkpoint in which each attention has `CACHE_SCALES`."""
+
+
+def cache_scale(largest: Tensor) -> Tensor:
+    """The stored scale [1], float32, of keys or values whose largest magnitude is `largest`: FP8 E4M3 reaches it."""
+    return input_scale(largest, Level(8, None, True, "fp"))

@@ -1,0 +1,102 @@
+"""What is summed over tokens while a model is profiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from assay.measure.curvatures import LARGEST, PART
+from assay.model.errors import InputError
+from assay.model.sites import Site, key_of
+
+PARTS = 8
+"""Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
+
+
+class Sums:
+    """Sums over tokens, float32: second moments by key, and the tokens they cover.
+
+    weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
+    places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
+    Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
+    """
+
+    def __init__(self) -> None:
+        self.places: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.values: dict[str, Tensor] = {}
+        self._latest: dict[str, int] = {}
+
+    def add(self, key: str, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Add the second moment of rows [..., n], each times its weight, to the sum at `key`."""
+        flat = rows.detach().reshape(-1, rows.shape[-1])
+        if key not in self.values:
+            self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
+        weighted = flat if weights is None else flat * weights.reshape(-1, 1)
+        self.values[key].addmm_(flat.T, weighted)
+        if self.places is not None:
+            squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
+            squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
+            counts = torch.full((len(places),), len(flat) / len(places))
+            self.values.setdefault(f"{PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
+            self.values.setdefault(f"{PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
+
+    def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
+        """A product's input; siblings that read the same one share the sum."""
+        reads = sites[0].reads
+        owner = self._latest.setdefault(f"owner|{reads}", hash(sites[0].name))
+        if owner == hash(sites[0].name):
+            if self.weights is not None and self.weights.numel() != x.numel() // x.shape[-1]:
+                raise InputError(f"{sites[0].name} sees some tokens only; profile models with experts without token weights")
+            self.add(reads, x, self.weights)
+            key = f"n|{reads}"
+            self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
+            keep_largest(self.values, reads, x)
+            self._latest[reads] = x.data_ptr()
+        elif self._latest[reads] != x.data_ptr():
+            raise AssertionError(f"{sites[0].name} does not read what its siblings read")
+
+    def gradients(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
+        """A product's output: its gradient is summed when it arrives."""
+
+        def arrived(gradient: Tensor) -> None:
+            for site in sites:
+                rows = slice(*site.rows) if site.rows else slice(None)
+                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows])
+
+        if y.requires_grad:
+            y.register_hook(arrived)
+
+    def untouched(self, sites: list[Site]) -> None:
+        """Sites that no token met (experts, say) get zeros."""
+        for site in sites:
+            self.values.setdefault(site.reads, torch.zeros(site.shape[1], site.shape[1]))
+            self.values.setdefault(f"n|{site.reads}", torch.tensor(0.0))
+
+    def unreached(self, sites: list[Site]) -> None:
+        """Sites that no gradient reached get zeros."""
+        for site in sites:
+            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros(site.shape[0], site.shape[0]))
+
+
+class LargestCached(DynamicCache):
+    """A cache that keeps nothing but the largest magnitudes of the keys and values that it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by attention with keys and values [batch, heads, tokens, size] as it would cache them."""
+        keep_largest(self.values, "keys", key_states)
+        keep_largest(self.values, "values", value_states)
+        return key_states, value_states
+
+
+def keep_largest(values: dict[str, Tensor], key: str, met: Tensor) -> None:
+    """Keep the largest magnitude met so far."""
+    largest = met.detach().abs().amax().float() if met.numel() else torch.tensor(0.0)
+    values[f"{LARGEST}{key}"] = torch.maximum(values.get(f"{LARGEST}{key}", torch.tensor(0.0)), largest)
