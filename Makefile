@@ -1,4 +1,5 @@
 # make demo: the main job on the built-in model. make test: everything that must hold.
+# make site: these pages as a site, in site/.
 # Each makes .venv the first time. Another build of torch: make demo TORCH="torch==2.13.0 --index-url ADDRESS"
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test site clean
 
 demo: $(READY)
 	rm -rf demo-out
@@ -19,8 +20,12 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+site: $(READY)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo-out .demo-out.assay
+	rm -rf $(VENV) site demo-out .demo-out.assay
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ python benchmarks/preflight.py [--threads 1] [--only pebble-4]
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -69,7 +70,7 @@ def both(name: str, work: Path, threads: int) -> dict[str, Any]:
     shutil.rmtree(out)
     return {
         "name": name, "told_seconds": told["seconds"], "seconds": done["seconds"],
-        "busy": seconds[0] / usages[0].seconds, "busy_run": seconds[1] / usages[1].seconds,
+        "busy": seconds[0] / usages[0].seconds, "busy_run": seconds[1] / usages[1].seconds, "load": os.getloadavg()[0],
         "told_memory": told["memory"], "memory": usages[1].peak_rss_bytes, "told_bytes": told["bytes"], "bytes": done["bytes"],
         "told_disk": told["disk"], "rehearsal": told["rehearsal_seconds"],
     }  # fmt: skip
@@ -77,10 +78,11 @@ def both(name: str, work: Path, threads: int) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> list[str]:
     """One line of the table. Time as CPU seconds is the promise and the run, each times its share of a core."""
-    busy = ratio(row["told_seconds"] * row["busy"], row["seconds"] * row["busy_run"])
+    told, were = row["told_seconds"] * row["busy"], row["seconds"] * row["busy_run"]
     return [
         row["name"], f"{row['told_memory'] / MIB:.0f}", f"{row['memory'] / MIB:.0f}", ratio(row["told_memory"], row["memory"]),
-        f"{row['told_seconds']:.0f}", f"{row['seconds']:.0f}", ratio(row["told_seconds"], row["seconds"]), busy,
+        f"{row['told_seconds']:.0f}", f"{row['seconds']:.0f}", ratio(row["told_seconds"], row["seconds"]),
+        f"{told:.0f}", f"{were:.0f}", ratio(told, were),
         f"{row['told_bytes']:,}", f"{row['bytes']:,}", f"{100 * (row['told_bytes'] / row['bytes'] - 1):+.3f}%",
         f"{row['rehearsal']:.0f}",
     ]  # fmt: skip
@@ -97,7 +99,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(RUNS), default=list(RUNS))
     given = parser.parse_args()
     work, rows = work_folder(given.out), []
-    header = ("run", "memory told, MiB", "was", "ratio", "seconds told", "were", "ratio", "in CPU seconds", "bytes told", "were",
+    header = ("run", "memory told, MiB", "was", "ratio", "seconds told", "were", "ratio", "CPU seconds told", "were", "ratio",
+              "bytes told", "were",
               "off", "rehearsal, s")  # fmt: skip
     for name in given.only:
         rows.append(both(name, work, given.threads))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import assay
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "assay"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -19,8 +21,10 @@ FLOORS = {
     "measure": 1, "engines": 1, "runtime": 1,
     "methods": 2, "prove": 2,
     "budget": 3,
-    "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "reranking": 4, "report": 4,
-    "handover": 5, "calibrated": 4, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "contest": 5,
+    "execute": 4, "profiling": 4, "transforming": 4, "attaching": 4, "caching": 4, "prompted": 4, "reranking": 4,
+    "relu_tuning": 4, "report": 4,
+    "calibrated": 4,
+    "handover": 5, "polish": 5, "evolving": 5, "exporting": 5, "preflight": 5, "cache_pricing": 5, "cached": 5, "contest": 5,
     "explore": 5,
     "run": 6, "": 6,
     "cli": 7, "__main__": 8,
@@ -117,6 +121,11 @@ def test_the_readme_shows_the_job_itself() -> None:
     job = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "job")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert f"{ast.get_source_segment(source, job)}\n" in blocks, "copy `job` from run.py into README.md"
+
+
+def test_no_public_function_is_named_like_a_room() -> None:
+    """Importing anything from a room puts it in the place of the function: `assay.name` would be a module by then."""
+    assert set(assay.__all__) & {path.stem for path in SOURCE.iterdir()} == set()
 
 
 def test_every_command_has_a_page() -> None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from assay.attaching import attach
-    from assay.cache_pricing import cache_menu, cache_prices, price_cache
+    from assay.cache_pricing import cache_prices, price_cache
+    from assay.caching import planned_cache
+    from assay.relu_tuning import tune_relu
     from assay.reranking import rerank
     from assay.run import (
         benchmark,
@@ -22,20 +24,21 @@ if TYPE_CHECKING:
         plan,
         profile,
         rank,
-        report,
         sweep,
         transform,
         verify,
+        write_report,
     )
 
 __version__ = "0.1.0"
 __all__ = [
-    "attach", "benchmark", "builtin_model", "cache_menu", "cache_prices", "compress", "convert", "export", "inspect", "job",
-    "list_methods", "load", "plan", "price_cache", "profile", "rank", "report", "rerank", "sweep", "transform", "verify",
+    "attach", "benchmark", "builtin_model", "cache_prices", "compress", "convert", "export", "inspect", "job",
+    "list_methods", "load", "plan", "planned_cache", "price_cache", "profile", "rank", "rerank", "sweep", "transform",
+    "tune_relu", "verify", "write_report",
 ]  # fmt: skip
 _HOMES = {
-    "attach": "attaching", "cache_menu": "cache_pricing", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",
-    "rerank": "reranking",
+    "attach": "attaching", "cache_prices": "cache_pricing", "price_cache": "cache_pricing",
+    "planned_cache": "caching", "rerank": "reranking", "tune_relu": "relu_tuning",
 }  # fmt: skip
 
 

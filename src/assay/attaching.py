@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from assay.methods import base
+from assay.methods.cache._evict import Evict
+from assay.methods.cache._planned import planned
 from assay.model.errors import InputError
 from assay.runtime.hook import Attached, attached, check_model
 from assay.runtime.policy import Evictor, Packer, Reader, Stack
@@ -34,16 +36,23 @@ def attach(model: PreTrainedModel, *policies: Any, calibration: Tensor | None = 
     made = _made(policies, options)
     caches = [p for p in made if isinstance(p, (Evictor, Packer, Reader))]
     check_model(model)
-    if any("calibration" in p.needs for p in made) and calibration is None:
-        name = next(type(p).__module__.rpartition(".")[2] for p in made if "calibration" in p.needs)
-        raise InputError(f"{name} needs text to calibrate on; give token ids with calibration=ids")
-    fitted = [p.calibrated(model, calibration) if "calibration" in p.needs else p for p in made]
+    fitted = [_fitted(p, model, calibration) for p in made]
     stack = Stack.of([p for p, raw in zip(fitted, made, strict=True) if raw in caches])
     with ExitStack() as open_, attached(model, stack) as found:
         for policy in fitted:
             if hasattr(policy, "wrapped"):
                 open_.enter_context(policy.wrapped(model))
         yield found
+
+
+def _fitted(policy: Any, model: PreTrainedModel, calibration: Tensor | None) -> Any:
+    plan = isinstance(policy, Evict) and policy.shape == "planned"
+    if not plan and "calibration" not in policy.needs:
+        return policy
+    if calibration is None:
+        name = "shape='planned'" if plan else type(policy).__module__.rpartition(".")[2]
+        raise InputError(f"{name} needs text to calibrate on; give token ids with calibration=ids")
+    return planned(policy, model, calibration) if plan else policy.calibrated(model, calibration)
 
 
 def named(name: str) -> type[Any]:

@@ -1,8 +1,7 @@
-"""What storing the keys or the values of one layer smaller costs, in nats per token, and a menu of that for a plan."""
+"""What storing the keys or the values of one layer smaller costs, or dropping some of its tokens, in nats per token."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,116 +11,145 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from assay.attaching import named
+from assay.budget.caches import EXACT, FILE, CachePrice, load, save
+from assay.caching import engine_levels, evictor, levels
 from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.files import save_json
+from assay.model.files import read_note
+from assay.model.progress import Progress, Silent
+from assay.prompted import TAIL_SHARE, Prompted
 from assay.runtime.codecs import Side
-from assay.runtime.hook import attached
+from assay.runtime.hook import Attached
 from assay.runtime.policy import Packer, Stack
 
-LEVELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fp8": ("fp8", {}), "int4": ("kivi", {"bits": 4}), "int2": ("kivi", {"bits": 2}),
-}  # fmt: skip
-FILE = "cache.json"
-TAIL_SHARE = 4
+EVICT, SHARES = ("snapkv", "streaming_llm"), (0.5, 0.25, 0.12)
 WINDOWS, WINDOW = 8, 256
-
-
-@dataclass(frozen=True)
-class CachePrice:
-    """One layer's keys or values at one level.
-
-    bytes_per_token: of one sequence, scales included; nats: measured KL per token when nothing else is changed.
-    """
-
-    layer: int
-    side: str
-    level: str
-    bytes_per_token: float
-    nats: float
+POSITION = 4
+"""Bytes of a position."""
+SIDES = ("keys", "values")
 
 
 @dataclass(frozen=True, eq=False)
 class Alone:
-    """A packer on one side of one layer only."""
+    """A packer on some sides of one layer, or of all where `layer` is None."""
 
     policy: Packer
-    layer: int
-    side: int
+    layer: int | None
+    on: tuple[str, ...]
     stage: ClassVar[int] = 2
 
     def sides(self, layer: int) -> tuple[Side | None, Side | None]:
         """See `Packer`."""
-        found = self.policy.sides(layer)[self.side] if layer == self.layer else None
-        return (found, None) if self.side == 0 else (None, found)
+        if self.layer not in (None, layer):
+            return None, None
+        keys, values = self.policy.sides(layer)
+        return keys if "keys" in self.on else None, values if "values" in self.on else None
 
 
 @torch.no_grad()
-def cache_prices(model: PreTrainedModel, ids: Tensor, levels: Sequence[str] = tuple(LEVELS)) -> list[CachePrice]:
-    """Prices of every layer, side ("keys", "values") and level, the stored one ("exact") at 0 among them.
+def cache_prices(
+    model: PreTrainedModel, ids: Tensor, names: Sequence[str] | None = None, calibration: Tensor | None = None,
+    evict: Sequence[str] = EVICT, progress: Progress | None = None,
+) -> list[CachePrice]:  # fmt: skip
+    """Prices of every layer at every level, of other engines' cache types for all layers, and of dropping tokens.
 
     ids: int [windows, tokens]; the last quarter of each window reads the rest from the cache, and its KL from the model's
-    own prediction is the price. Raises InputError for unknown levels and for models that cache policies don't know.
+    own prediction is the price. names: levels, all by default; calibration: int [windows, tokens], for levels that need it,
+    `ids` by default; evict: policies that drop tokens. Raises InputError for unknown levels and for models that cache
+    policies don't know.
     """
-    if unknown := [x for x in levels if x not in LEVELS]:
-        raise InputError(f"unknown cache level {unknown[0]!r}; there are {', '.join(LEVELS)}")
+    table, own = levels(), list(names if names is not None else levels())
+    if unknown := [x for x in own if x not in table]:
+        raise InputError(f"unknown cache level {unknown[0]!r}; there are {', '.join(table)}")
     if ids.ndim != 2 or ids.shape[1] < 2 * WINDOW // TAIL_SHARE:
         raise InputError(f"text of shape {list(ids.shape)}; give windows of {2 * WINDOW // TAIL_SHARE} tokens or more")
-    reference, exact = _tail(model, ids, Stack())
-    prices = []
-    for layer, sizes in enumerate(exact):
-        for side, name in enumerate(("keys", "values")):
-            prices.append(CachePrice(layer, name, "exact", sizes[side], 0.0))
-            for level in levels:
-                policy, options = LEVELS[level]
-                logits, stored = _tail(model, ids, Stack(packers=(Alone(named(policy)(**options), layer, side),)))
-                kl = (reference.exp() * (reference - logits)).sum(-1).mean()
-                prices.append(CachePrice(layer, name, level, stored[layer][side], max(float(kl), 0.0)))
+    bench = _Bench.of(model, ids)
+    packers = {n: _ready(table[n], model, ids if calibration is None else calibration) for n in own}
+    everywhere = [(("both",) if n in ("fp8", "quanto4") else SIDES, n, p) for n, p in engine_levels().items()]
+    depth, heads = bench.depth, bench.heads
+    prices: list[CachePrice] = []
+    with (progress or Silent()).task("pricing the cache", depth + 1) as advance:
+        for layer in range(depth):
+            prices += [CachePrice(layer, side, EXACT, bench.exact[layer][i], 0.0) for i, side in enumerate(SIDES)]
+            prices += [bench.stored(layer, side, name, packer) for side in SIDES for name, packer in packers.items()]
+            prices.append(CachePrice(layer, "tokens", "1", 2 * POSITION, 0.0))
+            for name in evict:
+                for share in SHARES:
+                    apart = heads if name == "snapkv" else 1
+                    nats = bench.nats(Stack(evictor(name, [share if i == layer else 1.0 for i in range(depth)])))
+                    prices.append(CachePrice(layer, "tokens", f"{name} {share:g}", POSITION * (1 + apart), nats))
+            advance()
+        for sides, name, packer in everywhere:
+            for side in sides:
+                nats = bench.nats(Stack(packers=(Alone(packer, None, SIDES if side == "both" else (side,)),)))
+                prices.append(CachePrice(None, side, name, 0.0, nats))
+        advance()
     return prices
 
 
-def cache_menu(prices: Sequence[CachePrice], context: int, batch: int) -> dict[tuple[int, str], list[tuple[str, int, float]]]:
-    """For each layer and side what a plan may choose: (level, bytes at a context and batch, nats), fewest bytes last.
+@dataclass(frozen=True)
+class _Bench:
+    """A prompt of so many windows, the model's own log-probabilities after it, bytes per token of exact keys and values."""
 
-    Levels that another of no more bytes and no more nats makes useless are left out.
-    """
-    menu: dict[tuple[int, str], list[tuple[str, int, float]]] = {}
-    for p in prices:
-        menu.setdefault((p.layer, p.side), []).append((p.level, round(p.bytes_per_token * context * batch), p.nats))
-    return {place: _front(options) for place, options in menu.items()}
+    prompt: Prompted
+    windows: int
+    reference: Tensor
+    exact: list[list[float]]
+    heads: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, ids: Tensor) -> _Bench:
+        prompt = Prompted.of(model, ids)
+        reference, found = prompt.tail(Stack())
+        exact = [[_tape(found, i, side).bytes_per_slot(True) / len(ids) for side in SIDES] for i in range(len(found.layers))]
+        config: Any = model.config
+        return cls(prompt, len(ids), reference, exact, getattr(config, "num_key_value_heads", config.num_attention_heads))
+
+    @property
+    def depth(self) -> int:
+        """Layers."""
+        return len(self.exact)
+
+    def stored(self, layer: int, side: str, name: str, packer: Packer) -> CachePrice:
+        """The price of one side of one layer at a level."""
+        logits, found = self.prompt.tail(Stack(packers=(Alone(packer, layer, (side,)),)))
+        tape, at = _tape(found, layer, side), packer.sides(layer)[SIDES.index(side)]
+        assert at is not None
+        once = sum(4 * m.vectors.numel() for m in at.maps if hasattr(m, "vectors"))
+        return CachePrice(
+            layer, side, name, tape.bytes_per_slot(True) / self.windows, self._kl(logits), at.residual + at.block - 1,
+            round(tape.fixed_bytes(True) / self.windows), once,
+        )  # fmt: skip
+
+    def nats(self, stack: Stack) -> float:
+        """Measured KL per token under a stack."""
+        return self._kl(self.prompt.tail(stack)[0])
+
+    def _kl(self, logits: Tensor) -> float:
+        return max(float((self.reference.exp() * (self.reference - logits)).sum(-1).mean()), 0.0)
 
 
-def price_cache(source: str | Path, folder: str | Path, calibration: str | Path | None = None) -> list[CachePrice]:
-    """Prices of a checkpoint's cache, written as cache.json into the folder of its profile."""
+def _tape(found: Attached, layer: int, side: str) -> Any:
+    (lane,) = found.layers[layer].lanes
+    return lane.keys if side == "keys" else lane.values
+
+
+def _ready(packer: Packer, model: PreTrainedModel, ids: Tensor) -> Packer:
+    return packer.calibrated(model, ids) if "calibration" in getattr(packer, "needs", ()) else packer  # type: ignore[attr-defined]
+
+
+def price_cache(
+    source: str | Path, folder: str | Path, calibration: str | Path | None = None, progress: Progress | None = None
+) -> list[CachePrice]:
+    """Prices of a checkpoint's cache, written into the folder of its profile; those of the same text that are there stay."""
     checkpoint = Checkpoint.open(source)
     text = windows(checkpoint, calibration, "calibration", WINDOWS * WINDOW, WINDOW, StreamedModel(checkpoint).vocabulary)
+    facts = {"text": text.digest, "model": checkpoint.fingerprint, "levels": [*levels(), *engine_levels(), *EVICT, *SHARES]}
+    if (Path(folder) / FILE).exists() and read_note(Path(folder) / FILE, "damaged").get("facts") == facts:
+        return load(Path(folder)) or []
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    prices = cache_prices(model, text.ids)
-    save_json(Path(folder) / FILE, {"text": text.digest, "prices": [dataclasses.asdict(p) for p in prices]})
+    prices = cache_prices(model, text.ids, progress=progress)
+    save(Path(folder), prices, facts)
     return prices
-
-
-def _front(options: list[tuple[str, int, float]]) -> list[tuple[str, int, float]]:
-    kept: list[tuple[str, int, float]] = []
-    for option in sorted(options, key=lambda o: (o[2], o[1])):
-        if not kept or option[1] < kept[-1][1]:
-            kept.append(option)
-    return kept
-
-
-def _tail(model: PreTrainedModel, ids: Tensor, stack: Stack) -> tuple[Tensor, list[tuple[float, float]]]:
-    """Log-probabilities of the last quarter, and each layer's bytes per token of what was stored of keys and values."""
-    start = ids.shape[1] - ids.shape[1] // TAIL_SHARE
-    with attached(model, stack) as found:
-        cache = model(input_ids=ids[:, :start], use_cache=True, logits_to_keep=1).past_key_values
-        sizes = []
-        for layer in found.layers:
-            lanes = layer.lanes
-            keys, values = (sum(t.bytes_per_slot() for t in tapes) / len(ids) for tapes in
-                            ([x.keys for x in lanes], [x.values for x in lanes]))  # fmt: skip
-            sizes.append((keys, values))
-        logits = model(input_ids=ids[:, start:], past_key_values=cache, use_cache=True).logits
-    return logits.log_softmax(-1), sizes

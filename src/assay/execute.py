@@ -40,7 +40,7 @@ Part = tuple[dict[str, Tensor], list["Solved"]]
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of one site: its level, its method, and why that had to do without statistics."""
+    """What became of one site: its level, its method, why that had to do without statistics, and of how many tokens these are."""
 
     site: str
     level: str
@@ -48,6 +48,7 @@ class Solved:
     damage: float
     dtype: str
     fell_back: str = ""
+    tokens: int = 0
 
 
 class Results:
@@ -99,14 +100,15 @@ def execute(
     files = {block: folder / f"{_name(block)}.safetensors" for block in blocks}
     if not all(path.exists() for path in files.values()):
         pair = _pair(model, profile, folder) if sequential else None
-        with progress.task("compressing, block by block", len(blocks)) as advance:
-            for block, target in files.items():
+        due = {block: target for block, target in files.items() if sequential or not target.exists()}
+        with progress.task("compressing, block by block", len(due)) as advance:
+            for block, target in due.items():
                 if not target.exists():
                     started = perf_counter()
                     tensors, solved = _solve_block(model, plan, profile, block, pair)
                     metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
                     save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
-                    progress.log(_line(block, solved, perf_counter() - started))
+                    progress.log(_line(model, plan, block, solved, perf_counter() - started))
                     memory.release()
                 if pair is not None:
                     pair.pass_by(block, Results(folder, [block]).decoded)
@@ -179,7 +181,7 @@ class _Task:
             damage = curvature.damage(result.decode().float() - weight)
             stored = str(dtype).removeprefix("torch.")
             why = reason(curvature) if failure and starved(curvature) else failure
-            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why))
+            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens))
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -219,14 +221,19 @@ def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
     return model.checkpoint.dtype(site.name)
 
 
-def _line(block: int | None, solved: list[Solved], seconds: float) -> str:
-    bits: Mapping[str, int] = {}
-    for s in solved:
-        bits = {**bits, s.level: bits.get(s.level, 0) + 1}
-    levels = ", ".join(f"{n} x {level}" for level, n in sorted(bits.items())) or "nothing planned"
+def _line(model: StreamedModel, plan: Plan, block: int | None, solved: list[Solved], seconds: float) -> str:
+    """What a terminal shows of a block: bits of what was compressed, loss in nats per token, tokens, time and memory."""
+    took = f"{seconds:.1f} s, {memory.resident() / 1e9:.2f} GB"
+    if not solved:
+        return f"{_name(block)}: nothing planned, {took}"
+    levels, tokens = {s.level for s in solved}, {s.tokens for s in solved}
+    nbytes = sum(plan.choices[s.site].nbytes for s in solved)
+    weights = sum(model.anatomy.sites[s.site].count for s in solved)
+    bits = f"{8 * nbytes / weights:.2f} bits ({levels.pop() if len(levels) == 1 else f'{len(levels)} levels'})"
+    samples = " to ".join(f"{n:,}" for n in sorted({min(tokens), max(tokens)}))
     fallen = sum(bool(s.fell_back) for s in solved)
     tail = f", {fallen} fell back" if fallen else ""
-    return f"{_name(block)}: {levels}; damage {sum(s.damage for s in solved):.5f} nats/token{tail}; {seconds:.1f} s"
+    return f"{_name(block)}: {bits}, loss {sum(s.damage for s in solved):.5f}, {samples} tokens{tail}, {took}"
 
 
 def _name(block: int | None) -> str:

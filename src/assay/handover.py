@@ -33,19 +33,21 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
+from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
 from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
 
 def hand_over(
-    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path
-) -> dict[str, Any]:
+    model: StreamedModel, plan: Plan, profile: Profile, contract: Contract, results: Results, destination: Path,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
     """Write the folder, reopen it with another reader, and close the ledger."""
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
     source = model.checkpoint.replaced(results.plain)
-    added = calibrated(model, profile, contract, levels, plan.budget.get("cache"))
+    added = calibrated(model, profile, contract, levels, plan.cache_type)
     ledger = _ledger(model, source, plan, results, contract, added)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),
@@ -65,18 +67,21 @@ def hand_over(
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    if contract.layout == "gguf":
-        gguf_write.write(destination, source, loaders, contract, extra, levels, turned)
-    else:
-        write.write(destination, source, loaders, contract, extra, levels, turned, added=added)
-    try:
+    with progress.task("writing the result, reading it back", 2) as advance:
         if contract.layout == "gguf":
-            gguf_reopen.compare(destination, source, loaders, contract, turned)
+            gguf_write.write(destination, source, loaders, contract, extra, levels, turned)
         else:
-            reopen.compare(destination, source, loaders, contract, turned, added)
-    except ShortfallError:
-        shutil.rmtree(destination)
-        raise
+            write.write(destination, source, loaders, contract, extra, levels, turned, added=added)
+        advance()
+        try:
+            if contract.layout == "gguf":
+                gguf_reopen.compare(destination, source, loaders, contract, turned)
+            else:
+                reopen.compare(destination, source, loaders, contract, turned, added)
+        except ShortfallError:
+            shutil.rmtree(destination)
+            raise
+        advance()
     written = Checkpoint.open(destination)
     stored = sum(info.nbytes for info in written.stored.values())
     if stored != ledger.nbytes:

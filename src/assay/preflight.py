@@ -38,6 +38,7 @@ SPARE = 0.9
 """Share of the free memory that a run may plan for."""
 SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
 REHEARSING, COMPARING, COMPRESSING = "rehearsing on one block", "comparing, block by block", "compressing, block by block"
+SAVING = "writing the result, reading it back"
 Compress = Callable[..., Mapping[str, Any]]
 
 
@@ -121,7 +122,7 @@ def disk_needed(model: StreamedModel, tokens: int, result: int) -> int:
 
 @dataclass
 class Clock:
-    """A Progress that times every step of every task, and forwards nothing."""
+    """A Progress that times every step of every task up to saving, and forwards nothing."""
 
     tasks: list[tuple[str, list[float]]] = field(default_factory=list)
     ended: float = 0.0
@@ -131,6 +132,9 @@ class Clock:
     def task(self, description: str, total: int) -> Iterator[Callable[..., None]]:
         steps: list[float] = []
         last = perf_counter()
+        if description == SAVING:
+            yield lambda n=1: None
+            return
 
         def advance(n: int = 1) -> None:
             nonlocal last

@@ -143,6 +143,7 @@ def _finish(
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
         "settings": settings, "model": model.checkpoint.fingerprint, "family": model.anatomy.family,
+        "folder": str(model.checkpoint.folder.absolute()),
         "tokenizer": tokenizer_digest(load_tokenizer(model.checkpoint)),
         "calibration": {"source": text.source, "tokens": text.tokens, "window": text.ids.shape[1], "digest": text.digest}
         | origin,

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import assay.engines.load
-from assay import engines, preflight
-from assay.budget import agreement, offers, plans, presets, sensitivity, undo
+from assay import cached, engines, preflight
+from assay.budget import agreement, joint, offers, plans, presets, sensitivity, undo
 from assay.budget.holding import check_held
 from assay.budget.plan import Plan
 from assay.budget.presets import method as _method
@@ -47,9 +47,9 @@ from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
 from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
-from assay.prove.divergence import Candidate, compare
+from assay.prove import repeat
 from assay.prove.tasks import Tasks, compared
-from assay.report.page.render import write as write_report
+from assay.report.page.render import write as write_page
 from assay.transforming import steps_of
 from assay.transforming import transform as apply_transforms
 
@@ -198,7 +198,8 @@ def compress(
         plans.check_origin(given, checkpoint.fingerprint, known)
         check_held(given, streamed, contract)
         given = replace(given, engine=contract.name)
-    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep)
+    least = joint.undecided(profile, limits)
+    ahead = plans.outlook_of(given) if given else plans.outlook(streamed, limits, contract, method, keep, uniform, least)
     check_space(work.parent, checkpoint.weight_bytes if contract.layout == "plain" else ahead.files)
     given_text = {"calibration": calibration, "tokens": tokens, "window": window}
     by = preflight.handling(streamed, window, memory.available())
@@ -221,7 +222,7 @@ def compress(
             chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
         else:
             chosen = plans.checked(measured, given, contract)
-        calibrated(streamed, measured, contract, chosen.levels, limits.cache)
+        calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         ordered = best if sequential is None else sequential
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
@@ -232,8 +233,8 @@ def compress(
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
-        report = hand_over(streamed, chosen, measured, contract, results, destination)
-        write_report(destination)
+        report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
+        write_page(destination)
         shutil.rmtree(work, ignore_errors=True)
     counts = report["ledger"]
     if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
@@ -244,10 +245,16 @@ def compress(
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, tasks: Sequence[str] = (), limit: int | None = None, progress: Progress | None = None,
+    window: int | None = None, compute: str = "float32", batches: Sequence[int] = (), tasks: Sequence[str] = (),
+    limit: int | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw; and on `limit` examples of lm-eval's tasks."""
+    """Measure a result against its original on text that calibration never saw.
+
+    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures;
+    tasks: of lm-eval, `limit` examples of each, for both models as well.
+    """
     progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
+    repeat.check(compute, batches)
     result, original = open_model(out), StreamedModel(open_model(against))
     sums.check(result.folder)
     recipe = read_recipe(result.folder)
@@ -258,9 +265,9 @@ def verify(
     if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")
     texts = agreement.of_result(original, recipe, judge, progress) if recipe and text else None
-    scores = compare(original, {"out": Candidate(StreamedModel(result))}, judge, progress)["out"].summary()
+    scores = repeat.judged(original.checkpoint, result, judge, compute, batches, progress)
     predicted = (recipe or {}).get("predicted", {})
-    kl = dict(scores.pop("kl")) | {  # type: ignore[arg-type]
+    kl = scores.pop("kl") | {
         "predicted": predicted.get("kl"), "predicted_low": predicted.get("low"), "predicted_high": predicted.get("high"),
     }  # fmt: skip
     limit = predicted.get("max_loss")
@@ -268,6 +275,7 @@ def verify(
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
         "passed": limit is None or kl["measured"] <= limit, "texts": texts,
+        "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if examined:
@@ -276,7 +284,7 @@ def verify(
         with alone(result.folder):
             save_note(result.folder / "assay" / "verdict.json", verdict)
             if "damage" in recipe:
-                write_report(result.folder)
+                write_page(result.folder)
     return verdict
 
 
@@ -306,9 +314,9 @@ def export(out: str | Path, to: str, destination: str | Path) -> dict[str, Any]:
 convert = export
 
 
-def report(out: str | Path, destination: str | Path) -> dict[str, Any]:
+def write_report(out: str | Path, destination: str | Path) -> dict[str, Any]:
     """Write one page about a result, which opens in any browser without a network."""
-    page = write_report(out, destination)
+    page = write_page(out, destination)
     return {"report": str(page), "bytes": page.stat().st_size}
 
 
@@ -325,7 +333,7 @@ def list_methods() -> list[dict[str, Any]]:
 def _profile_in(
     work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{text}:{method}:{budget.level}')}"
+    folder = work / f"profile-{_digest(f'{open_model(model).fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [budget.level] if budget.level else []
     return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
 

@@ -158,9 +158,10 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         *((("--bits", text), "must be a number above zero") for text in ("inf", "nan", "-inf", "-4", "0", "1e999")),
         *((("--max-loss", text), "must be a number above zero") for text in ("inf", "nan", "-0.1", "0", "-0.0")),
         (("--bits", "four"), "--bits"),
-        (("--bits", "3", "--size", "1GB"), "one budget"),
-        (("--bits", "3", "--max-loss", "1"), "one budget"),
-        (("--bits", "3", "--level", "W4A16"), "one budget"),
+        (("--bits", "3", "--size", "1GB"), "one budget: --size, --bits, --memory, --max-loss, --level, --latency or "),
+        (("--bits", "3", "--size", "1GB"), "(got --size and --bits)"),
+        (("--bits", "3", "--max-loss", "1"), "(got --bits and --max-loss)"),
+        (("--bits", "3", "--level", "W4A16"), "(got --bits and --level)"),
         (("--level", "W4A15"), "did you mean W4A16"),
         (("--level", "int9-g64-asym"), "unknown level"),
         (("--level", "nf4-g64"), "transformers can't hold"),
@@ -169,7 +170,10 @@ def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[st
         (("--memory", "1GB", "--engine", "vllm"), "--memory needs --context"),
         (("--memory", "1GB", "--context", "32", "--engine", "vllm"), "MB of that are cache, activations and engine"),
         (("--memory", "1 parsec", "--context", "32"), "write it like 3.5GB"),
-        (("--memory", "1GB", "--bits", "4", "--context", "32"), "one budget"),
+        (("--memory", "1GB", "--bits", "4", "--context", "32"), "(got --bits and --memory)"),
+        (("--bits", "5", "--context", "32", "--cache", "auto"), "--cache auto needs --memory"),
+        (("--bits", "5", "--context", "32", "--evict", "snapkv"), "--evict needs --memory and --cache auto"),
+        (("--bits", "5", "--evict", "snapkv"), "--evict needs --context"),
         (("--memory", "2GB", "--context", "32"), "--engine vllm"),
         (("--memory", "2GB", "--context", "32", "--engine", "vllm", "--cache", "fp4"), "vllm has fp16, fp8"),
         (("--memory", "2GB", "--context", "32k", "--engine", "vllm"), "more than the 64 tokens that this model reads"),
@@ -303,6 +307,24 @@ def edit(path: Path, old: str, new: str) -> None:
 def test_plans_edited_wrongly(room: Path, capfd: pytest.CaptureFixture[str], old: str, new: str, words: str) -> None:
     edit(room / "plan.yaml", old, new)
     refused(capfd, room, ("compress", "m", "--plan", "plan.yaml", "--profile", "p", "-o", "out"), words)
+
+
+def test_a_plan_that_parts_what_an_engine_fuses(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assay.plan("p", bits=4.9, engine="vllm").save(room / "fused.yaml")
+    edit(room / "fused.yaml", "model.layers.0.self_attn.q_proj.weight:", "model.layers.0.self_attn.q_proj.weight: keep")
+    edit(room / "fused.yaml", "model.layers.0.self_attn.k_proj.weight:", "model.layers.0.self_attn.k_proj.weight: int4-g32-asym")
+    words = (
+        "q_proj.weight, model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight are fused in vllm: give"
+    )
+    refused(capfd, room, ("compress", "m", "--plan", "fused.yaml", "--profile", "p", "-o", "out"), words)
+
+
+def test_caches_that_can_not_be_chosen(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    served = ("plan", "p", "--memory", "2GB", "--context", "32", "--engine", "vllm", "-o", "out")
+    refused(capfd, room, (*served, "--cache", "auto"), "--cache auto needs prices of the cache; run assay profile with --cache")
+    refused(capfd, room, (*served, "--evict", "snapkv"), "--evict needs prices of the cache; run assay profile with --cache")
+    (room / "p" / "cache.json").write_text("{}")
+    refused(capfd, room, served, "cache.json: damaged")
 
 
 def test_things_that_do_not_belong_together(room: Path, capfd: pytest.CaptureFixture[str]) -> None:

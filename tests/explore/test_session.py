@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import save, text_file
 
 import assay
 from assay import engines
@@ -20,15 +19,6 @@ from assay.explore.state import State
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
 from assay.model.files import save_note
-
-
-@pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("explore")
-    assay.profile(
-        save("qwen3", folder / "m"), folder / "p", calibration=text_file(folder), tokens=1024, window=32, levels=["q8_0", "q5_0"]
-    )
-    return folder / "p"
 
 
 @pytest.fixture(scope="module")

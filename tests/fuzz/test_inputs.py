@@ -18,7 +18,7 @@ from fuzz import subjects
 from fuzz.guard import Escaped, TooSlow, guarded
 from fuzz.subjects import Subject
 
-INPUTS = 20
+INPUTS = 12
 
 
 @pytest.fixture(scope="module")

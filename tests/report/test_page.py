@@ -92,20 +92,6 @@ def test_a_damaged_result_is_refused_in_one_line(result: Path, tmp_path: Path, d
         read(tmp_path)
 
 
-@pytest.fixture
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("Debian's chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Debian's browser")
 def test_in_a_browser_the_keyboard_walks_the_map_and_the_search_finds(result: Path, browser) -> None:
     from selenium.webdriver.common.by import By

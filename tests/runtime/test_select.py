@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from assay.runtime.attention import Rule, attend, probabilities, visible
+from assay.runtime.attention import Rule, attend, logits, softmaxed, visible
 from assay.runtime.select import allocate, bisect, drop_lowest, pool, prefix_counts, protect, pyramid
 
 
@@ -91,7 +91,7 @@ def test_attention_is_the_textbook_one(softcap: float | None, window: int | None
     positions[1, :, :4] = -1
     asked = positions[:, 0]
     rule = Rule(0.3, window, softcap)
-    ours, _ = attend(query, keys, values, visible(positions, asked, window), rule)
+    ours = attend(query, keys, values, visible(positions, asked, window), rule)
     scores = query @ keys.repeat_interleave(3, 1).mT * 0.3
     scores = scores if softcap is None else softcap * (scores / softcap).tanh()
     for b, start in ((0, 0), (1, 4)):
@@ -100,5 +100,5 @@ def test_attention_is_the_textbook_one(softcap: float | None, window: int | None
             weights = scores[b, :, i, first : i + 1].softmax(-1)
             wanted = torch.einsum("hs,hsd->hd", weights, values.repeat_interleave(3, 1)[b, :, first : i + 1])
             torch.testing.assert_close(ours[b, :, i], wanted, atol=1e-5, rtol=1e-5)
-            alone = probabilities(query[b : b + 1, :, i : i + 1], keys[b : b + 1], None, rule)
+            alone = softmaxed(logits(query[b : b + 1, :, i : i + 1], keys[b : b + 1], rule), None)
             assert alone.shape == (1, 2, 3, 1, 20)

@@ -94,3 +94,23 @@ def test_a_second_turn_is_a_prompt_again() -> None:
         assert len(attached.layers[0].lanes[0]) == 10
         found(ids[:, 40:], past_key_values=cache, use_cache=True)
         assert len(attached.layers[0].lanes[0]) == 20
+
+
+def test_offloaded_keys_and_values_change_nothing_and_leave_the_device() -> None:
+    """Nothing but labels and positions stays of the layers that read sparsely; rows can be reordered and chunks fed."""
+    found, (ids, mask) = model(), padded(5, 60)
+    options = {"read": 0.25, "least": 4, "dense": 1, "calibration": text(4)}
+    results = []
+    for offload in (False, True):
+        with assay.attach(found, "double_sparsity", offload=offload, **options) as attached:
+            logits, cache = run(found, ids, mask, prompt=50, chunk=20)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            more = found(ids[:, :1], attention_mask=torch.cat([mask, mask[:, :1] | 1], 1).flip(0), past_key_values=cache,
+                         use_cache=True).logits  # fmt: skip
+            results.append((logits, more, attached.nbytes, attached.away))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    moved, slots = results[1][3], 61
+    assert results[0][3] == 0
+    assert moved >= 2 * 2 * 2 * 2 * slots * 16 * 4, "keys and values of two layers, two rows, two heads"
+    assert results[1][2] < results[0][2] - 2 * 2 * 2 * 2 * slots * 16 * 4 + 2 * 2 * 2 * 32 * 4 * 4

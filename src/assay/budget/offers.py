@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from assay.budget import menu
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
 from assay.budget.size import Budget
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile
-from assay.measure.stream import StreamedModel
+from assay.measure.stream import StreamedModel, read_weight
 from assay.methods import base, menus
+from assay.methods.grid.integer import IntegerGrid
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.sites import Site, key_of
+
+SAMPLED_ROWS = 64
 
 
 def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
@@ -131,3 +136,29 @@ def _stand_in(contract: Contract, level: Level, columns: int) -> Level:
 def _price_kind(row: SiteRow, kind: str) -> str:
     """Rows of an embedding or a head are not error-fed through each other."""
     return "gptq" if row.block is None and kind == "two_sided" else kind
+
+
+def roughly(model: StreamedModel) -> Callable[[SiteRow, Level], float]:
+    """What a level does to a matrix before anything is measured: its squared error on some rows of one, for each weight.
+
+    It only puts levels in order. Those that aren't integers go by their bits.
+    """
+    site = next((s for s in model.anatomy.sites.values() if s.block is not None), None)
+    sample = read_weight(model, site)[:SAMPLED_ROWS] if site else torch.ones(1, 64)
+    known: dict[tuple[Level, int], float] = {}
+
+    def error(level: Level, columns: int) -> float:
+        if level.format != "int" or level != level.base:
+            return 4.0**-level.bits
+        wide = sample.repeat(1, -(-columns // sample.shape[1]))[:, :columns]
+        grid = IntegerGrid(int(level.bits), level.group_size, level.symmetric)
+        affine = grid.fit(wide)
+        return float((grid.decode(grid.encode(wide, affine), affine) - wide).square().sum() / wide.square().sum())
+
+    def worth(row: SiteRow, level: Level) -> float:
+        key = (level, row.shape[1])
+        if key not in known:
+            known[key] = error(*key)
+        return row.count * known[key]
+
+    return worth

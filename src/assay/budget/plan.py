@@ -34,7 +34,8 @@ class Plan:
     bits: average inside the blocks with all overhead; bits_all: over all weights of the model; predicted:
     KL in nats per token with its 95% interval; uniform: the best single level in the same budget;
     gap: damage above the proven lower bound, as a share of it; serving: memory at the budget's context, with the
-    engine's flags; more: what some more bytes would buy.
+    engine's flags; more: what some more bytes would buy; cache: how each layer's keys and values are stored, and the loss of
+    weights and cache together, where caches were priced.
     """
 
     model: str
@@ -54,6 +55,12 @@ class Plan:
     sentence: str
     serving: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
+    cache: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_type(self) -> str | None:
+        """How keys and values will be stored; None where nothing says so."""
+        return self.serving.get("cache_type") or self.budget.get("cache")
 
     @property
     def levels(self) -> dict[str, Level]:
@@ -143,7 +150,7 @@ def _check_header(path: str | Path, header: Mapping[str, Any]) -> None:
     try:
         Budget(**header["budget"])
     except TypeError:
-        raise InputError(f"{path}: budget must be one of {', '.join(LIMITS)}, and context, batch and cache") from None
+        raise InputError(f"{path}: budget must be one of {', '.join(LIMITS)}, and context, batch, cache and evict") from None
     except InputError as error:
         raise InputError(f"{path}: budget: {error}") from None
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from assay.budget import planners, serving
+from assay.budget import joint, planners, serving
+from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
-from assay.budget.offers import decisions, menus_of, only_level, priced, rows, rows_of
+from assay.budget.offers import decisions, menus_of, only_level, priced, roughly, rows, rows_of
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget, parse_size
@@ -18,7 +19,7 @@ from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
 from assay.engines.gguf.write import whole_bytes
 from assay.engines.layout import check_alike
-from assay.engines.serving import GIB
+from assay.engines.serving import GIB, server
 from assay.measure.footprint import Footprint, footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -36,17 +37,23 @@ class Outlook:
     stays: list[str]
 
 
-def outlook(model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str]) -> Outlook:
+def outlook(
+    model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str], uniform: bool = False,
+    cache: CacheChoice | None = None,
+) -> Outlook:  # fmt: skip
     """What the result will be within a budget, told before anything is measured.
 
-    For a bound on the loss the fewest bytes that are possible. Raises InputError for what no measurement can make possible.
+    For a bound on the loss the fewest bytes that are possible. uniform: one level, taken by how well it holds a few weights;
+    cache: the one that memory is left for, if not the budget's. Raises InputError for what no measurement can make possible.
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
-    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, lambda row, level: 0.0)
+    worth = roughly(model) if uniform else lambda row, level: 0.0
+    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, worth)
     whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
     fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
     if budget.bounds_bytes:
-        taken = min(_limit(budget, contract, options, whole, footprint(model)), most)
+        limit = min(_limit(budget, contract, options, whole, footprint(model), cache), most)
+        taken = _totals(options, planners.get("uniform").plan(options, limit))[1] if uniform else limit
     free = {site for d in options if len(d.options) > 1 for site in d.sites}
     return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
 
@@ -65,47 +72,56 @@ def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
     return checkpoint.kept_file_bytes, sum(checkpoint.kept_nbytes(name) for name in checkpoint.names)
 
 
-def _limit(budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint) -> int:
-    """Bytes that the decisions may take together. whole: see `_stored`."""
+def _limit(
+    budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint,
+    cache: CacheChoice | None = None,
+) -> int:  # fmt: skip
+    """Bytes that the decisions may take together. whole: see `_stored`; cache: a planned one."""
     if budget.memory is None:
         return budget.limit_for(options, _fixed_bytes(whole[0], options, contract))
     assert budget.load is not None, "a budget of memory says for what"
     total = parse_size(budget.memory)
-    beside = total - serving.room(needs, budget.load, contract.name, total)
+    beside = total - serving.room(needs, budget.load, contract.name, total, cache)
     return budget.limit_for(options, whole[1] - sum(d.options[-1].nbytes for d in options), beside)
 
 
-def _limit_of(profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision]) -> int:
-    index = profile.index
-    needs = Footprint.from_json(index.get("footprint")) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
-    return _limit(budget, contract, options, _whole(profile, contract), needs)
+def _limit_of(
+    profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision], cache: CacheChoice | None = None
+) -> int:
+    needs = _footprint(profile) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
+    return _limit(budget, contract, options, _whole(profile, contract), needs, cache)
+
+
+def _footprint(profile: Profile) -> Footprint:
+    return Footprint.from_json(profile.index.get("footprint"))
 
 
 def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
-    speeds: Speeds | None = None,
+    speeds: Speeds | None = None, cache: CacheChoice | None = None,
 ) -> Plan:  # fmt: skip
     """The plan for a budget. Raises InputError with the achievable range when there is none.
 
-    speeds: what a budget of time is counted by.
+    speeds: what a budget of time is counted by; cache: one that is given, where the budget would leave the choice.
     """
     found, problems = [], []
     for options in menus_of(profile, contract, method, budget.whole, keep, only_level(budget)):
         try:
-            found.append(_spent(profile, budget, contract, method, options, planner, uniform, speeds))
+            found.append(_spent(profile, budget, contract, method, options, planner, uniform, speeds, cache))
         except InputError as error:
             problems.append(error)
     if not found:
         raise problems[0]
-    return min(found, key=lambda p: (p.predicted, p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
+    return min(found, key=lambda p: (joint.loss_of(p), p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
 
 
 def _spent(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision], planner: str, uniform: bool,
-    speeds: Speeds | None,
+    speeds: Speeds | None, cache: CacheChoice | None,
 ) -> Plan:  # fmt: skip
     """The plan that a planner makes of one menu."""
-    flat = None
+    flat, menu = None, joint.menu_of(profile, budget, contract)
+    alone: list[joint.Split] = []
     forecast = Forecast.from_index(profile.index)
     if budget.max_loss is not None:
         search = planners.get("lagrange" if uniform else planner)
@@ -123,10 +139,39 @@ def _spent(
         choice = speeds.plan(options, shapes, budget.milliseconds, divide)
         flat = speeds.plan(options, shapes, budget.milliseconds, planners.get("uniform").plan)
         limit = _totals(options, choice)[1]
+    elif budget.memory is not None and (menu or not server(contract.name).embeds):
+        costed = joint.held(options, joint.rows_by_site(profile), contract.name)
+        offered = [] if menu is None else [cache] if cache else joint.choices(menu, budget)
+        room = _room(profile, budget, contract, costed, offered or [None])
+        divide = planners.get("uniform" if uniform else planner).plan
+        if menu is None:
+            choice = divide(costed, room(None))
+        else:
+            best, *others = joint.divide(costed, offered, room, joint.planned_loss(costed, forecast, method), divide)
+            choice, cache, alone = best.choice, best.cache, [best, *others]
+        limit, flat = room(cache), planners.get("uniform").plan(costed, room(cache))
+        if costed != options:
+            choice, flat = joint.back(options, costed, choice), joint.back(options, costed, flat)
+            limit = _totals(options, choice)[1]
     else:
         limit = _limit_of(profile, budget, contract, options)
         choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    return _assemble(profile, budget, contract, method, options, choice, limit, flat)
+    if menu is not None and cache is None:
+        cache = joint.choices(menu, budget)[0]
+    made = _assemble(profile, budget, contract, method, options, choice, limit, flat, cache)
+    return joint.with_cache(made, cache, alone) if cache else made
+
+
+def _room(
+    profile: Profile, budget: Budget, contract: Contract, costed: Sequence[Decision], offered: Sequence[CacheChoice | None]
+) -> Callable[[CacheChoice | None], int]:
+    """Bytes that a cache leaves for the decisions. Raises InputError with the range where even the smallest leaves too few."""
+    needs, load = _footprint(profile), budget.load
+    assert load is not None
+    beside = {id(c): sum(serving.overheads(needs, load, contract.name, c).values()) for c in offered}
+    least = min(offered, key=lambda c: beside[id(c)])
+    limit = _limit_of(profile, budget, contract, costed, least)
+    return lambda c: limit + beside[id(least)] - beside[id(c)]
 
 
 def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
@@ -155,7 +200,7 @@ ALIGNMENT = 32
 
 def _assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], limit: int, flat: list[int] | None = None,
+    choice: list[int], limit: int, flat: list[int] | None = None, cache: CacheChoice | None = None,
 ) -> Plan:  # fmt: skip
     plain, bound = flat or planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
     forecast = Forecast.from_index(profile.index)
@@ -181,7 +226,7 @@ def _assemble(
         nbytes_tensors=tensors, bits=_bits(options, choice), bits_all=8 * tensors / int(profile.index["parameters"]),
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
-        serving=_serving(profile, budget, contract, tensors),
+        serving=_serving(profile, budget, contract, fixed + joint.held_bytes(profile, contract.name, options, choice), cache),
         more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
     )  # fmt: skip
 
@@ -190,12 +235,12 @@ def _nbytes(contract: Contract, row: SiteRow, level: str | None) -> int:
     return row.stored_bytes if level is None else contract.nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
 
 
-def _serving(profile: Profile, budget: Budget, contract: Contract, tensors: int) -> dict[str, Any]:
+def _serving(profile: Profile, budget: Budget, contract: Contract, weights: int, cache: CacheChoice | None) -> dict[str, Any]:
     """Memory of the result at the context that the budget names; empty where it names none."""
     if budget.load is None:
         return {}
-    needs, decoded = Footprint.from_json(profile.index.get("footprint")), sum(profile.index["names"].values())
-    return serving.summary(needs, budget.load, contract.name, tensors, decoded)
+    decoded = sum(profile.index["names"].values())
+    return serving.summary(_footprint(profile), budget.load, contract.name, weights, decoded, cache)
 
 
 def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
@@ -263,10 +308,21 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
-    limit = _totals(options, choice)[1]
-    if budget.bounds_bytes:
-        limit = max(limit, _limit_of(profile, budget, contract, options))
-    return _assemble(profile, budget, contract, plan.method, options, choice, limit)
+    cache = joint.cache_of(profile, plan, contract)
+    limit = _bound(profile, budget, contract, options, choice, cache)
+    made = _assemble(profile, budget, contract, plan.method, options, choice, limit, None, cache)
+    return joint.with_cache(made, cache) if cache else made
+
+
+def _bound(
+    profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision], choice: Sequence[int],
+    cache: CacheChoice | None,
+) -> int:  # fmt: skip
+    """Bytes of the budget, or those of the choice where it needs more, or where the engine holds other bytes than the files."""
+    taken = _totals(options, choice)[1]
+    if not budget.bounds_bytes or (budget.memory is not None and not server(contract.name).embeds):
+        return taken
+    return max(taken, _limit_of(profile, budget, contract, options, cache))
 
 
 Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
@@ -279,14 +335,14 @@ def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str
     only = max(levels) if contract.one_level and levels else None
     options = decisions(profile, contract, plan.method, budget.whole, keep, only)
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
-    limit = _totals(options, choice)[1]
-    if budget.bounds_bytes:
-        limit = max(limit, _limit_of(profile, budget, contract, options))
+    cache = joint.cache_of(profile, plan, contract)
+    limit = _bound(profile, budget, contract, options, choice, cache)
     found, ratio = search(options, limit, choice)
-    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit)
+    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit, None, cache)
+    made = joint.with_cache(made, cache) if cache else made
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
-    return dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
-                               sentence=_sentence(expected, low, high, made.uniform))  # fmt: skip
+    return joint.joined(dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
+                                            sentence=_sentence(expected, low, high, made.uniform)))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:
@@ -309,7 +365,8 @@ def uniform_twin(profile: Profile, plan: Plan, contract: Contract, keep: Sequenc
     budget = Budget(**plan.budget)
     if not budget.bounds_bytes:
         return None
-    twin = make(profile, budget, contract, plan.method, keep, "uniform", True)
+    cache = joint.cache_of(profile, plan, contract)
+    twin = make(profile, budget, contract, plan.method, keep, "uniform", True, cache=cache)
     same = all(twin.choices[n].level == c.level for n, c in plan.choices.items())
     return None if same else twin
 
@@ -336,8 +393,8 @@ def polished(plan: Plan, polish: Mapping[str, Any]) -> Plan:
     if not polish["used"]:
         return dataclasses.replace(plan, sentence=f"{plan.sentence}; polishing didn't lower {before:.4f} on held-out text")
     ratio = after / before
-    return dataclasses.replace(
+    return joint.joined(dataclasses.replace(
         plan, predicted=ratio * plan.predicted, predicted_low=ratio * plan.predicted_low,
         predicted_high=ratio * plan.predicted_high,
         sentence=f"{plan.sentence}; polished on held-out text from {before:.4f} to {after:.4f}",
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -38,6 +38,7 @@ def bits_to_bytes(bits: float, count: int) -> int:
     return int(Fraction(str(bits)) * count / 8)
 
 
+AUTO = "auto"
 LIMITS = ("size", "bits", "memory", "max_loss", "level", "latency", "tokens_per_second")
 
 
@@ -46,7 +47,8 @@ class Budget:
     """Exactly one limit: size (bytes of all weight files), bits (average inside the blocks), memory (bytes while it is
     served), max_loss (KL, nats), level (one for everything inside the blocks, by its name), latency (milliseconds a
     token) or tokens_per_second. And for how much: context (tokens of a sequence), batch (sequences) and cache (how keys
-    and values are stored), which memory needs and which the others report on.
+    and values are stored), which memory needs and which the others report on. cache "auto" shares the memory between weights
+    and cache; evict: a policy by which it may drop tokens.
 
     Raises InputError naming what contradicts.
     """
@@ -61,6 +63,7 @@ class Budget:
     context: str | int | None = None
     batch: int | None = None
     cache: str | None = None
+    evict: str | None = None
 
     def __post_init__(self) -> None:
         check_limits({name: getattr(self, name) for name in LIMITS})
@@ -74,8 +77,12 @@ class Budget:
                 raise InputError(f"{_flag(name)} {getattr(self, name)} must be a number above zero")
         if self.context is not None:
             parse_tokens(self.context)
-        elif needing := [name for name in ("memory", "batch", "cache") if getattr(self, name) is not None]:
+        elif needing := [name for name in ("memory", "batch", "cache", "evict") if getattr(self, name) is not None]:
             raise InputError(f"{_flag(needing[0])} needs --context: how many tokens a sequence may have, like 32k")
+        if self.cache == AUTO and self.memory is None:
+            raise InputError("--cache auto needs --memory: only there do weights and cache share a budget; or name a cache type")
+        if self.evict is not None and (self.memory is None or self.cache not in (None, AUTO)):
+            raise InputError("--evict needs --memory and --cache auto: it lets the plan drop tokens for bytes")
         if self.batch is not None and (isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1):
             raise InputError(f"--batch {self.batch}: give a whole number of sequences above zero")
 
@@ -84,7 +91,7 @@ class Budget:
         """What is served, where that was said."""
         if self.context is None:
             return None
-        return Load(parse_tokens(self.context), self.batch or 1, self.cache or DEFAULT_CACHE)
+        return Load(parse_tokens(self.context), self.batch or 1, DEFAULT_CACHE if self.cache in (None, AUTO) else str(self.cache))
 
     @property
     def bounds_bytes(self) -> bool:

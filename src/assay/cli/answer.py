@@ -21,12 +21,12 @@ from assay.model import memory
 from assay.model.errors import AssayError
 
 P = ParamSpec("P")
-INTERRUPTED = 130
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+NARROW = 70
+"""Columns of a terminal below which tables do without frames."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REFUSED = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
 }  # fmt: skip
-_CONTINUES = "; the same command continues from here"
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,41 @@ def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
     try:
         with redirect_stdout(sys.stderr):
             return body()
-    except AssayError as error:
-        raise fail(error, error.exit_code) from None
-    except KeyboardInterrupt as stop:
-        raise interrupted(stop, resumes) from None
-    except OSError as error:
-        if error.errno not in _REFUSED:
+    except BaseException as error:
+        told = _told(error, "; the same command continues from here" if resumes else "")
+        if told is None:
             raise
-        raise fail(f"{error.filename or 'the disk'}: {error.strerror}{_CONTINUES if resumes else ''}", 2) from None
-    except (MemoryError, RuntimeError) as error:
-        if not memory.lacked(error):
-            raise
-        raise fail(f"out of memory; free some, or give a smaller --window{_CONTINUES if resumes else ''}", 1) from None
+        raise told from None
+
+
+def _told(error: BaseException, hint: str) -> typer.Exit | None:
+    """Say in one line what a person can do something about; None for anything else."""
+    if isinstance(error, KeyboardInterrupt) or _ending().number:
+        return interrupted(hint)
+    if isinstance(error, AssayError):
+        return fail(error, error.exit_code)
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return fail(f"{error.filename or 'the disk'}: {error.strerror}{hint}", 2)
+    if memory.lacked(error):
+        return fail(f"out of memory; free some, or give a smaller --window{hint}", 1)
+    return None
+
+
+class _Ending:
+    """Does for every signal what Ctrl-C does, and remembers it: libraries in C make other errors of what comes while they run."""
+
+    number, told = 0, False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.number = number
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
     """Lets the signals that ask a program to end do what Ctrl-C does, while this lasts; in the main thread only."""
-    signals = _ENDING if current_thread() is main_thread() else ()
-    before = {number: signal.signal(number, _terminate) for number in signals}
+    signals, ending = _SIGNALS if current_thread() is main_thread() else (), _Ending()
+    before = {number: signal.signal(number, ending) for number in signals}
     try:
         yield
     finally:
@@ -91,22 +107,21 @@ def terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def interrupted(stop: BaseException, resumes: bool = False) -> typer.Exit:
+def interrupted(hint: str = "") -> typer.Exit:
     """Say that a signal came; returns what to raise, with the exit code that shells give it."""
-    code = 128 + stop.number if isinstance(stop, Terminated) else INTERRUPTED
-    return fail(f"interrupted{_CONTINUES if resumes else ''}", code)
+    ending = _ending()
+    ending.told = True
+    return fail(f"interrupted{hint}", 128 + (ending.number or signal.SIGINT))
 
 
-class Terminated(KeyboardInterrupt):
-    """A signal other than that of Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+def untold() -> bool:
+    """Whether a signal came of which nothing was said."""
+    return bool(_ending().number) and not _ending().told
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated(number)
+def _ending() -> _Ending:
+    ending = signal.getsignal(signal.SIGTERM)
+    return ending if isinstance(ending, _Ending) else _Ending()
 
 
 def _prepare() -> None:
@@ -130,7 +145,22 @@ def _show(answer: Answer, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(answer.view())
+    view = answer.view()
+    if console.width < NARROW:
+        _narrow(view)
+    console.print(view)
+
+
+def _narrow(view: Any) -> None:
+    """Tables for a terminal of few columns: no frame, and words are broken rather than cut."""
+    from rich.console import Group
+    from rich.table import Table
+
+    for part in view.renderables if isinstance(view, Group) else [view]:
+        if isinstance(part, Table):
+            part.box, part.pad_edge, part.padding = None, False, (0, 1, 0, 0)
+            for column in part.columns:
+                column.overflow = "fold"
 
 
 def _plain(value: Any) -> Any:

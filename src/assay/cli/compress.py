@@ -14,6 +14,7 @@ from assay.cli.options import (
     Cache,
     Calibration,
     Context,
+    Evict,
     Json,
     Keep,
     Level,
@@ -22,6 +23,9 @@ from assay.cli.options import (
     Method,
     Model,
     Output,
+    Planner,
+    ProgressKind,
+    Shown,
     Size,
     Tokens,
     Uniform,
@@ -40,7 +44,6 @@ Sequential = Annotated[
     bool | None,
     typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
 ]
-Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only rehearse on two blocks: print memory, disk, size and time, and write nothing.")
@@ -54,27 +57,27 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", help="Thr
 @command(resumes=True)
 def run(
     model: Model, output: Output, plan: PlanFile = None, size: Size = None, bits: Bits = None, memory: Memory = None,
-    context: Context = None, batch: Batch = None, cache: Cache = None, max_loss: MaxLoss = None, level: Level = None,
-    method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
+    context: Context = None, batch: Batch = None, cache: Cache = None, evict: Evict = None, max_loss: MaxLoss = None,
+    level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: EngineOf = None, keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
     sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
-    threads: Threads = None, dry_run: DryRun = False, as_json: Json = False,
+    threads: Threads = None, dry_run: DryRun = False, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""
     budget: dict[str, Any] = {
         "size": size, "bits": bits, "memory": memory, "max_loss": max_loss, "level": level, "context": context,
-        "batch": batch, "cache": cache,
+        "batch": batch, "cache": cache, "evict": evict,
     }  # fmt: skip
     _one_of(plan, budget)
     count = token_count(tokens)
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.report import tables
 
     report = assay.compress(
         model, output, plan=plan, profile=profile, method=method, calibration=calibration, tokens=count, window=window,
         engine=engine, keep=tuple(keep or ()), **({} if plan else budget), uniform=uniform, sequential=sequential,
-        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=Bars(),
+        threads=threads, polish=polish, planner=planner, minutes=minutes, dry_run=dry_run, progress=listener(progress),
     )  # fmt: skip
     if dry_run:
         return Answer(report, lambda: tables.preflight(report))

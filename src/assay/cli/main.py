@@ -11,13 +11,13 @@ import typer
 
 from assay import __version__
 from assay.cli import benchmark, compress, explore, export, inspect, methods, plan, profile, report, transform, verify
-from assay.cli.answer import fail, interrupted, terminable
+from assay.cli.answer import fail, interrupted, terminable, untold
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 USAGE = 2
 
 app = typer.Typer(
-    name="assay", add_completion=False, pretty_exceptions_enable=False,
+    name="assay", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )  # fmt: skip
 for module in (inspect, transform, profile, plan, explore, compress, verify, report, export, methods, benchmark):
@@ -43,7 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 fell short, 2 wrong input, 130 interrupted (143 by SIGTERM)."""
     given = sys.argv[1:] if arguments is None else arguments
     with terminable():
-        sys.exit(_run(given))
+        try:
+            code = _run(given)
+            code = _code(interrupted()) if code and untold() else code
+        except KeyboardInterrupt:
+            code = _code(interrupted())
+    sys.exit(code)
 
 
 def _run(given: list[str]) -> int:
@@ -51,8 +56,8 @@ def _run(given: list[str]) -> int:
         return int(app(args=given, prog_name="assay", standalone_mode=False) or 0)
     except USAGE_ERROR as error:
         return _code(fail(_with_hint(error, given), USAGE))
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        return _code(interrupted(stop))
+    except typer.Abort:
+        return _code(interrupted())
     except typer.Exit as stop:
         return _code(stop)
 

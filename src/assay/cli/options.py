@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.model.errors import InputError
+
+
+class ProgressKind(str, Enum):
+    """How progress is shown: bars for people, lines for programs."""
+
+    bars = "bars"
+    lines = "lines"
+
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id like org/name, or builtin.", show_default=False)]
 Size = Annotated[str | None, typer.Option("--size", metavar="SIZE", help="Bound on the bytes of all weight files, like 3.5GB.")]
@@ -23,7 +33,13 @@ Context = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Sequences served at once; 1 if not given.")]
 Cache = Annotated[
-    str | None, typer.Option("--cache", metavar="TYPE", help="How keys and values are stored: fp16, fp8, int8 or int4.")
+    str | None,
+    typer.Option(
+        "--cache", metavar="TYPE|auto", help="How keys and values are stored, like fp8; auto divides --memory over both."
+    ),
+]
+Evict = Annotated[
+    str | None, typer.Option("--evict", metavar="NAME", help="Let the plan drop tokens: snapkv or streaming_llm; loses facts.")
 ]
 Latency = Annotated[float | None, typer.Option("--latency", metavar="MS", help="Bound on the time of one token; needs --speeds.")]
 TokensPerSecond = Annotated[
@@ -37,9 +53,27 @@ Level = Annotated[
     str | None,
     typer.Option("--level", metavar="LEVEL", help="One level everywhere: a preset like W4A16 or NF4, or like int4-g64-asym."),
 ]
-Method = Annotated[str, typer.Option("--method", metavar="NAME", help="A name that assay methods lists, auto (quick) or best.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="A name that assay methods lists, auto (quick) or best.",
+        autocompletion=completion.methods,
+    ),
+]
 Engine = Annotated[
-    str, typer.Option("--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.")
+    str,
+    typer.Option(
+        "--engine", metavar="NAME", help="What will run it: transformers, vllm, llama.cpp, assay or plain.",
+        autocompletion=completion.engines,
+    ),
+]  # fmt: skip
+Planner = Annotated[
+    str,
+    typer.Option(
+        "--planner", metavar="NAME", help="How a budget is divided; evolution measures plans.", autocompletion=completion.planners
+    ),
 ]
 Keep = Annotated[
     list[str] | None, typer.Option("--keep", metavar="PATTERN", help="Leave matching tensors as they are; may be repeated.")
@@ -54,6 +88,9 @@ Tokens = Annotated[
 Window = Annotated[int | None, typer.Option("--window", metavar="N", help="Tokens that are read together.", min=2)]
 Uniform = Annotated[bool, typer.Option("--uniform", help="One level everywhere instead of the best mix.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="Where to write; must not exist yet.")]
+Shown = Annotated[
+    ProgressKind, typer.Option("--progress", help="On stderr: bars on a terminal, or lines of JSON for another program.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 

@@ -14,6 +14,7 @@ from assay.cli.options import (
     Cache,
     Context,
     Engine,
+    Evict,
     Json,
     Keep,
     Latency,
@@ -21,6 +22,7 @@ from assay.cli.options import (
     MaxLoss,
     Memory,
     Method,
+    Planner,
     Size,
     Speeds,
     TokensPerSecond,
@@ -30,7 +32,6 @@ from assay.cli.options import (
 from assay.model.errors import InputError
 
 Source = Annotated[Path, typer.Argument(metavar="PROFILE", help="Folder that assay profile wrote.", show_default=False)]
-Planner = Annotated[str, typer.Option("--planner", metavar="NAME", help="How the budget is divided.")]
 Target = Annotated[
     Path | None,
     typer.Option(
@@ -48,14 +49,14 @@ Sizes = Annotated[
 @command()
 def run(
     profile: Source, output: Target = None, size: Size = None, bits: Bits = None, memory: Memory = None,
-    context: Context = None, batch: Batch = None, cache: Cache = None, max_loss: MaxLoss = None, level: Level = None,
-    latency: Latency = None, tokens_per_second: TokensPerSecond = None, speeds: Speeds = None, sweep: Sweep = None,
-    sizes: Sizes = None, engine: Engine = "transformers", method: Method = "auto", keep: Keep = None,
+    context: Context = None, batch: Batch = None, cache: Cache = None, evict: Evict = None, max_loss: MaxLoss = None,
+    level: Level = None, latency: Latency = None, tokens_per_second: TokensPerSecond = None, speeds: Speeds = None,
+    sweep: Sweep = None, sizes: Sizes = None, engine: Engine = "transformers", method: Method = "auto", keep: Keep = None,
     planner: Planner = "lagrange", uniform: Uniform = False, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Choose a level for every weight matrix within a budget; writes text that can be edited."""
     how: dict[str, Any] = {"engine": engine, "method": method, "keep": tuple(keep or ()), "planner": planner}
-    load: dict[str, Any] = {"context": context, "batch": batch, "cache": cache}
+    load: dict[str, Any] = {"context": context, "batch": batch, "cache": cache, "evict": evict}
     limits: dict[str, Any] = {
         "size": size, "bits": bits, "memory": memory, "max_loss": max_loss, "level": level, "latency": latency,
         "tokens_per_second": tokens_per_second,

@@ -6,12 +6,16 @@ from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.cli.answer import Answer, command
-from assay.cli.options import Calibration, Json, Model, Output, Tokens, Window, token_count
+from assay.cli.options import Calibration, Json, Model, Output, ProgressKind, Shown, Tokens, Window, token_count
 
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.")]
 
-Methods = Annotated[list[str] | None, typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="NAME", help="Price what it offers; may be repeated.", autocompletion=completion.methods),
+]
 Levels = Annotated[list[str] | None, typer.Option("--level", metavar="LEVEL", help="Price this one too; may be repeated.")]
 
 Weights = Annotated[
@@ -24,28 +28,30 @@ Select = Annotated[
 Target = Annotated[
     str | None, typer.Option("--target", metavar="FILE", help="Your own text: what dsir looks for, and is compared with.")
 ]
-Cache = Annotated[bool, typer.Option("--cache", help="Price keys and values of every layer too; loads the whole model.")]
+Cache = Annotated[bool, typer.Option("--cache", help="Price the cache of every layer too, for --memory; loads the whole model.")]
 
 
 @command(resumes=True)
 def run(
     model: Model, output: Output, calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     seed: Seed = 0, token_weights: Weights = "none", method: Methods = None, level: Levels = None, select: Select = None,
-    target: Target = None, cache: Cache = False, as_json: Json = False,
+    target: Target = None, cache: Cache = False, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Measure a model on a text. A call that was cut off continues where it stopped."""
     count = token_count(tokens)
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.profiling import REHEARSED
     from assay.report import tables
 
     measured = assay.profile(
         model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
-        levels=level or (), token_weights=token_weights, select=select, target=target, progress=Bars(),
+        levels=level or (), token_weights=token_weights, select=select, target=target, progress=listener(progress),
     )  # fmt: skip
     if cache:
-        assay.price_cache(assay.builtin_model() if model == "builtin" else model, measured.folder, calibration)
+        assay.price_cache(
+            assay.builtin_model() if model == "builtin" else model, measured.folder, calibration, listener(progress)
+        )
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     facts["target"] = measured.index["target"]
     return Answer(facts, lambda: tables.profiled(facts))

@@ -18,5 +18,5 @@ def run(out: Result, output: Output, as_json: Json = False) -> Answer:
     """Write one page that opens in any browser without a network: verdict, map, frontier, ledger, how to repeat it."""
     import assay
 
-    facts = assay.report(out, output)
+    facts = assay.write_report(out, output)
     return Answer(facts, lambda: f"{facts['report']}: {facts['bytes']:,} bytes")

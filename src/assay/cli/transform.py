@@ -7,12 +7,19 @@ from typing import Annotated
 
 import typer
 
+from assay.cli import completion
 from assay.cli.answer import Answer, command
-from assay.cli.options import Json, Model, Output
+from assay.cli.options import Json, Model, Output, ProgressKind, Shown
 
 With = Annotated[
     list[str],
-    typer.Option("--with", metavar="NAME", help="A transform, like rotate or awq:bits=3; may be repeated.", show_default=False),
+    typer.Option(
+        "--with",
+        metavar="NAME",
+        help="A transform, like rotate or awq:bits=3; may be repeated.",
+        show_default=False,
+        autocompletion=completion.transforms,
+    ),
 ]
 ProfileFolder = Annotated[
     Path | None, typer.Option("--profile", metavar="PROFILE", help="A profile of MODEL, for those that read one.")
@@ -22,12 +29,18 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random r
 
 @command()
 def run(
-    model: Model, wanted: With, output: Output, profile: ProfileFolder = None, seed: Seed = 0, as_json: Json = False
+    model: Model,
+    wanted: With,
+    output: Output,
+    profile: ProfileFolder = None,
+    seed: Seed = 0,
+    progress: Shown = ProgressKind.bars,
+    as_json: Json = False,
 ) -> Answer:
     """Change the weights of a model and not its function, so that it compresses better."""
     import assay
-    from assay.cli.progress import Bars
+    from assay.cli.progress import listener
     from assay.report import tables
 
-    report = assay.transform(model, output, wanted, profile=profile, seed=seed, progress=Bars())
+    report = assay.transform(model, output, wanted, profile=profile, seed=seed, progress=listener(progress))
     return Answer(report, lambda: tables.transformed(report))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from typing import TYPE_CHECKING
 
-from assay.engines.contract import Contract
 from assay.model.errors import InputError
+
+if TYPE_CHECKING:
+    from assay.engines.contract import Contract
 
 NAMES = (
     "assay", "awq", "gptq", "gptq-v2", "llama.cpp", "llama.cpp-fast", "plain", "transformers", "vllm", "vllm-w8a8",

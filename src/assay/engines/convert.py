@@ -18,6 +18,7 @@ from assay.engines.gguf import reopen as gguf_reopen
 from assay.engines.gguf import write as gguf_write
 from assay.engines.gguf.exact import as_blocks
 from assay.engines.layout import LAYOUTS
+from assay.model import sums
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
 from assay.model.folder import INDEX
@@ -45,6 +46,7 @@ def convert(folder: Path, to: str, destination: Path) -> Contract:
     if to not in TARGETS:
         raise InputError(f"unknown layout {to!r}; there are {', '.join(sorted(TARGETS))}, and of a profile imatrix")
     source = Checkpoint.open(folder)
+    sums.check(source.folder)
     if source.method == to:
         _copy(source, destination)
         return get(TARGETS[to][0])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from assay.model.level import Level
 from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger
 from assay.model.terms import PackedSum
@@ -137,6 +138,23 @@ def _kernel_group(weight: PackedInteger) -> int | None:
     """The largest group of the kernel that divides the weight's own."""
     size = weight.codes.shape[1] // weight.scale.shape[1]
     return next((g for g in KERNEL_GROUPS if size % g == 0), None)
+
+
+def held_nbytes(level: Level, rows: int, columns: int, itemsize: int) -> int:
+    """At most so many bytes does a weight [rows, columns] take in memory while `product` runs it; itemsize: of a scale.
+
+    Integers of up to 4 bits are held in 4 bits, in groups that the kernel knows; trellis codes as they are stored; all others
+    in a byte a weight and their scales.
+    """
+    stored = level.nbytes(rows, columns, itemsize)
+    if level == level.base and level.format == "trellis":
+        return stored
+    size = columns if level.group_size is None else level.group_size
+    fitting = next((g for g in KERNEL_GROUPS if size % g == 0), None)
+    if level == level.base and level.format == "int" and level.bits <= 4 and fitting:
+        padded = rows + -rows % KERNEL_ROWS
+        return padded * columns // 2 + 2 * itemsize * padded * (columns // fitting)
+    return rows * (columns + 4) + max(0, stored - int(rows * columns * level.bits) // 8)
 
 
 def _difference(weight: PackedSum) -> Tensor:

@@ -1,22 +1,31 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
 const token = location.pathname.split("/")[1];
-const number = (x) => (x === null || x === undefined ? "-" : Math.abs(x) >= 0.01 || x === 0 ? +x.toPrecision(4) : x.toExponential(2));
+const number = (x) => (x === null || x === undefined ? "-" : Math.abs(x) >= 0.01 || x === 0 ? +x.toPrecision(4) : Math.abs(x) >= 1e-4 ? +x.toPrecision(3) : x.toExponential(2));
 const bytes = (n) => { for (const [u, s] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) if (n >= s) return `${(n / s).toPrecision(4)} ${u}`; return `${n} B`; };
 const span = (f) => `${number(f.predicted)} (${number(f.low)} to ${number(f.high)})`;
 const OUTSIDE = "outside";
 
 // The whole state of a window is in its address, so that windows don't share one and a reload keeps it.
-let facts, state, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
-const remember = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify({ state, other: other ? other.path : null })));
+let facts, state, wished, setting, settingKey = "", plan = null, other = null, cells = [], open = null;
+let saved = null;  // the plan that was saved last: its file and the state that it holds
+const noted = () => history.replaceState(null, "", "#" + encodeURIComponent(JSON.stringify(
+  { state, saved, other: other ? other.path : null, model: $("model").value, out: $("out").value })));
+// browsers refuse an address that changes with every step of a drag
+let noting = 0;
+const remember = () => { clearTimeout(noting); noting = setTimeout(noted, 100); };
+addEventListener("pagehide", () => state && noted());
 const recall = () => { try { return JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { return null; } };
 
-async function get(name, query = {}) {
-  const response = await fetch(`${name}?${new URLSearchParams(query)}`);
+async function read(address, how) {
+  let response;
+  try { response = await fetch(address, how); } catch { throw new Error("assay explore has ended; start it again and open the address that it prints"); }
   const value = await response.json();
   if (!response.ok) throw new Error(value.error);
   return value;
 }
+const get = (name, query = {}) => read(`${name}?${new URLSearchParams(query)}`);
+const post = (name, value) => read(name, { method: "POST", headers: { "Content-Type": "application/json", "X-Assay-Token": token }, body: JSON.stringify(value) });
 const stated = (more = {}) => ({ state: JSON.stringify(state), ...more });
 const keyOf = () => JSON.stringify([state.engine, state.method, state.pins]);
 
@@ -33,6 +42,7 @@ async function ask() {
       if (keyOf() !== settingKey) await settle();
       plan = await get("plan", stated());
       show();
+      offer();
       $("error").textContent = "";
     } catch (error) {
       $("error").textContent = error.message;
@@ -49,8 +59,10 @@ async function settle() {
   const [least, most] = setting.reach;
   $("slide").min = (Math.ceil(least * 100) / 100).toFixed(2);
   $("slide").max = (Math.ceil(most * 100) / 100).toFixed(2);
-  $("slide").value = state.bits;
-  if (state.bits < +$("slide").min || state.bits > +$("slide").max) { state.bits = +$("slide").value; $("bits").value = state.bits; remember(); }
+  // pins move the reach; when they go again, so does the budget that was wished for
+  state.bits = Math.min(+$("slide").max, Math.max(+$("slide").min, wished));
+  $("slide").value = $("bits").value = state.bits;
+  remember();
   const pinned = new Set(setting.pinned);
   cells.forEach((td, i) => td.classList.toggle("pinned", pinned.has(i)));
 }
@@ -60,6 +72,7 @@ function show() {
   $("f-bits").textContent = plan.bits.toFixed(3);
   $("f-size").textContent = `${bytes(plan.nbytes)} of ${bytes(facts.source_bytes)}`;
   $("f-kl").textContent = span(plan);
+  $("brief").textContent = `${bytes(plan.nbytes)}, KL ${number(plan.predicted)}`;
   $("f-uniform").textContent = `${plan.uniform.level}: ${number(plan.uniform.predicted)}`;
   const serving = plan.serving;
   $("f-cache").textContent = !serving ? "give a context" : serving.error ? "-" : bytes(serving.bytes.cache);
@@ -70,24 +83,56 @@ function show() {
 }
 const value = (kind, i) => (kind === "bytes" ? plan.cells.nbytes[i] : kind === "damage" ? plan.cells.damage[i] : 8 * plan.cells.nbytes[i] / facts.weights[i]);
 const text = { bits: (x) => number(x), damage: (x) => number(x), bytes: (x) => bytes(x) };
+// A map can have ten thousand cells: while a budget is dragged only those in sight are repainted, the rest when it rests.
+let look = null, version = 0, filling = 0;
 function shade() {
   const kind = document.querySelector("input[name=shade]:checked").value;
   const scale = kind === "damage" ? (x) => Math.log(Math.max(x, 1e-12)) : (x) => x;
-  const values = cells.map((_, i) => value(kind, i));
-  let low = Infinity, high = -Infinity;
-  for (const x of values) { if (x < low) low = x; if (x > high) high = x; }
-  cells.forEach((td, i) => {
-    const part = high > low ? (scale(values[i]) - scale(low)) / (scale(high) - scale(low)) : 0.5;
-    const colour = `rgba(var(--shade), ${(0.06 + 0.56 * part).toFixed(2)})`, words = String(text[kind](values[i]));
-    // cells that stay are left alone: most do from one step of the slider to the next
-    if (td.colour !== colour) { td.style.backgroundColor = colour; td.colour = colour; }
-    if (td.firstChild.data !== words) td.firstChild.data = words;
-    const differs = other !== null && level(other.levels, other.cells, i) !== level(setting.levels, plan.cells, i);
-    if (td.differs !== differs) { td.classList.toggle("differs", differs); td.differs = differs; }
-  });
+  let low = Infinity, high = -Infinity, inside = 0;
+  // what lies outside the blocks mostly stays, and would take the whole scale
+  for (const [i, cell] of facts.cells.entries()) {
+    if (cell[0] === OUTSIDE) continue;
+    const x = value(kind, i);
+    inside++;
+    if (x < low) low = x;
+    if (x > high) high = x;
+  }
+  if (!inside) { low = Math.min(...cells.map((_, i) => value(kind, i))); high = Math.max(...cells.map((_, i) => value(kind, i))); }
+  const [from, to] = [scale(low), scale(high)];
+  look = { kind, part: (x) => (to > from ? Math.min(1, Math.max(0, (scale(x) - from) / (to - from))) : 0.5) };
+  version++;
+  inSight();
+  clearTimeout(filling);
+  filling = setTimeout(fill, 250);
   $("least").textContent = text[kind](low);
   $("most").textContent = text[kind](high);
 }
+function paint(row) {
+  if (row.version === version) return;
+  row.version = version;
+  for (const td of row.cells) {
+    if (!td.dataset.cell) continue;
+    const i = +td.dataset.cell, x = value(look.kind, i);
+    const colour = `rgba(var(--shade), ${(0.06 + 0.56 * look.part(x)).toFixed(2)})`, words = String(text[look.kind](x));
+    if (td.colour !== colour) { td.style.backgroundColor = colour; td.colour = colour; }
+    if (td.firstChild.data !== words) td.firstChild.data = words;
+    const apart = differs(i);
+    if (td.differs !== apart) { td.classList.toggle("differs", apart); td.differs = apart; }
+  }
+}
+const rows = () => $("map").tBodies[0].rows;
+function inSight() {
+  const all = rows(), box = $("map").parentElement, tall = Math.max(1, all[0].offsetHeight);
+  const first = Math.max(0, Math.floor(box.scrollTop / tall) - 3), last = Math.min(all.length, first + Math.ceil(box.clientHeight / tall) + 6);
+  for (let r = first; r < last; r++) paint(all[r]);
+}
+function fill(start = 0) {
+  const all = rows(), end = Math.min(all.length, start + 25);
+  for (let r = start; r < end; r++) paint(all[r]);
+  if (end < all.length) filling = setTimeout(fill, 15, end);
+}
+$("map").parentElement.addEventListener("scroll", () => look && inSight());
+const differs = (i) => other !== null && level(other.levels, other.cells, i) !== level(setting.levels, plan.cells, i);
 const level = (names, columns, i) => (columns.level[i] < 0 ? "several levels" : names[columns.level[i]]);
 const where = (i) => { const [block, role] = facts.cells[i]; return block === OUTSIDE ? `${role} outside the blocks` : `block ${block}, ${role}`; };
 function tell(i) {
@@ -115,7 +160,11 @@ function build() {
     }
   }
   cells[0].tabIndex = 0;
+  // columns of a fixed width: else a cell that changes makes the browser measure all of them again
+  $("map").style.width = `${4.5 + roles.reduce((sum, name) => sum + columnOf(name), 0)}rem`;
+  [...head.cells].forEach((th, k) => { th.style.width = `${k ? columnOf(roles[k - 1]) : 4.5}rem`; });
 }
+const columnOf = (role) => Math.max(4.8, 1.6 + 0.5 * role.length);
 const cellOf = (event) => { const td = event.target.closest("td[data-cell]"); return td ? +td.dataset.cell : null; };
 $("map").addEventListener("focusin", (event) => {
   const i = cellOf(event);
@@ -145,6 +194,8 @@ async function detail(i) {
   let found;
   try { found = await get("cell", stated({ block, role })); } catch (error) { $("error").textContent = error.message; return; }
   open = i;
+  cells.forEach((td, k) => td.classList.toggle("open", k === i));
+  tell(i);
   $("detail").hidden = false;
   $("d-name").textContent = where(i);
   const several = found.sites.length > 1 ? `${found.sites.length} matrices` : found.sites[0];
@@ -203,8 +254,8 @@ function fillControls() {
   pins();
 }
 const bind = (id, change, event = "change") => $(id).addEventListener(event, () => { change($(id).value); ask(); });
-bind("slide", (x) => { state.bits = +x; $("bits").value = x; }, "input");
-bind("bits", (x) => { if (+x > 0) { state.bits = +x; $("slide").value = x; } });
+bind("slide", (x) => { state.bits = wished = +x; $("bits").value = x; }, "input");
+bind("bits", (x) => { if (+x > 0) { state.bits = wished = +x; $("slide").value = x; } });
 bind("engine", (x) => { state.engine = x; caches(); });
 bind("method", (x) => { state.method = x; });
 bind("context", (x) => { state.context = x.trim() === "" ? null : x.trim(); });
@@ -215,12 +266,14 @@ $("controls").addEventListener("submit", (event) => event.preventDefault());
 // ---- save and compare -----------------------------------------------------------------------
 $("save").addEventListener("submit", async (event) => {
   event.preventDefault();
-  const response = await fetch("save", {
-    method: "POST", headers: { "Content-Type": "application/json", "X-Assay-Token": token },
-    body: JSON.stringify({ state, path: $("path").value }),
-  });
-  const answer = await response.json();
-  $("saved").textContent = response.ok ? `Saved ${answer.saved}. To carry it out: ${answer.command}` : answer.error;
+  const held = structuredClone(state);
+  try {
+    const answer = await post("save", { state: held, path: $("path").value });
+    saved = { path: answer.saved, state: held };
+    $("saved").textContent = `Saved ${answer.saved}. To carry it out, start it below, or: ${answer.command}`;
+    remember();
+    offer();
+  } catch (error) { $("saved").textContent = error.message; }
 });
 async function compare(path) {
   other = null;
@@ -235,7 +288,7 @@ function versus() {
   $("versus").hidden = other === null;
   if (other === null) return;
   $("v-name").textContent = other.path;
-  const differ = cells.filter((td) => td.differs).length, memory = (s) => (s && !s.error ? `${bytes(s.total)} at ${s.context} tokens` : "-");
+  const differ = cells.filter((_, i) => differs(i)).length, memory = (s) => (s && !s.error ? `${bytes(s.total)} at ${s.context} tokens` : "-");
   const rows = [
     ["engine, method", `${state.engine}, ${setting.method}`, `${other.engine}, ${other.method}`],
     ["bits in the blocks", plan.bits.toFixed(3), other.bits.toFixed(3)], ["bytes of all tensors", bytes(plan.nbytes), bytes(other.nbytes)],
@@ -249,20 +302,68 @@ function versus() {
   }));
 }
 
+// ---- compress -------------------------------------------------------------------------------
+let job = { state: "idle" };
+const runs = () => job.state === "running" || job.state === "cancelling";
+function offer() {
+  const changed = saved && JSON.stringify(saved.state) !== JSON.stringify(state);
+  $("by").textContent = !saved ? "Save the plan first." : `By the plan ${saved.path}${changed ? "; what this page shows has changed since it was saved." : "."}`;
+  $("start").disabled = !saved || runs();
+}
+const seconds = (n) => (n < 90 ? `${Math.ceil(n)} s` : n < 5400 ? `${Math.round(n / 60)} min` : `${(n / 3600).toFixed(1)} h`);
+function tellJob() {
+  const words = {
+    idle: () => "", running: () => `Compressing into ${job.out}; ${seconds(job.seconds)} so far.`, cancelling: () => "Cancelling ...",
+    done: () => `Done in ${seconds(job.seconds)}: ${job.out}, ${bytes(job.result.bytes)} of ${bytes(job.result.source_bytes)}, ${number(job.result.bits)} bits per weight in the blocks.`,
+    cancelled: () => "Cancelled. The same start continues from the blocks that are finished.", failed: () => `Failed: ${job.error}`,
+  };
+  const said = words[job.state]();
+  if ($("job-state").textContent !== said) $("job-state").textContent = said;
+  $("job-state").className = job.state === "failed" ? "bad" : "";
+  $("cancel").hidden = !runs();
+  $("job-report").hidden = !job.report;
+  $("job-tasks").replaceChildren(...(job.tasks || []).map((task) => {
+    const p = document.createElement("p"), bar = document.createElement("progress"), left = task.left === null ? "" : `, about ${seconds(task.left)} left`;
+    bar.max = task.total; bar.value = task.done;
+    bar.setAttribute("aria-label", task.what);
+    p.append(bar, ` ${task.what}: ${task.done} of ${task.total}${left}`);
+    return p;
+  }));
+  const lines = (job.lines || []).join("\n"), pre = $("job-lines");
+  pre.hidden = lines === "";
+  if (pre.textContent !== lines) { pre.textContent = lines; pre.scrollTop = pre.scrollHeight; }
+  offer();
+}
+async function poll() {
+  try { job = await get("job"); tellJob(); } catch (error) { $("job-state").textContent = error.message; }
+  setTimeout(poll, runs() ? 500 : 3000);  // now and then even when nothing runs: another window may start something
+}
+async function order(name, value) {
+  try { job = (await post(name, value)) || job; tellJob(); } catch (error) { $("job-state").textContent = error.message; $("job-state").className = "bad"; }
+}
+$("job").addEventListener("submit", (event) => {
+  event.preventDefault();
+  remember();
+  if (saved) order("start", { plan: saved.path, model: $("model").value, out: $("out").value });
+});
+$("cancel").addEventListener("click", () => order("cancel", {}));
+for (const id of ["model", "out"]) $(id).addEventListener("change", remember);
+
 // ---- frontier -------------------------------------------------------------------------------
 const scheme = matchMedia("(prefers-color-scheme: dark)");
 let drawing = false;
 function draw() {
-  if (drawing) return;  // plotly is slower than a drag: once a frame, with what is newest then
+  if (drawing) return;  // plotly is slower than a drag: when there is time, with what is newest then
   drawing = true;
-  requestAnimationFrame(() => { drawing = false; plot(); });
+  requestIdleCallback(() => { drawing = false; plot(); }, { timeout: 200 });
 }
 function plot() {
   const style = getComputedStyle(document.documentElement), colour = (name) => style.getPropertyValue(name).trim();
   const axis = { gridcolor: colour("--line"), zeroline: false };
   const layout = {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink") }, margin: { t: 10, r: 10 },
-    xaxis: { ...axis, title: { text: "bytes of all tensors" } }, yaxis: { ...axis, type: "log", title: { text: "KL, nats per token" } },
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink") }, margin: { t: 10, r: 10, b: 45, l: 65 },
+    xaxis: { ...axis, ticksuffix: "B", title: { text: "bytes of all tensors" } },
+    yaxis: { ...axis, type: "log", exponentformat: "power", title: { text: "KL, nats per token" } },
     legend: { orientation: "h", y: 1.12 },
   };
   const line = (name, points, mode, symbol, shade, size) => ({
@@ -277,18 +378,24 @@ function plot() {
     { ...line("this plan", [plan], "markers", "diamond", colour("--accent"), 14), ...bar(plan) },
   ];
   if (other) traces.push({ ...line(other.path, [other], "markers", "star", colour("--bad"), 14), ...bar(other) });
-  Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false });
+  Plotly.react("plot", traces, layout, { responsive: true, displayModeBar: false });
 }
 scheme.addEventListener("change", () => plan && draw());
 
 (async () => {
   facts = await get("facts");
-  $("title").textContent = `${facts.profile}: ${facts.family}`;
+  $("title").textContent = document.title = `${facts.profile.split(/[\\/]/).pop()}: ${facts.family}`;
+  $("where").textContent = facts.profile;
   const kept = recall();
+  saved = (kept && kept.saved) || null;
+  $("model").value = kept && kept.model !== undefined ? kept.model : facts.model;
+  $("out").value = (kept && kept.out) || "";
   state = { ...facts.start, ...(kept && kept.state) };
+  wished = state.bits;
   build();
   fillControls();
   await ask();
   if (kept && kept.other) { $("other").value = kept.other; await compare(kept.other); }
+  poll();
   document.body.dataset.ready = "yes";
 })().catch((error) => { $("error").textContent = error.message; });

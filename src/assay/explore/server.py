@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import webbrowser
 from collections.abc import Callable
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -19,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
 
+from assay.explore.job import Desk, Order
 from assay.explore.session import Session
 from assay.explore.state import State
 from assay.model.errors import InputError
@@ -34,6 +36,12 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Of the report, whose scripts stand in it: an origin of its own, which can ask nothing of this server."""
+HTML = "text/html; charset=utf-8"
 HEADERS = {
     "Cache-Control": "no-store", "Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin",
@@ -42,12 +50,16 @@ HEADERS = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one session under a secret address. Raises InputError where the port is taken."""
+    """Serves one session under a secret address. engine, method: what the page starts with.
+
+    Raises InputError for unknown names, and where the port is taken.
+    """
 
     daemon_threads = True
 
     def __init__(self, session: Session, engine: str, method: str, port: int = 0) -> None:
-        self.session, self.token, self.saving = session, secrets.token_urlsafe(32), Lock()
+        self.session, self.token, self.saving, self.desk = session, secrets.token_urlsafe(32), Lock(), Desk()
+        facts = session.facts(engine, method)
         try:
             super().__init__((HOST, port), Handler)
         except (OSError, OverflowError) as error:
@@ -55,11 +67,17 @@ class Server(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
         self.files = _files()
         self.reads: dict[str, Callable[[dict[str, str]], Any]] = {
-            "facts": lambda q: session.facts(engine, method),
+            "facts": lambda q: facts,
             "setting": lambda q: session.setting(State.parse(q["state"])),
             "plan": lambda q: session.answer(State.parse(q["state"])),
             "cell": lambda q: session.cell(State.parse(q["state"]), q["block"], q["role"]),
             "compare": lambda q: session.compare(q["path"]),
+            "job": lambda q: self.desk.to_json(),
+        }
+        self.writes: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "save": self._save,
+            "start": lambda w: self._start(Order(w["model"], w["plan"], w["out"], session.profile.folder)),
+            "cancel": lambda w: self.desk.cancel(),
         }
 
     @property
@@ -67,21 +85,44 @@ class Server(ThreadingHTTPServer):
         """Where the page is; whoever knows it may use it."""
         return f"http://{HOST}:{self.server_port}/{self.token}/"
 
+    def server_close(self) -> None:
+        """Stop listening, and the compression that was started here."""
+        super().server_close()
+        self.desk.close()
+
+    def _save(self, wanted: dict[str, Any]) -> dict[str, str]:
+        if not isinstance(wanted["path"], str):
+            raise InputError("name a file for the plan, like plan.yaml")
+        with self.saving:
+            saved = self.session.save(State.parse(json.dumps(wanted["state"])), wanted["path"]).absolute()
+        return {
+            "saved": str(saved),
+            "command": f"assay compress MODEL --profile {self.session.profile.folder} --plan {saved} -o OUT",
+        }
+
+    def _start(self, order: Order) -> dict[str, Any]:
+        self.desk.start(order)
+        return self.desk.to_json()
+
 
 class Handler(BaseHTTPRequestHandler):
-    """GET shows, POST saves a plan; anything else is refused without a word about what there is."""
+    """GET shows, POST saves, starts and cancels; anything else is refused without a word about what there is."""
 
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "assay", ""
     timeout = SECONDS
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """A file of the page or an answer as JSON."""
+        """A file of the page, an answer as JSON, or the report of what was compressed here."""
         parts = self._admitted()
         if parts is None:
             return
         name, query = parts
+        job = self.server.desk.job
+        if name == "report" and job is not None and job.to_json()["report"]:
+            return self._send(200, job.page.read_bytes(), HTML, {"Content-Security-Policy": REPORT_POLICY})
         if name in self.server.files:
             kind, body = self.server.files[name]
             packed = {"Content-Encoding": "gzip"} if name == "plotly.js" else {}
@@ -92,12 +133,13 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(lambda: read({key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}))
 
     def do_POST(self) -> None:
-        """Save the plan of a state: {"state": ..., "path": ...}."""
+        """Save the plan of a state, start a compression or cancel it; the body is a JSON object."""
         self.close_connection = True
         parts = self._admitted()
         if parts is None:
             return
-        if parts[0] != "save":
+        write = self.server.writes.get(parts[0])
+        if write is None:
             return self._refuse(404, "there is no such page")
         origin = self.headers.get("Origin")
         foreign = origin is not None and origin.partition("//")[2] not in self.server.hosts
@@ -109,20 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(length) > 9 or int(length) > MOST_BYTES:
             return self._refuse(413, f"a body has at most {MOST_BYTES} bytes")
         body = self.rfile.read(int(length))
-        self._answer(lambda: self._save(body))
-
-    def _save(self, body: bytes) -> dict[str, str]:
-        try:
-            wanted = json.loads(body)
-            state, path = json.dumps(wanted["state"]), wanted["path"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError("the request lacks a state or a path; load the page again") from None
-        if not isinstance(path, str):
-            raise InputError("name a file for the plan, like plan.yaml")
-        with self.server.saving:
-            saved = self.server.session.save(State.parse(state), path)
-        profile = self.server.session.profile.folder
-        return {"saved": str(saved), "command": f"assay compress MODEL --profile {profile} --plan {saved} -o OUT"}
+        self._answer(lambda: write(_object(body)))
 
     def _admitted(self) -> tuple[str, str] | None:
         """(page, query) of a request that came to the right name with the token; else it was refused."""
@@ -175,6 +204,16 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing: requests hold the token."""
 
 
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InputError("the request is no JSON object; load the page again")
+    return value
+
+
 def show(address: str) -> None:
     """Open an address in the browser, through a file that only this user reads: command lines can be seen by all."""
     with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False) as file:
@@ -182,10 +221,11 @@ def show(address: str) -> None:
     webbrowser.open(Path(file.name).as_uri())
 
 
+@cache
 def _files() -> dict[str, tuple[str, bytes]]:
     style = (REPORT / "page.css").read_bytes() + (HERE / "page.css").read_bytes()
     return {
-        "": ("text/html; charset=utf-8", (HERE / "page.html").read_bytes()),
+        "": (HTML, (HERE / "page.html").read_bytes()),
         "page.css": ("text/css; charset=utf-8", style),
         "page.js": ("text/javascript; charset=utf-8", (HERE / "page.js").read_bytes()),
         "plotly.js": ("text/javascript; charset=utf-8", gzip.compress(get_plotlyjs().encode(), 6, mtime=0)),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from assay import engines
-from assay.budget import offers, plans, presets, serving
+from assay.budget import agreement, joint, offers, plans, presets, serving
 from assay.budget.forecast import Forecast
 from assay.budget.plan import Choice, Plan
 from assay.budget.serving import Load
@@ -66,10 +66,12 @@ class Session:
     # ---- what the page shows -----------------------------------------------------------------
 
     def facts(self, engine: str, method: str) -> dict[str, Any]:
-        """What no choice in the page changes, and the state it starts with."""
-        context = self._start_context()
+        """What no choice in the page changes, and the state it starts with. Raises InputError for unknown names."""
+        context, engine = self._start_context(), engines.get(engine).name
+        presets.method(method, engine)
         return {
-            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]), "start": {
+            "profile": str(self.profile.folder), "family": str(self.profile.index["family"]),
+            "model": str(self.profile.index.get("folder", "")), "start": {
                 "bits": START_BITS, "engine": engine, "method": method, "context": context, "batch": 1,
                 "cache": serving.DEFAULT_CACHE, "pins": [],
             },
@@ -106,7 +108,7 @@ class Session:
         inside = np.bincount(table.level[table.rows, flat][table.inside], minlength=len(table.levels))
         uniform = self._figures(free, flat) | {"level": table.levels[int(inside.argmax())] or KEEP}
         return self._figures(board, choice) | {
-            "uniform": uniform, "serving": self._serving(state, board.nbytes(choice)), "cells": self._columns(board, choice),
+            "uniform": uniform, "serving": self._serving(state, self._held(board, choice)), "cells": self._columns(board, choice),
         }  # fmt: skip
 
     def cell(self, state: State, block: str, role: str) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class Session:
         made = plans.checked(self.profile, bare, board.menu.contract)
         held = {s for d, is_pinned in zip(board.prepared.decisions, board.pinned, strict=True) if is_pinned for s in d.sites}
         choices = {n: dataclasses.replace(c, why="pinned by hand") if n in held else c for n, c in made.choices.items()}
-        return dataclasses.replace(made, choices=choices)
+        return agreement.noted(self.profile, dataclasses.replace(made, choices=choices))
 
     def save(self, state: State, path: str) -> Path:
         """Write the plan of a state to a new file. Raises InputError."""
@@ -173,6 +175,11 @@ class Session:
     def _figures(self, board: Board, choice: Ints) -> dict[str, Any]:
         low, expected, high = self.forecast.kl(board.menu.method, board.damage(choice))
         return {"bits": board.bits(choice), "nbytes": board.nbytes(choice), "predicted": expected, "low": low, "high": high}
+
+    def _held(self, board: Board, choice: Ints) -> int:
+        """Bytes of all tensors as the engine holds them in memory."""
+        menu = board.menu
+        return menu.rest + joint.held_bytes(self.profile, menu.contract.name, board.prepared.decisions, choice.tolist())
 
     def _serving(self, state: State, weights: int) -> dict[str, Any] | None:
         """Memory of the served model; why it isn't known; None where no context was given."""

@@ -71,7 +71,7 @@ class State:
     @property
     def budget(self) -> Mapping[str, Any]:
         """As `assay plan` takes it."""
-        served = {} if self.context is None else {"context": self.context, "batch": self.batch, "cache": self.cache}
+        served = {} if self.context is None else {"context": str(self.context), "batch": self.batch, "cache": self.cache}
         return {"bits": self.bits} | served
 
 

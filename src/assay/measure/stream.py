@@ -33,13 +33,18 @@ class _Stop(Exception):
 
 
 class StreamedModel:
-    """A model whose parameters are in memory only while they are needed. Computes in float32.
+    """A model whose parameters are in memory only while they are needed.
 
-    batch_tokens: how many tokens go through a block at once.
+    batch_tokens: how many tokens go through a block at once. compute: dtype of weights and activations while they are
+    used; what goes in and out of blocks and the logits are float32 in any case.
     """
 
-    def __init__(self, checkpoint: Checkpoint, override: Override | None = None, batch_tokens: int = BATCH_TOKENS) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, override: Override | None = None, batch_tokens: int = BATCH_TOKENS,
+        compute: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
+        self.compute = compute
         self.batch_tokens = batch_tokens
         self.model = empty_model(checkpoint)
         self.anatomy: Anatomy = survey(checkpoint, self.model)
@@ -89,18 +94,18 @@ class StreamedModel:
         args, kwargs = self._calls[index][batch]
         if cache is not None:
             kwargs = kwargs | {name: cache for name in CACHES if name in kwargs}
-        result = self.blocks[index](hidden, *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        result = self.blocks[index](hidden.to(self.compute), *args, **kwargs)
+        return (result[0] if isinstance(result, tuple) else result).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output of the last block -> logits [batch, length, vocabulary]. Call inside `outside()`."""
 
         def replay(index: int, _: Tensor, __: Any) -> Tensor:
-            return hidden
+            return hidden.to(self.compute)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
         with self._recorders(replay):
-            return self.model(input_ids=ids).logits
+            return self.model(input_ids=ids).logits.float()
 
     @contextmanager
     def outside(self, tail: bool, override: Override | None = None) -> Iterator[None]:
@@ -170,6 +175,7 @@ class StreamedModel:
         homes = [(self._home(path), path) for path in paths if self.anatomy.parameters[path]]
         for (module, leaf), path in homes:
             value = self.value(path, override)
+            value = value.to(self.compute) if value.is_floating_point() else value
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:

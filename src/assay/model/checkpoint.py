@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from assay.model import gguf_file, layouts, memory
@@ -21,7 +21,7 @@ from assay.model.folder import INDEX, read_index, resolve, shards, stamp
 from assay.model.layouts.base import Stored
 from assay.model.level import Level
 from assay.model.packed import Packed
-from assay.model.shards import read_header
+from assay.model.shards import read_header, read_tensor
 from assay.model.stacked import apart
 from assay.model.stored import TensorInfo
 
@@ -188,7 +188,7 @@ class Checkpoint:
     def kept_file_bytes(self) -> int:
         """Bytes of all weight files if every tensor stays."""
         headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
-        headers += sum(HEADER + len(name) for name, info in self.stored.items() if info.read is not None)
+        headers += sum(HEADER + len(name) for name, info in self.stored.items() if info.renamed)
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
@@ -243,10 +243,11 @@ class Checkpoint:
             return self._replaced[name].clone()
         info = self.stored[name]
         self.check_unchanged(info.shard)
+        if info.read is not None:
+            return info.read()
         try:
-            if info.read is not None:
-                return info.read()
-            with safe_open(info.shard, framework="pt") as file:
-                return file.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+            value = read_tensor(info)
+            self.check_unchanged(info.shard)
+            return value
+        except OSError as error:
             raise InputError(f"{info.shard.name}: can't read {name} ({error}); download the file again") from error

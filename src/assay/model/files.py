@@ -41,7 +41,12 @@ def save_note(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_note(path: Path, problem: str) -> dict[str, Any]:
     """What `save_note` wrote. Raises InputError naming `problem` where the file is missing, and where it has changed since."""
-    value = read_json(path, problem)
+    try:
+        value = read_json(path, problem)
+    except InputError:
+        if not path.exists():
+            raise
+        raise damaged(path, "it is no JSON object") from None
     if value.pop(CHECKS, None) != _sum_of(value):
         raise damaged(path, "its checksum is wrong")
     return value
@@ -74,7 +79,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     try:
         save_file(dict(tensors), path, dict(metadata))
     except SafetensorError as error:
-        found = re.search(r"code: (\d+)", str(error))
+        found = re.search(r"(?:code:|os error) (\d+)", str(error))
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error

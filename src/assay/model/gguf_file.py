@@ -78,7 +78,7 @@ def _info(path: Path, tensor: ReaderTensor, target: Target, place: int) -> Tenso
     shape = shape[1:] if target.stacked else shape
     shape = shape[::-1] if target.turned and len(shape) == 2 else shape
     dtype = torch.float32 if target.offset else PLAIN.get(tensor.tensor_type, torch.float32)
-    return TensorInfo(path, dtype, shape, int(tensor.n_bytes) // count, _reader(tensor, target, place, dtype))
+    return TensorInfo(path, dtype, shape, int(tensor.n_bytes) // count, read=_reader(tensor, target, place, dtype))
 
 
 def _reader(tensor: ReaderTensor, target: Target, place: int, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -24,3 +24,15 @@ class Silent:
 
     def log(self, message: str) -> None:
         return None
+
+
+def remaining(done: int, total: int, at: float, now: float) -> float | None:
+    """Seconds that the rest of a task takes at its average pace; None before its first step is done.
+
+    at, now: seconds since it began, when its last step was done and now. While a step takes longer than the average,
+    what is left doesn't count as less than the steps behind it.
+    """
+    if not done:
+        return None
+    pace = at / done
+    return max(pace * (total - done) - (now - at), pace * (total - done - 1), 0.0)

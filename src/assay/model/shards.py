@@ -7,7 +7,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from assay.model.errors import InputError
 from assay.model.stored import TensorInfo
@@ -31,7 +33,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
                 raise ValueError("header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        infos = {name: _info(shard, entry) for name, entry in header.items()}
+        infos = {name: _info(shard, entry, 8 + length) for name, entry in header.items()}
         end = 8 + length + _end_of_data(header)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, OverflowError) as error:
         raise InputError(f"{shard.name}: wrong safetensors header ({error}); download the file again") from error
@@ -50,7 +52,18 @@ def _end_of_data(header: dict[str, Any]) -> int:
     return end
 
 
-def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
+def read_tensor(info: TensorInfo) -> Tensor:
+    """A tensor of a safetensors file. Raises OSError, also for a file that ends too early.
+
+    It is read, not mapped: a mapped file that another program cuts short kills the process.
+    """
+    raw = np.fromfile(info.shard, np.uint8, info.nbytes, offset=info.start)
+    if len(raw) != info.nbytes:
+        raise OSError("the file ends too early")
+    return torch.from_numpy(raw).view(info.dtype).view(info.shape)
+
+
+def _info(shard: Path, entry: dict[str, Any], body: int) -> TensorInfo:
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, end = entry["data_offsets"]
     if not all(type(n) is int for n in (*shape, start, end)):
@@ -60,4 +73,4 @@ def _info(shard: Path, entry: dict[str, Any]) -> TensorInfo:
         count *= n
     if min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
         raise ValueError("shape and offsets disagree")
-    return TensorInfo(shard, dtype, shape, end - start)
+    return TensorInfo(shard, dtype, shape, end - start, body + start)

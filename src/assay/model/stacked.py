@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
-
-from safetensors import safe_open
-from torch import Tensor
 
 from assay.model.arch import facts
 from assay.model.stored import TensorInfo
@@ -34,12 +30,13 @@ def apart(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> dict[s
         if suffix is None:
             found[_renamed(name, own.get("rename", {}))] = _whole(name, info, own.get("rename", {}))
         else:
-            found |= dict(_experts(name, info, name.removesuffix(suffix), patterns[suffix]))
+            found |= dict(_experts(info, name.removesuffix(suffix), patterns[suffix]))
     return found
 
 
 def _is_stack(name: str, info: TensorInfo) -> bool:
-    return len(info.shape) == 3 and info.dtype.is_floating_point and info.dtype.itemsize >= 2 and ".experts." in name
+    floats = info.dtype.is_floating_point and info.dtype.itemsize >= 2
+    return info.read is None and floats and len(info.shape) == 3 and ".experts." in name
 
 
 def _renamed(name: str, rules: Mapping[str, str]) -> str:
@@ -50,21 +47,14 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
 
 def _whole(name: str, info: TensorInfo, rules: Mapping[str, str]) -> TensorInfo:
     """A tensor that stays as it is, perhaps under another name."""
-    if _renamed(name, rules) == name:
-        return info
-    return TensorInfo(info.shard, info.dtype, info.shape, info.nbytes, partial(_read, info.shard, name))
+    return replace(info, renamed=_renamed(name, rules) != name)
 
 
-def _experts(name: str, info: TensorInfo, head: str, patterns: list[str]) -> Iterator[tuple[str, TensorInfo]]:
+def _experts(info: TensorInfo, head: str, patterns: list[str]) -> Iterator[tuple[str, TensorInfo]]:
+    """Each matrix is a run of whole rows, so its bytes lie together."""
     experts, rows, columns = info.shape
     step = rows // len(patterns)
-    for expert in range(experts):
-        for part, pattern in enumerate(patterns):
-            read = partial(_read, info.shard, name, expert, slice(part * step, (part + 1) * step))
-            shape, nbytes = (step, columns), step * columns * info.dtype.itemsize
-            yield head + pattern.format(e=expert), TensorInfo(info.shard, info.dtype, shape, nbytes, read)
-
-
-def _read(shard: Path, name: str, expert: int | None = None, rows: slice = slice(None)) -> Tensor:
-    with safe_open(shard, framework="pt") as file:
-        return (file.get_tensor(name) if expert is None else file.get_slice(name)[expert, rows]).clone()
+    nbytes = step * columns * info.dtype.itemsize
+    for index in range(experts * len(patterns)):
+        name = head + patterns[index % len(patterns)].format(e=index // len(patterns))
+        yield name, replace(info, shape=(step, columns), nbytes=nbytes, start=info.start + index * nbytes, renamed=True)

@@ -8,16 +8,17 @@ from pathlib import Path
 from assay.model.errors import InputError
 
 SUMS = "assay/SHA256SUMS"
-WEIGHTS = (".safetensors", ".gguf")
-LATER = ("verdict.json", "report.html")
-"""What is written into `assay/` after the result."""
+WEIGHTS = (".safetensors", ".gguf", ".index.json")
+LATER = (SUMS, "assay/verdict.json", "assay/report.html")
+"""What is written after the result."""
+EDITED = (".md", ".partial")
 BUFFER = 1 << 20
 
 
 def write(folder: Path) -> None:
-    """Note the sums of weights, indexes, config and of what lies in `assay/`, if a folder has that."""
+    """Note the sums of every file but what people add to and what follows, if a folder has `assay/`."""
     if (folder / "assay").is_dir():
-        lines = [f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in _covered(folder)]
+        lines = [f"{_sum(folder / name)}  {name}\n" for name in _covered(folder)]
         (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -33,19 +34,18 @@ def check(folder: Path, notes_only: bool = False) -> None:
         wanted = {name: digest for digest, _, name in (line.partition("  ") for line in path.read_text("utf-8").splitlines())}
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable ({error}); compress again") from None
-    found = {p.relative_to(folder).as_posix(): p for p in _covered(folder)}
-    for name in sorted(set(wanted) | set(found)):
+    added = {name for name in _covered(folder) if name not in wanted and name.endswith(WEIGHTS)}
+    for name in sorted(set(wanted) | added):
         if notes_only and not name.startswith("assay/"):
             continue
-        if name not in found or name not in wanted or _sum(found[name]) != wanted[name]:
+        if name in added or not (folder / name).is_file() or _sum(folder / name) != wanted[name]:
             raise InputError(f"{folder / name}: not as it was written; compress again, or remove {SUMS} if you changed it")
 
 
-def _covered(folder: Path) -> list[Path]:
+def _covered(folder: Path) -> list[str]:
     """Files whose sums are noted, sorted."""
-    beside = (p for p in folder.iterdir() if p.suffix in WEIGHTS or p.name.endswith(".index.json") or p.name == "config.json")
-    notes = (p for p in (folder / "assay").iterdir() if p.name not in LATER and p != folder / SUMS and p.suffix != ".partial")
-    return sorted(path for path in (*beside, *notes) if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name not in LATER and not name.endswith(EDITED) and not name.startswith("."))
 
 
 def _sum(path: Path) -> str:

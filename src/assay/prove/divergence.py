@@ -29,20 +29,22 @@ class Candidate:
 class Scores:
     """Per predicted token of one candidate, one row a window: [windows, length - 1] each.
 
-    kl: nats, from the reference to the candidate; loss and reference_loss: nats; agrees: same top token.
+    kl: nats, from the reference to the candidate; loss and reference_loss: nats; agrees: same top token; top: the candidate's.
     """
 
     kl: list[Tensor] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
     reference_loss: list[Tensor] = field(default_factory=list)
     agrees: list[Tensor] = field(default_factory=list)
+    top: list[Tensor] = field(default_factory=list)
 
     def add(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> None:
         """Logits [b, t, v] of both for ids [b, t]."""
         self.kl.append(token_divergences(reference, candidate))
         self.loss.append(token_losses(candidate, ids))
         self.reference_loss.append(token_losses(reference, ids))
-        self.agrees.append((reference[:, :-1].argmax(-1) == candidate[:, :-1].argmax(-1)).float())
+        self.top.append(candidate[:, :-1].argmax(-1).int())
+        self.agrees.append((reference[:, :-1].argmax(-1) == self.top[-1]).float())
 
     def summary(self) -> dict[str, dict[str, float] | float]:
         """Means with 95% bootstrap intervals over windows, and the KL's median and 99th percentile."""

@@ -41,6 +41,8 @@ def verdict(found: Facts) -> Group:
     table = Table("", "predicted", "measured", title=f"on {found['tokens']} tokens of {found['text']}", title_justify="left")
     predicted = span(kl["predicted"], kl["predicted_low"], kl["predicted_high"])
     table.add_row("KL, nats/token", predicted, span(kl["measured"], kl["low"], kl["high"]))
+    if joint := found.get("joint"):
+        table.add_row(*_with_cache(joint))
     table.add_row("KL, median and 99%", "", f"{number(kl.get('median'))} and {number(kl.get('p99'))}")
     table.add_row("perplexity", "", f"{number(perplexity['original'])} → {number(perplexity['compressed'])}")
     table.add_row("same top token", "", f"{_value(found['agreement']):.1%}")
@@ -49,13 +51,32 @@ def verdict(found: Facts) -> Group:
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(
-        table,
-        *undo,
-        *_tasks(found.get("tasks")),
-        *_texts(found.get("texts")),
-        f"{'passed' if found['passed'] else 'missed'}: {bound}",
-    )
+    more = [*undo, *_batches(found), *_tasks(found.get("tasks")), *_texts(found.get("texts"))]
+    return Group(table, *more, f"{'passed' if found['passed'] else 'missed'}: {bound}")
+
+
+def _batches(found: Facts) -> list[Any]:
+    """The same figures at several batch sizes, and how far they are apart."""
+    if not found.get("batches"):
+        return []
+    table = Table("windows at once", "KL, nats/token", "perplexity", "same top token")
+    for row in found["batches"]["runs"]:
+        table.add_row(str(row["batch"]), f"{row['kl']:.9f}", f"{row['perplexity']:.7f}", f"{row['agreement']:.3%}")
+    apart = found["batches"]["spread"]
+    return [table, (
+        f"spread in {found['compute']}: KL {apart['kl']:.1e}, perplexity {apart['perplexity']:.1e}, one token's KL at most "
+        f"{apart['token_kl']:.1e}; {apart['top_tokens']:.3%} of the top tokens change"
+    )]  # fmt: skip
+
+
+def _with_cache(joint: Facts) -> tuple[str, str, str]:
+    """Weights and cache together."""
+    if "refused" in joint:
+        return f"KL with its cache ({joint['cache']})", "", f"not measured: {joint['refused']}"
+    predicted = span(joint["predicted"], joint["predicted_low"], joint["predicted_high"])
+    name = f"KL with its cache ({joint['cache']}{', simulated' if joint['simulated'] else ''})"
+    alone = f"{number(joint['weights'])} without, on the same {joint['tokens']} tokens"
+    return name, predicted, f"{span(joint['measured'], joint['low'], joint['high'])}; {alone}"
 
 
 def _tasks(found: Mapping[str, Facts] | None) -> list[Table]:
@@ -101,7 +122,7 @@ def plan_facts(plan: Plan, path: Path) -> dict[str, Any]:
         "plan": str(path), "bits": plan.bits, "bits_all": plan.bits_all, "levels": dict(sorted(levels.items())),
         "kl": {"predicted": plan.predicted, "predicted_low": plan.predicted_low, "predicted_high": plan.predicted_high},
         "uniform": dict(plan.uniform), "gap": plan.gap, "sentence": plan.sentence, "nbytes": plan.nbytes_tensors,
-        "serving": dict(plan.serving), "more": dict(plan.more),
+        "serving": dict(plan.serving), "more": dict(plan.more), "cache": dict(plan.cache),
     }  # fmt: skip
 
 
@@ -111,7 +132,14 @@ def planned(found: Facts) -> Group:
     for level, count in found["levels"].items():
         table.add_row(level, str(count))
     bits = f"{number(found['bits'])} bits per weight in the blocks, {number(found['bits_all'])} over all"
-    return Group(table, bits, found["sentence"], *_served(found.get("serving")), *_more(found.get("more"), found["kl"]))
+    return Group(
+        table,
+        bits,
+        found["sentence"],
+        *_served(found.get("serving")),
+        *_alone(found.get("cache")),
+        *_more(found.get("more"), found["kl"]),
+    )
 
 
 def _served(serving: Facts | None) -> list[str]:
@@ -121,6 +149,14 @@ def _served(serving: Facts | None) -> list[str]:
     parts = " + ".join(f"{name} {size(count)}" for name, count in serving["bytes"].items())
     load = f"{serving['batch']} x {serving['context']} tokens, {serving['cache_type']} cache"
     return [f"memory at {load}: {parts} = {size(serving['total'])}", f"run with: {serving['flags']}"]
+
+
+def _alone(cache: Facts | None) -> list[str]:
+    """What one cache type for all layers would have cost in the same memory."""
+    if not cache or not cache.get("alone"):
+        return []
+    found = ", ".join(f"{name} {number(loss)}" for name, loss in cache["alone"].items())
+    return [f"in this memory with one cache type for all layers: {found} nats/token"]
 
 
 def _more(more: Facts | None, kl: Facts) -> list[str]:

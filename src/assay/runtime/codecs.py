@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from assay.runtime import unpacking
 from assay.runtime.attention import Step
 
 Tensors = dict[str, Tensor]
@@ -36,6 +37,13 @@ class Map(Protocol):
         """What is stored -> [B, H, n, D]."""
         ...
 
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """Queries [B, H, g, D] whose products with what is stored are those of `query` with what `backward` gives.
+
+        Asked of maps only that are neither positional nor joint.
+        """
+        ...
+
 
 class Codec(Protocol):
     """Stores a tensor [B, H, n, D] in few bits; what it has written never changes."""
@@ -54,7 +62,7 @@ class Side:
     """How the keys, or the values, of older tokens are stored.
 
     residual: latest tokens that stay exact; block: older ones are stored in multiples of it; running: also those that
-    come after the prompt, not only those of the prompt.
+    come after the prompt, not only those of the prompt; every: those are stored when so many have come.
     """
 
     maps: tuple[Map, ...] = ()
@@ -62,10 +70,12 @@ class Side:
     residual: int = 0
     block: int = 1
     running: bool = True
+    every: int = 1
 
-    def ready(self, exact: int, prefill: bool) -> int:
-        """How many of the tokens that are exact now, the oldest first, are to be stored."""
-        return max(exact - self.residual, 0) // self.block * self.block if prefill or self.running else 0
+    def ready(self, exact: int, prefill: bool, decoded: int) -> int:
+        """How many of the tokens that are exact now, the oldest first, are to be stored; decoded: tokens since the prompt."""
+        due = prefill or (self.running and decoded % self.every == 0)
+        return max(exact - self.residual, 0) // self.block * self.block if due else 0
 
 
 @dataclass(frozen=True)
@@ -98,12 +108,7 @@ class PerToken:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        codes = unpack(tokens["codes"], self.bits, width).unflatten(-1, (tokens["scale"].shape[-1], -1))
-        return (
-            torch.addcmul(tokens["low"][..., None], codes.to(tokens["scale"].dtype), tokens["scale"][..., None])
-            .flatten(-2)
-            .to(dtype)
-        )
+        return _groups(tokens["codes"], tokens["scale"], tokens["low"], self.bits, width).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,12 @@ class PerChannel:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        codes = unpack(tokens["codes"], self.bits, width)
-        index = tokens["group"].long().expand(-1, -1, -1, codes.shape[-1])
-        scale, low = (shared[name].gather(2, index) for name in ("scale", "low"))
-        return torch.addcmul(low, codes.to(scale.dtype), scale).to(dtype)
+        parts = tokens["codes"], tokens["group"], shared["scale"], shared["low"]
+        if unpacking.runs_on(*parts):
+            return unpacking.per_channel(*parts, self.bits, width).to(dtype)
+        index = tokens["group"].long().expand(-1, -1, -1, width)
+        scale, low = (shared[name].gather(2, index).float() for name in ("scale", "low"))
+        return torch.addcmul(low, unpack(tokens["codes"], self.bits, width).float(), scale).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,11 @@ class Float8:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        return (tokens["codes"].view(self.dtype).float() * tokens["scale"].float()).to(dtype)
+        codes, scale = tokens["codes"], tokens["scale"]
+        if unpacking.runs_on(codes, scale):
+            table = torch.arange(256, dtype=torch.uint8).view(self.dtype).float()
+            return unpacking.by_table(codes, scale, table).to(dtype)
+        return (codes.view(self.dtype).float() * scale.float()).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -175,9 +186,40 @@ class BlockFloat:
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
         """See `Codec`."""
-        exponent = tokens["exponent"].float().exp2()
-        codes = unpack(tokens["codes"], self.bits, width).float() - ((1 << self.bits - 1) - 1)
-        return (codes.unflatten(-1, (exponent.shape[-1], -1)) * exponent[..., None]).flatten(-2).to(dtype)
+        # a power of two and its multiples by up to 127 are exact in bfloat16
+        scale = tokens["exponent"].float().exp2().bfloat16()
+        return _groups(tokens["codes"], scale, scale * -((1 << self.bits - 1) - 1), self.bits, width).to(dtype)
+
+
+def _groups(codes: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) -> Tensor:
+    """float32 [B, H, n, width] from codes with a scale and a lowest value [B, H, n, groups] for consecutive channels."""
+    if unpacking.runs_on(codes, scale, low):
+        return unpacking.per_token(codes, scale, low, bits, width)
+    parts = unpack(codes, bits, width).float().unflatten(-1, (scale.shape[-1], -1))
+    return torch.addcmul(low.float()[..., None], parts, scale.float()[..., None]).flatten(-2)
+
+
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """llama.cpp's cache types of 8 or 4 bits, q8_0 and q4_0: a 16-bit scale for 32 consecutive channels of a token."""
+
+    bits: int
+    block: int = 32
+
+    def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
+        """See `Codec`. Four bits reach one step further on the side of the largest number."""
+        parts, half = x.float().unflatten(-1, (-1, fitting(self.block, x.shape[-1]))), 1 << self.bits - 1
+        largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+        exact = largest.abs() / 127 if self.bits == 8 else -largest / half
+        scale = storable(exact, torch.float16)
+        codes = (parts * torch.where(exact == 0, 0.0, 1 / exact)).round().clamp(1 - half if self.bits == 8 else -half, half - 1)
+        return {"codes": pack((codes + half).to(torch.uint8).flatten(-2), self.bits), "scale": scale[..., 0]}, shared
+
+    def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
+        """See `Codec`."""
+        codes = unpack(tokens["codes"], self.bits, width).float() - (1 << self.bits - 1)
+        scale = tokens["scale"].float()
+        return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2).to(dtype)
 
 
 def affine(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -209,14 +251,17 @@ def fitting(group: int, width: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [..., n] below 2**bits -> uint8 [..., ceil(n * bits / 8)], the first code in the lowest bits; bits 1, 2, 4 or 8."""
+    """uint8 [..., n] below 2**bits -> uint8 [..., ceil(n * bits / 8)]; bits 1, 2, 4 or 8.
+
+    The codes are cut into 8 / bits runs, the first in the lowest bits of the bytes: so runs unpack as vectors.
+    """
     if bits == 8:
         return codes
     each = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = padded[..., 0].clone()
+    runs = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1))
+    packed = runs[..., 0, :].clone()
     for i in range(1, each):
-        packed |= padded[..., i] << (bits * i)
+        packed |= runs[..., i, :] << (bits * i)
     return packed
 
 
@@ -225,4 +270,4 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     mask = (1 << bits) - 1
-    return torch.stack([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1).flatten(-2)[..., :count]
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)], -1)[..., :count]

@@ -40,6 +40,11 @@ class Attached:
         """Bytes that the cache made last holds now: keys, values, scales, positions and what policies count."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def away(self) -> int:
+        """Bytes that it keeps elsewhere: in host memory for a GPU, in a mapped file for a CPU."""
+        return sum(layer.away for layer in self.layers)
+
     def new_cache(self) -> DynamicCache:
         """An empty cache for this model, with the policies in it."""
         cache = DynamicCache()
@@ -123,7 +128,7 @@ def attention(
         if attention_mask is not None:
             order = torch.where(attention_mask, order, EMPTY)
         simple = attention_mask is None and (sliding_window is None or key.shape[2] <= sliding_window)
-        out, _probabilities = attend(query, key, value, None if simple else visible(order[:, None], order, sliding_window), rule)
+        out = attend(query, key, value, None if simple else visible(order[:, None], order, sliding_window), rule)
     return out.transpose(1, 2).contiguous(), None
 
 

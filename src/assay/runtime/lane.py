@@ -2,133 +2,218 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from assay.runtime.attention import EMPTY, Rule, Step, attend, visible
-from assay.runtime.policy import Stack
+from assay.runtime.attention import EMPTY, Rule, Step, attend, capped, grouped, softmaxed, visible
+from assay.runtime.grown import Grown, gather
+from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
-from assay.runtime.tape import Tape, gather
+from assay.runtime.tape import Tape
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What is known of new tokens before a lane sees them.
+
+    positions int [B, L]: slot of each in the padded text, EMPTY for padding; where int [B, L]: its position for RoPE;
+    first int [B]: position of the first token of each row; padded: whether any is padding; newest: the latest position;
+    prefill, decoded: see `Step`.
+    """
+
+    positions: Tensor
+    where: Tensor
+    first: Tensor
+    padded: bool
+    newest: int
+    prefill: bool
+    decoded: int
 
 
 class Lane:
-    """Slots of the key heads `head` to `head + heads` of a layer."""
+    """Slots of the key heads `head` to `head + heads` of a layer.
+
+    `holes`: some slot may be empty in some row or head, because of padding or because others hold more.
+    """
 
     def __init__(self, stack: Stack, layer: int, head: int) -> None:
         self.stack, self.layer, self.head = stack, layer, head
         keys, values = stack.sides(layer)
-        self.keys, self.values = Tape(keys), Tape(values)
+        away = stack.reader is not None and stack.reader.away(layer)
+        self.keys, self.values = Tape(keys, away), Tape(values, away)
         self.labels = Tape() if stack.reader else None
-        self.positions = torch.empty(0)
-        self.where = torch.empty(0)
-        self.statistics: tuple[Tensor, ...] = ()
+        self.holes = False
+        self._positions, self._where = Grown(), Grown()
+        self._counted = [Grown() for _ in range(stack.evictor.statistics if stack.evictor else 0)]
         self._positional = any(m.positional for side in (keys, values) if side for m in side.maps)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._positions)
 
-    def step(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, where: Tensor, first: Tensor, rule: Rule,
-             prefill: bool, decoded: int) -> tuple[Tensor, Step]:  # fmt: skip
+    @property
+    def positions(self) -> Tensor:
+        """Position of each slot, int32 [B, H or 1, S], EMPTY where there is none."""
+        return self._positions.view
+
+    @property
+    def statistics(self) -> tuple[Tensor, ...]:
+        """What the policy counts, float32 [B, H, S] each."""
+        return tuple(s.view for s in self._counted)
+
+    def step(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, rule: Rule) -> tuple[Tensor, Step]:
         """Append new tokens and attend: output [B, Hq, L, D], and what the policy may look at.
 
-        query [B, Hq, L, D]; keys, values [B, H, L, D] after RoPE; positions, where int [B, L]: slot of each token in the
-        padded text, EMPTY for padding, and its position for RoPE.
+        query [B, Hq, L, D]; keys, values [B, H, L, D] after RoPE.
         """
         fresh = len(self) == 0
-        self._append(keys, values, positions, where)
-        known, stored = self.keys.read(self.where), self.values.read(self.where)
-        picked = self._picked(query)
-        at = self.positions
-        if picked is not None:
-            known, stored, at = gather(known, picked), gather(stored, picked), gather(at.expand(-1, known.shape[1], -1), picked)
-        padded = bool((at < 0).any())
-        causal = (fresh or query.shape[2] == 1) and not padded
+        keys, values = self._append(keys, values, new)
+        found = attention = None
+        causal = (fresh or query.shape[2] == 1) and not self.holes
         inside = rule.window is None or len(self) <= rule.window
-        seen = None if causal and inside else visible(at, positions, rule.window)
-        out, attention = attend(query, known, stored, seen, rule)
-        step = Step(self.layer, self.head, query, known, stored, self.positions, positions, where, first, rule, prefill, decoded,
-                    attention if picked is None else None)  # fmt: skip
-        if self.stack.evictor:
-            self.statistics = self.stack.evictor.observe(step, self.statistics)
+        seen = None if causal and inside else visible(self.positions, new.positions, rule.window)
+        if query.shape[2] == 1:
+            out, found, attention = self._single(query, keys, seen, rule)
+        else:
+            keys, values = self.keys.read(self._places), self.values.read(self._places)
+            out = attend(query, keys, values, seen, rule)
+        step = Step(self.layer, self.head, query, keys, values, self.positions, new.positions, new.where, new.first, rule,
+                    new.prefill, new.decoded, new.newest, found, attention)  # fmt: skip
+        if self.stack.evictor and self._counted:
+            for held, now in zip(self._counted, self.stack.evictor.observe(step, self.statistics), strict=True):
+                held.view.copy_(now)
+        elif self.stack.evictor:
+            self.stack.evictor.observe(step, ())
         return out, step
 
     def slide(self, newest: int, window: int) -> None:
         """Forget what no query after position `newest` can see."""
-        self._empty((self.positions <= newest + 1 - window) & self._movable())
-
-    def evict(self, step: Step, capacity: Tensor) -> None:
-        """Empty slots down to what the policy keeps of a capacity int [B]."""
-        evictor = self.stack.evictor
-        if evictor is None or len(self) <= int(capacity.min()):
+        if newest + 1 < window:
             return
+        gone = self.positions <= newest + 1 - window
+        if not (self.holes or self._coded()) and bool((gone.sum(-1) == 1).all()):
+            self._move_last(gone.int().argmax(-1, keepdim=True))
+        elif bool(gone.any()):
+            self._empty(gone & self._movable())
+
+    def evict(self, step: Step, capacity: Sequence[int]) -> None:
+        """Empty slots down to what the policy keeps of a capacity for each row."""
+        evictor, length = self.stack.evictor, len(self)
+        if evictor is None or length <= min(capacity):
+            return
+        targets = [evictor.target(c, step.prefill) for c in capacity]
+        if not self.holes and len({*targets}) == 1 and length - targets[0] == 1 and not self._coded():
+            self._replace(evictor, step, targets[0])
+            return
+        device = self.positions.device
         held = (self.positions >= 0).sum(-1)
-        targets = torch.tensor([evictor.target(int(c), step.prefill) for c in capacity], device=held.device)
-        excess = torch.where(held > capacity[:, None], held - targets[:, None], 0)
+        excess = torch.where(held > torch.tensor(capacity, device=device)[:, None],
+                             held - torch.tensor(targets, device=device)[:, None], 0)  # fmt: skip
         if int(excess.max()) <= 0:
             return
-        recent = torch.tensor([min(evictor.recent(int(t)), int(t) - evictor.sinks) for t in targets], device=held.device)
+        recent = torch.tensor([_recent(evictor, t) for t in targets], device=device)
         score = evictor.score(step, self.statistics)
-        positions = self.positions if self.positions.shape[1] == score.shape[1] else self.positions.expand(-1, score.shape[1], -1)
-        newest = int(step.queries.max())
-        score = protect(score, positions, step.first, evictor.sinks, newest - recent)
-        self.positions = positions.clone() if positions is self.positions else positions.contiguous()
-        fixed = ~self._movable() & (positions >= 0)
+        self._widen(score.shape[1])
+        score = protect(score, self.positions, step.first, evictor.sinks, step.newest - recent)
+        fixed = ~self._movable() & (self.positions >= 0)
         self._empty(drop_lowest(score.masked_fill(fixed, torch.inf), excess.expand(*score.shape[:2])))
 
     def store(self, step: Step) -> None:
         """Give back empty slots; store what is old enough in the form that the policies give it."""
-        self._compact()
+        if self.holes:
+            self._compact()
+        if not self._coded():
+            return
         step = replace(step, positions=self.positions)
-        empty = self.positions < 0
+        empty = self.positions < 0 if self.holes else None
         for tape in (self.keys, self.values):
-            tape.store(step, self.where, empty if bool(empty.any()) else None)
+            tape.store(step, self._places, empty)
 
     def crop(self, count: int) -> None:
         """Forget the last tokens, where nothing was dropped or stored."""
         for tape in self._tapes():
             tape.crop(count)
-        left = len(self)
-        self.positions, self.where = self.positions[..., :left], self.where[:, :left]
-        self.statistics = tuple(s[..., :left] for s in self.statistics)
+        for grown in self._beside():
+            grown.crop(count)
 
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch, with all that was counted for them."""
         for tape in self._tapes():
             tape.rows(index)
-        place = index.to(self.positions.device)
-        self.positions, self.where = self.positions[place], self.where[place]
-        self.statistics = tuple(s[place] for s in self.statistics)
+        for grown in self._beside():
+            grown.rows(index)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything held."""
+    def tensors(self, away: bool = False) -> Iterator[Tensor]:
+        """Everything held where the model computes, or what is kept away from there."""
         for tape in self._tapes():
-            yield from tape.tensors()
-        yield from (self.positions, self.where, *self.statistics)
+            if tape.away == away:
+                yield from tape.tensors()
+        if away:
+            return
+        yield from (grown.data for grown in self._beside())
 
-    def _append(self, keys: Tensor, values: Tensor, positions: Tensor, where: Tensor) -> None:
-        pads = (positions < 0)[:, None, :, None]
-        if pads.any():
+    @property
+    def _places(self) -> Tensor:
+        """Positions for RoPE, int [B, S], where a map reads them; else none."""
+        return self._where.view[:, 0] if self._positional else self.positions[:, 0, :0]
+
+    def _single(self, query: Tensor, new: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, Hq, 1, D] of one query, its logits and its attention; what it doesn't read gets none. new: its keys."""
+        folded = grouped(query, new.shape[1])[:, :, :, 0] * rule.scaling
+        picked = None
+        if self.labels is not None and self.stack.reader is not None:
+            picked = self.stack.reader.pick(query, self.labels.exact, self.positions, self.layer, self.head)
+        if picked is None:
+            found = capped(self.keys.dots(folded, self._places).float(), rule)[:, :, :, None]
+            attention = softmaxed(found, seen)
+            out = self.values.mix(attention[:, :, :, 0].to(query.dtype), self._places)
+            return out.flatten(1, 2)[:, :, None], found, attention
+        keys, values = (t.take(picked, self._places) for t in (self.keys, self.values))
+        found = capped((folded @ keys.mT).float(), rule)[:, :, :, None]
+        if seen is not None:
+            seen = gather(seen[:, :, 0].expand(-1, keys.shape[1], -1), picked)[:, :, None]
+        attention = softmaxed(found, seen)
+        out = attention[:, :, :, 0].to(query.dtype) @ values
+        if self.stack.evictor:
+            place = picked[:, :, None, None].expand_as(found)
+            whole = found.new_full((*found.shape[:-1], len(self)), torch.finfo(found.dtype).min)
+            found, attention = whole.scatter(4, place, found), torch.zeros_like(whole).scatter_(4, place, attention)
+        return out.flatten(1, 2)[:, :, None], found, attention
+
+    def _append(self, keys: Tensor, values: Tensor, new: Arrival) -> tuple[Tensor, Tensor]:
+        if new.padded:
+            pads = (new.positions < 0)[:, None, :, None]
             keys, values = keys.masked_fill(pads, 0), values.masked_fill(pads, 0)
-        fresh = len(self) == 0
+            self.holes = True
         self.keys.append(keys)
         self.values.append(values)
         if self.labels is not None and self.stack.reader:
             self.labels.append(self.stack.reader.labels(keys, self.layer, self.head))
-        new = positions[:, None].to(torch.int32)
-        self.positions = new if fresh else torch.cat([self.positions, new.expand(-1, self.positions.shape[1], -1)], 2)
-        where = where.to(torch.int32) if self._positional else where[:, :0].to(torch.int32)
-        self.where = where if fresh else torch.cat([self.where, where], 1)
-        count = self.stack.evictor.statistics if self.stack.evictor else 0
-        zeros = keys.new_zeros(*keys.shape[:3], dtype=torch.float32)
-        self.statistics = (zeros,) * count if fresh else tuple(torch.cat([s, zeros], 2) for s in self.statistics)
+        positions = new.positions[:, None].to(torch.int32)
+        self._positions.append(positions.expand(-1, self.positions.shape[1], -1) if len(self) else positions)
+        if self._positional:
+            self._where.append(new.where[:, None].to(torch.int32))
+        for grown in self._counted:
+            grown.append(keys.new_zeros(*keys.shape[:3], dtype=torch.float32))
+        return keys, values
 
-    def _picked(self, query: Tensor) -> Tensor | None:
-        if self.labels is None or self.stack.reader is None or query.shape[2] > 1:
-            return None
-        return self.stack.reader.pick(query, self.labels.read(self.where), self.positions, self.layer, self.head)
+    def _replace(self, evictor: Evictor, step: Step, target: int) -> None:
+        """Put the newest token where the one that goes was; every row and head holds one too many."""
+        score = evictor.score(step, self.statistics)
+        self._widen(score.shape[1])
+        score = protect(score, self.positions, step.first, evictor.sinks, step.newest - _recent(evictor, target), False)
+        self._move_last(score.argmin(-1, keepdim=True))
+
+    def _move_last(self, slot: Tensor) -> None:
+        for tape in self._tapes():
+            tape.move_last(slot)
+        for grown in self._beside():
+            grown.move_last(slot)
+
+    def _coded(self) -> bool:
+        return bool(self.keys.side or self.values.side)
 
     def _boundary(self) -> int:
         """Slots before it may go: once some are stored, only those stored both as key and as value."""
@@ -139,38 +224,36 @@ class Lane:
     def _movable(self) -> Tensor:
         return torch.arange(len(self), device=self.positions.device) < self._boundary()
 
+    def _widen(self, heads: int) -> None:
+        """Positions for every head where a policy keeps other tokens in each."""
+        if self.positions.shape[1] != heads:
+            self._positions.put(self.positions.expand(-1, heads, -1).contiguous())
+
     def _empty(self, gone: Tensor) -> None:
-        self.positions = self.positions.masked_fill(gone, EMPTY)
+        self._positions.put(self.positions.masked_fill(gone, EMPTY))
+        self.holes = True
 
     def _compact(self) -> None:
         """Give back as many slots as are empty in every row and head."""
         end = self._boundary()
         empty = self.positions[..., :end] < 0
         most = int((~empty).sum(-1).max())
-        if most == end:
-            return
-        # stored tapes take the oldest slots first, so their order matters
-        if end - most == 1 and not (self.keys.side or self.values.side):
-            self._swap(empty.int().argmax(-1))
-            return
-        behind = torch.arange(end, len(self), device=empty.device).expand(*empty.shape[:2], -1)
-        index = torch.cat([empty.int().argsort(dim=-1, stable=True)[..., :most], behind], -1)
-        for tape in self._tapes():
-            tape.keep(index)
-        self.positions = gather(self.positions, index)
-        self.statistics = tuple(gather(s, index) for s in self.statistics)
-        if self._positional:
-            self.where = self.where.gather(1, index[:, 0])
-
-    def _swap(self, slot: Tensor) -> None:
-        for tape in self._tapes():
-            tape.move_last(slot)
-        moved = []
-        for x in (self.positions, *self.statistics):
-            place = slot[..., None].expand(-1, x.shape[1], -1)
-            moved.append(x.scatter(2, place, x[:, :, -1:])[:, :, :-1].contiguous())
-        self.positions, *rest = moved
-        self.statistics = tuple(rest)
+        if most < end:
+            # stored tapes take the oldest slots first, so the order of slots matters
+            behind = torch.arange(end, len(self), device=empty.device).expand(*empty.shape[:2], -1)
+            index = torch.cat([empty.int().argsort(dim=-1, stable=True)[..., :most], behind], -1)
+            for tape in self._tapes():
+                tape.keep(index)
+            for grown in self._beside():
+                grown.keep(index)
+        self.holes = bool((self.positions < 0).any())
 
     def _tapes(self) -> Iterator[Tape]:
         yield from (t for t in (self.keys, self.values, self.labels) if t is not None)
+
+    def _beside(self) -> Iterator[Grown]:
+        yield from (self._positions, *self._counted, *([self._where] if self._positional else []))
+
+
+def _recent(evictor: Evictor, target: int) -> int:
+    return min(evictor.recent(target), target - evictor.sinks)

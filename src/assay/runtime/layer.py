@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from assay.model.errors import InputError
 from assay.runtime.attention import EMPTY, Rule, Step
-from assay.runtime.lane import Lane
+from assay.runtime.lane import Arrival, Lane
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import allocate, prefix_counts, pyramid
 from assay.runtime.tape import bytes_of
@@ -44,8 +44,10 @@ class Layer(CacheLayerMixin):
         self.lanes: list[Lane] = []
         self.is_initialized = False
         self.seen, self.decoded = 0, 0
-        self.first = self.prompt = torch.empty(0)
-        self.capacity: list[Tensor] = []
+        self.first = torch.empty(0)
+        self.begun = False
+        self.prompt: list[int] = []
+        self.capacity: list[list[int]] = []
         self.waiting: list[Step] = []
         self.window: int | None = None
 
@@ -55,7 +57,7 @@ class Layer(CacheLayerMixin):
         apart = _by_head(self.stack.evictor, self.index, heads)
         self.lanes = [Lane(self.stack, self.index, h) for h in range(heads if apart else 1)]
         self.first = key_states.new_full((len(key_states),), EMPTY, dtype=torch.long)
-        self.prompt = torch.zeros_like(self.first)
+        self.prompt = [0] * len(key_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Pending, None]:  # type: ignore[override]
@@ -66,34 +68,27 @@ class Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return Pending(self, key_states, value_states), None
 
-    def attend(self, query: Tensor, new: Pending, padding: Tensor | None, where: Tensor | None, rule: Rule) -> Tensor:
+    def attend(self, query: Tensor, pending: Pending, padding: Tensor | None, where: Tensor | None, rule: Rule) -> Tensor:
         """Append, attend on everything, then drop and store: output [B, Hq, L, D].
 
         padding: bool [B, seen + L], False for padding; where: int [B or 1, L], positions for RoPE.
         """
-        batch, length = query.shape[0], query.shape[2]
+        length, share = query.shape[2], len(self.lanes)
         if self.width is not None and self.seen + length > self.width:
             raise InputError(f"{self.seen + length} tokens in a context of {self.width}; give a shorter text")
-        real = self._real(batch, length, padding, query.device)
-        slots = torch.arange(self.seen, self.seen + length, device=query.device)
-        positions = torch.where(real, slots, EMPTY)
-        started = (self.first < 0) & real.any(1)
-        self.first = torch.where(started, self.seen + real.int().argmax(1), self.first)
-        prefill = length > 1 or self.seen == 0
-        self.seen += length
-        if prefill:
-            self.prompt = self.prompt + real.sum(1)
-        else:
-            self.decoded += 1
-        at = (positions - self.first[:, None]).clamp_min(0) if where is None else where.expand(batch, -1)
-        parts, steps, share = [], [], len(self.lanes)
-        for lane, q, k, v in zip(self.lanes, query.chunk(share, 1), new.keys.chunk(share, 1), new.values.chunk(share, 1),
+        new = self._arrival(query, padding, where)
+        if share == 1:
+            out, step = self.lanes[0].step(query, pending.keys, pending.values, new, rule)
+            self._after([step], new.prefill, rule)
+            return out
+        parts, steps = [], []
+        for lane, q, k, v in zip(self.lanes, query.chunk(share, 1), pending.keys.chunk(share, 1), pending.values.chunk(share, 1),
                                  strict=True):  # fmt: skip
-            out, step = lane.step(q, k, v, positions, at, self.first, rule, prefill, self.decoded)
+            out, step = lane.step(q, k, v, new, rule)
             parts.append(out)
             steps.append(step)
-        self._after(steps, prefill, rule)
-        return torch.cat(parts, 1) if share > 1 else parts[0]
+        self._after(steps, new.prefill, rule)
+        return torch.cat(parts, 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As if nothing had been dropped; the attention function makes its own mask from positions."""
@@ -116,7 +111,7 @@ class Layer(CacheLayerMixin):
         for lane in self.lanes:
             lane.crop(count)
         self.seen -= count
-        self.prompt = self.prompt - count
+        self.prompt = [n - count for n in self.prompt]
 
     def reset(self) -> None:
         """Forget everything."""
@@ -132,31 +127,58 @@ class Layer(CacheLayerMixin):
             return
         for lane in self.lanes:
             lane.rows(indices)
-        place = indices.to(self.first.device)
-        self.first, self.prompt = self.first[place], self.prompt[place]
-        self.capacity = [c[place] for c in self.capacity]
+        self.first = self.first[indices.to(self.first.device)]
+        places = indices.tolist()
+        self.prompt = [self.prompt[i] for i in places]
+        self.capacity = [[lane[i] for i in places] for lane in self.capacity]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row."""
         self.batch_select_indices(torch.arange(len(self.first)).repeat_interleave(repeats))
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything held."""
+    def tensors(self, away: bool = False) -> Iterator[Tensor]:
+        """Everything held where the model computes, or what is kept away from there."""
         for lane in self.lanes:
-            yield from lane.tensors()
+            yield from lane.tensors(away)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages held, positions and statistics included."""
+        """Bytes of the storages held where the model computes, positions and statistics included."""
         return bytes_of(self.tensors())
+
+    @property
+    def away(self) -> int:
+        """Bytes of keys and values kept in host memory or in a mapped file instead."""
+        return bytes_of(self.tensors(away=True))
 
     def kept(self) -> list[Tensor]:
         """For each lane the positions of its slots, int [B, H or 1, S]; EMPTY where there is none."""
         return [lane.positions for lane in self.lanes]
 
-    def _real(self, batch: int, length: int, padding: Tensor | None, device: torch.device) -> Tensor:
-        if padding is None:
-            return torch.ones(batch, length, dtype=torch.bool, device=device)
+    def _arrival(self, query: Tensor, padding: Tensor | None, where: Tensor | None) -> Arrival:
+        """Count new tokens in. Raises InputError for padding that isn't on the left."""
+        batch, length, device, seen = query.shape[0], query.shape[2], query.device, self.seen
+        real = None if padding is None else self._real(batch, length, padding)
+        if self.begun and (real is None or bool(real.all())):
+            real = None
+        slots = torch.arange(seen, seen + length, device=device).expand(batch, -1)
+        positions = slots if real is None else torch.where(real, slots, EMPTY)
+        if not self.begun:
+            started = self.first < 0 if real is None else (self.first < 0) & real.any(1)
+            offset: Tensor | int = 0 if real is None else real.int().argmax(1)
+            self.first = torch.where(started, seen + offset, self.first)
+            self.begun = real is None or bool((self.first >= 0).all())
+        prefill = length > 1 or seen == 0
+        self.seen += length
+        if prefill:
+            counts = [length] * batch if real is None else real.sum(1).tolist()
+            self.prompt = [n + more for n, more in zip(self.prompt, counts, strict=True)]
+        else:
+            self.decoded += 1
+        places = (positions - self.first[:, None]).clamp_min(0) if where is None else where.expand(batch, -1)
+        return Arrival(positions, places, self.first, real is not None, self.seen - 1, prefill, self.decoded)
+
+    def _real(self, batch: int, length: int, padding: Tensor) -> Tensor:
         real = padding[:, self.seen : self.seen + length]
         if real.shape != (batch, length):
             raise InputError(
@@ -187,14 +209,15 @@ class Layer(CacheLayerMixin):
                 lane.evict(step, self._now(evictor, self.capacity[i]))
             lane.store(step)
 
-    def _now(self, evictor: Evictor, capacity: Tensor) -> Tensor:
+    def _now(self, evictor: Evictor, capacity: Sequence[int]) -> list[int]:
         """The capacity after `decoded` more tokens: a share of all tokens, unless it is a number or all of them stay."""
         limit = self.seen if self.window is None or evictor.tokens is not None else math.ceil(evictor.budget * self.window)
         if evictor.grows:
-            return capacity.clamp_max(limit) + self.decoded
-        if evictor.tokens is None and self.decoded:
-            capacity = capacity + capacity * self.decoded // self.prompt.clamp_min(1)
-        return capacity.clamp_max(max(limit, evictor.sinks + 1))
+            return [min(c, limit) + self.decoded for c in capacity]
+        limit = max(limit, evictor.sinks + 1)
+        if evictor.tokens is not None:
+            return [min(c, limit) for c in capacity]
+        return [min(c + c * self.decoded // max(n, 1), limit) for c, n in zip(capacity, self.prompt, strict=True)]
 
 
 def base_capacity(evictor: Evictor, prompt: int) -> int:
@@ -208,10 +231,10 @@ def base_capacity(evictor: Evictor, prompt: int) -> int:
     return base
 
 
-def _capacities(evictor: Evictor, prompt: Tensor, index: int, layers: int, heads: Sequence[int]) -> list[Tensor]:
-    """Tokens kept in each lane of a layer, int [B] each."""
+def _capacities(evictor: Evictor, prompt: Sequence[int], index: int, layers: int, heads: Sequence[int]) -> list[list[int]]:
+    """Tokens kept in each lane of a layer, for each row."""
     rows = []
-    for count in prompt.tolist():
+    for count in prompt:
         base = base_capacity(evictor, count)
         weights = _weights(evictor, layers, len(heads))
         flat = [w for layer in weights for w in layer]
@@ -221,7 +244,7 @@ def _capacities(evictor: Evictor, prompt: Tensor, index: int, layers: int, heads
             else [base] * len(flat)
         )
         rows.append(split[index * len(heads) : (index + 1) * len(heads)])
-    return [torch.tensor(column, device=prompt.device) for column in zip(*rows, strict=True)]
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _weights(evictor: Evictor, layers: int, lanes: int) -> list[list[float]]:
@@ -245,7 +268,7 @@ def _by_head(evictor: Evictor | None, index: int, heads: int) -> bool:
 
 def _settle(layers: Sequence[Layer], evictor: Evictor) -> None:
     """Share the budget of all layers by the mass of their scores, then drop."""
-    prompts = layers[0].prompt.tolist()
+    prompts = layers[0].prompt
     counts = []
     for row, prompt in enumerate(prompts):
         curves = []
@@ -258,6 +281,6 @@ def _settle(layers: Sequence[Layer], evictor: Evictor) -> None:
         floor = evictor.sinks + 1
         counts.append([max(c, min(floor, prompt)) for c in prefix_counts(curves, total)])
     for i, layer in enumerate(layers):
-        layer.capacity = [torch.tensor([c[i] for c in counts], device=layer.prompt.device)]
+        layer.capacity = [[c[i] for c in counts]]
         waiting, layer.waiting = layer.waiting, []
         layer._shrink(waiting)

@@ -77,6 +77,10 @@ class Packer(Protocol):
 class Reader(Protocol):
     """Picks, for a single query, the slots that are read; nothing is dropped."""
 
+    def away(self, layer: int) -> bool:
+        """Whether a layer's keys and values are kept in host memory and only what is read is fetched."""
+        ...
+
     def labels(self, keys: Tensor, layer: int, head: int) -> Tensor:
         """What finds tokens later: keys [B, H, n, D] of the heads from `head` on -> [B, H, n, r]."""
         ...
@@ -104,6 +108,8 @@ class Stack:
             if len(found) > 1:
                 raise InputError(f"{_name(found[0])} and {_name(found[1])} both {what}; attach one of them")
         stack = cls(evictors[0] if evictors else None, tuple(packers), readers[0] if readers else None)
+        if stack.reader and stack.reader.away(1 << 30) and (stack.evictor or stack.packers):
+            raise InputError(f"{_name(stack.reader)} with offload=True keeps everything as it is; use it alone")
         joint = [m for side in stack.sides(0) if side for m in side.maps if m.joint]
         if stack.evictor and not stack.evictor.shared and joint:
             raise InputError(
@@ -125,7 +131,7 @@ def _merged(sides: Sequence[Side], what: str) -> Side | None:
         raise InputError(f"two policies quantize the {what}; attach one of them")
     last = (coded or list(sides))[-1]
     maps = tuple(m for s in sides for m in s.maps)
-    return Side(maps, last.codec, max(s.residual for s in sides), max(s.block for s in sides), last.running)
+    return Side(maps, last.codec, max(s.residual for s in sides), max(s.block for s in sides), last.running, last.every)
 
 
 def _name(policy: Any) -> str:

@@ -10,13 +10,17 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def protect(score: Tensor, positions: Tensor, first: Tensor, sinks: int, after: Tensor) -> Tensor:
+def protect(score: Tensor, positions: Tensor, first: Tensor, sinks: int, after: Tensor | int, holes: bool = True) -> Tensor:
     """Scores [B, H, S] with infinity for the first `sinks` tokens and those after position `after`, its negative for none.
 
-    positions int [B, H or 1, S], negative where a slot is empty; first, after: int [B].
+    positions int [B, H or 1, S], negative where a slot is empty, which only those with `holes` have; first: int [B]; after:
+    int [B], or the same for all.
     """
-    kept = (positions < (first + sinks)[:, None, None]) | (positions > after[:, None, None])
-    return score.masked_fill(kept, torch.inf).masked_fill(positions < 0, -torch.inf)
+    kept = positions > (after if isinstance(after, int) else after[:, None, None])
+    if sinks:
+        kept |= positions < (first + sinks)[:, None, None]
+    score = score.masked_fill(kept, torch.inf)
+    return score.masked_fill_(positions < 0, -torch.inf) if holes else score
 
 
 def drop_lowest(score: Tensor, excess: Tensor) -> Tensor:

@@ -9,61 +9,73 @@ from torch import Tensor
 
 from assay.runtime.attention import Step
 from assay.runtime.codecs import Codec, Map, Plain, Side, Tensors
+from assay.runtime.grown import Away, Grown, gather
 
-ROOM = 32
-"""Slots that a tape grows by when single tokens come."""
+DECODED_AT_ONCE = 1 << 18
+"""Numbers that are decoded together: they stay in a processor's cache, and take several times the memory while they are."""
 
 
 class Tape:
     """Slots in the order of their arrival, those of `old` first. Tensors are [B, H, slots, D]."""
 
-    def __init__(self, side: Side | None = None) -> None:
-        self.side = side
+    def __init__(self, side: Side | None = None, away: bool = False) -> None:
+        self.side, self.away = side, away
         self.old = 0
-        self._tokens: Tensors = {}
+        self._tokens: dict[str, Grown] = {}
         self._shared: list[Tensors] = []
-        self._exact = torch.empty(0)
-        self._count = 0
+        self._exact = Away() if away else Grown()
         self._width = 0
 
     def __len__(self) -> int:
-        return self.old + self._count
+        return self.old + len(self._exact)
 
     @property
-    def exact(self) -> int:
-        """Slots that are stored as they came."""
-        return self._count
+    def exact(self) -> Tensor:
+        """The latest slots, stored as they came: [B, H, n, D]."""
+        return self._exact.whole()
 
     def append(self, x: Tensor) -> None:
         """Add new tokens, exact."""
-        need = self._count + x.shape[2]
-        if self._exact.ndim != 4 or need > self._exact.shape[2]:
-            size = need + (ROOM if self._count else 0)
-            grown = x.new_empty(*x.shape[:2], size, x.shape[3])
-            if self._count:
-                grown[:, :, : self._count] = self._exact[:, :, : self._count]
-            self._exact = grown
-        self._exact[:, :, self._count : need] = x
-        self._count = need
+        self._exact.append(x)
 
     def read(self, where: Tensor) -> Tensor:
         """All slots [B, H, slots, D]; where: int [B, slots or 1] text positions of them."""
-        recent = self._exact[:, :, : self._count]
+        return torch.cat([*(self._decoded(b, where) for b in self._blocks()), self.exact], 2) if self.old else self.exact
+
+    def take(self, index: Tensor, where: Tensor) -> Tensor:
+        """Some slots [B, H, n, D]; index: int [B, H, n]."""
+        return gather(self.read(where), index) if self.old else self._exact.take(index)
+
+    def dots(self, query: Tensor, where: Tensor) -> Tensor:
+        """query [B, H, g, D] times every slot: [B, H, g, slots]; stored ones are decoded a block at a time."""
+        recent = query @ self.exact.mT
         if not self.old:
             return recent
-        old = self._codec().decode(self._tokens, self._shared[-1], self._width, self._exact.dtype)
-        for m, shared in reversed(self._maps()):
-            old = m.backward(old, shared, where[:, : self.old])
-        return torch.cat([old, recent], 2)
+        inside = self._in_heads()
+        for m, shared in self._maps() if inside else ():
+            query = m.dual(query, shared)
+        parts = [query @ (self._codes(b) if inside else self._decoded(b, where)).mT for b in self._blocks()]
+        return torch.cat([*parts, recent], -1)
+
+    def mix(self, weights: Tensor, where: Tensor) -> Tensor:
+        """Sum of the slots by weights [B, H, g, slots]: [B, H, g, D]; stored ones are decoded a block at a time."""
+        recent = weights[..., self.old :] @ self.exact
+        if not self.old:
+            return recent
+        inside = self._in_heads()
+        old = sum(weights[..., b] @ (self._codes(b) if inside else self._decoded(b, where)) for b in self._blocks())
+        for m, shared in reversed(self._maps()) if inside else ():
+            old = m.backward(old, shared, where)  # type: ignore[arg-type]
+        return old + recent
 
     def store(self, step: Step, where: Tensor, empty: Tensor | None = None) -> None:
         """Move the tokens that are ready from exact to stored; empty: bool [B, H or 1, slots], slots that hold nothing."""
-        ready = self.side.ready(self._count, step.prefill) if self.side else 0
+        ready = self.side.ready(len(self._exact), step.prefill, step.decoded) if self.side else 0
         if not ready or self.side is None:
             return
         if empty is not None:
-            self._exact[:, :, : self._count].masked_fill_(empty[:, :, self.old :, None], 0)
-        x = self._exact[:, :, :ready]
+            self.exact.masked_fill_(empty[:, :, self.old :, None], 0)
+        x = self.exact[:, :, :ready]
         part = where[:, self.old : self.old + ready]
         if not self._shared:
             self._shared = self._fit(step, where)
@@ -71,54 +83,75 @@ class Tape:
             x = m.forward(x, shared, part)
         self._width = x.shape[-1]
         tokens, self._shared[-1] = self._codec().encode(x, self._shared[-1])
-        if self.old:
-            tokens = {n: torch.cat([self._tokens[n], t.to(self._tokens[n].dtype)], 2) for n, t in tokens.items()}
-        # a view would keep the exact tokens alive
-        self._tokens = {n: t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for n, t in tokens.items()}
+        for name, t in tokens.items():
+            self._tokens.setdefault(name, Grown()).append(t)
         self.old += ready
-        self._exact = self._exact[:, :, ready : self._count].clone()
-        self._count -= ready
+        self._exact.drop_first(ready)
 
     def keep(self, index: Tensor) -> None:
         """Keep these slots only: int [B, H or 1, n]; what is exact behind stored slots must be kept as it is."""
         if not self.old:
-            self._exact = gather(self._exact, index)
-            self._count = index.shape[-1]
+            self._exact.keep(index)
             return
-        old = index[..., : index.shape[-1] - self._count]
-        self._tokens = {name: gather(t, old) for name, t in self._tokens.items()}
+        old = index[..., : index.shape[-1] - len(self._exact)]
+        for grown in self._tokens.values():
+            grown.keep(old)
         self.old = old.shape[-1]
 
     def move_last(self, slot: Tensor) -> None:
-        """Put the last slot where `slot` [B, H or 1] is and forget the last; for tapes without stored slots."""
-        last = self._exact[:, :, self._count - 1 : self._count]
-        self._exact.scatter_(2, slot[..., None, None].expand_as(last), last.clone())
-        self._count -= 1
+        """Put the last slot where `slot` [B, H or 1, 1] is and forget the last; for tapes without stored slots."""
+        self._exact.move_last(slot)
 
     def crop(self, count: int) -> None:
         """Forget the last slots, which must be exact."""
-        self._count -= count
+        self._exact.crop(count)
 
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch."""
-        self._tokens = {n: t[index.to(t.device)] for n, t in self._tokens.items()}
+        for grown in (*self._tokens.values(), self._exact):
+            grown.rows(index)
         self._shared = [{n: t[index.to(t.device)] for n, t in s.items()} for s in self._shared]
-        if self._count or self._exact.ndim == 4:
-            self._exact = self._exact[index.to(self._exact.device)]
 
-    def bytes_per_slot(self) -> float:
-        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included."""
+    def bytes_per_slot(self, half: bool = False) -> float:
+        """Bytes of a slot of all rows and heads in the form in which older ones are stored, shared scales included.
+
+        half: as in a model of 16 bits, whatever this one has.
+        """
         if not self.old:
-            return self._exact[:, :, :1].numel() * self._exact.element_size()
+            return _bytes(self.exact[:, :, :1], half)
         grown = [t for shared in self._shared[-1:] for t in shared.values()]
-        return sum(t.numel() * t.element_size() for t in [*self._tokens.values(), *grown]) / self.old
+        return sum(_bytes(t, half) for t in [*(x.view for x in self._tokens.values()), *grown]) / self.old
+
+    def fixed_bytes(self, half: bool = False) -> float:
+        """Bytes of what maps know of all rows and heads, which doesn't grow."""
+        return sum(_bytes(t, half) for shared in self._shared[:-1] for t in shared.values())
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything held."""
-        yield self._exact
-        yield from self._tokens.values()
+        yield from (grown.data for grown in (self._exact, *self._tokens.values()))
         for shared in self._shared:
             yield from shared.values()
+
+    def _blocks(self) -> Iterator[slice]:
+        """Stored slots, so many at a time that their numbers stay in a processor's cache."""
+        size = max(DECODED_AT_ONCE // (self.exact.shape[0] * self.exact.shape[1] * self.exact.shape[3]), 64)
+        yield from (slice(start, min(start + size, self.old)) for start in range(0, self.old, size))
+
+    def _codes(self, block: slice) -> Tensor:
+        """Stored slots as the codec gives them, before the maps."""
+        tokens = {name: grown.view[:, :, block] for name, grown in self._tokens.items()}
+        return self._codec().decode(tokens, self._shared[-1], self._width, self._exact.data.dtype)
+
+    def _decoded(self, block: slice, where: Tensor) -> Tensor:
+        """Stored slots as they came."""
+        found = self._codes(block)
+        for m, shared in reversed(self._maps()):
+            found = m.backward(found, shared, where[:, block])
+        return found
+
+    def _in_heads(self) -> bool:
+        """Whether the maps treat all tokens of a head alike, so that they can be applied to the query instead."""
+        return not any(m.positional or m.joint for m, _ in self._maps())
 
     def _maps(self) -> list[tuple[Map, Tensors]]:
         return list(zip(self.side.maps, self._shared, strict=False)) if self.side else []
@@ -127,19 +160,15 @@ class Tape:
         return (self.side.codec if self.side else None) or Plain()
 
     def _fit(self, step: Step, where: Tensor) -> list[Tensors]:
-        x, found = self._exact[:, :, : self._count], []
+        x, found = self.exact, []
         for m in self.side.maps if self.side else ():
             found.append(m.fit(x, step))
             x = m.forward(x, found[-1], where)
         return [*found, {}]
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Slots of [B, H or 1, S, ...] by index [B, H or 1, n], in a tensor of its own."""
-    if x.shape[1] == 1:
-        index = index[:, :1]
-    index = index.expand(x.shape[0], x.shape[1], -1)
-    return x.gather(2, index.reshape(*index.shape, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:]))
+def _bytes(x: Tensor, half: bool) -> int:
+    return x.numel() * (2 if half and x.dtype == torch.float32 else x.element_size())
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

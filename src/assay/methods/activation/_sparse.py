@@ -20,21 +20,44 @@ STEP = 0.1
 _Self = TypeVar("_Self", bound="Sparse")
 
 
+class Turn:
+    """Inputs in another orthogonal basis [in, in], turned once for all `readers` that get the same tensor."""
+
+    def __init__(self, basis: Tensor, readers: int) -> None:
+        self.basis, self.readers = basis, readers
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., in]."""
+        if self._last is None or self._last[0] is not x:
+            self._last, self._left = (x, x @ self.basis.to(x.dtype)), self.readers
+        turned, self._left = self._last[1], self._left - 1
+        if not self._left:
+            self._last = None
+        return turned
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Which inputs of a map count: |x| * scale above a threshold; the rest goes through factors [in, r] and [r, out], if any."""
+    """Which inputs of a map count: |x| * scale above a threshold; the rest goes through factors [in, r] and [r, out], if any.
+
+    turn: the basis that inputs are brought to first; `gated` brings the weight to it.
+    """
 
     threshold: float
     scale: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    turn: Turn | None = None
 
     def kept(self, x: Tensor) -> Tensor:
-        """bool [..., in]."""
+        """bool [..., in], of inputs in the gate's basis."""
         size = x.abs() if self.scale is None else x.abs() * self.scale
         return size > self.threshold
 
     def apply(self, linear: nn.Linear, x: Tensor) -> Tensor:
         """Output [..., out] of the masked map."""
+        x = x if self.turn is None else self.turn(x)
         kept = self.kept(x)
         if _skippable(linear, x):
             out = skip_rows(x.flatten(), linear.weight.T, kept.flatten()).view(*x.shape[:-1], -1)
@@ -71,6 +94,10 @@ class Sparse:
         """Factor of each input's size, [in]; weight: [out, in]. None for 1."""
         return None
 
+    def turns(self, maps: Mapping[str, nn.Linear]) -> dict[str, Turn]:
+        """Bases for the inputs of some of a block's maps."""
+        return {}
+
     def gate(self, weight: Tensor, inputs: Tensor, sparsity: float) -> Gate:
         """The gate of a map from a sample of its inputs [n, in]."""
         scale = self.scale(weight)
@@ -85,11 +112,12 @@ class Sparse:
         for prefix, block in blocks(model):
             maps = linears(block)
             seen = _inputs(model, block, maps, ids)
+            seen = replace(seen, turns=self.turns(maps))
             shares = dict.fromkeys(maps, self.sparsity)
             if self.greedy and self.sparsity:
                 shares = self._greedy(block, maps, seen)
             for name, linear in maps.items():
-                gates[f"{prefix}.{name}"] = self.gate(linear.weight.float(), seen.of[name], shares[name])
+                gates[f"{prefix}.{name}"] = self._made(name, linear, seen, shares[name])
         return replace(self, gates=gates)
 
     @contextmanager
@@ -99,6 +127,11 @@ class Sparse:
         with gated(maps, self.gates, self.prompt):
             yield
 
+    def _made(self, name: str, linear: nn.Linear, seen: Seen, share: float) -> Gate:
+        turn, weight, inputs = seen.turns.get(name), linear.weight.float(), seen.of[name]
+        return self.gate(weight, inputs, share) if turn is None else replace(
+            self.gate(weight @ turn.basis, inputs @ turn.basis, share), turn=turn)  # fmt: skip
+
     def _greedy(self, block: nn.Module, maps: Mapping[str, nn.Linear], seen: Seen) -> dict[str, float]:
         """Shares that average to the target over the block's weights."""
         total = sum(m.weight.numel() for m in maps.values())
@@ -107,7 +140,7 @@ class Sparse:
         wanted = seen.run(block)
 
         def error(tried: Mapping[str, float]) -> float:
-            gates = {n: self.gate(m.weight.float(), seen.of[n], tried[n]) for n, m in maps.items() if tried[n] > 0}
+            gates = {n: self._made(n, m, seen, tried[n]) for n, m in maps.items() if tried[n] > 0}
             with gated(maps, gates, True):
                 return float((seen.run(block) - wanted).square().sum())
 
@@ -122,10 +155,11 @@ class Sparse:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Inputs of a block's maps [n, in], and how the block was called with the first two windows."""
+    """Inputs of a block's maps [n, in], how the block was called with the first two windows, and bases of inputs."""
 
     of: dict[str, Tensor]
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+    turns: Mapping[str, Turn] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> Tensor:
         """Outputs of the block for all calls [n, hidden]."""
@@ -136,6 +170,17 @@ class Seen:
 def blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder blocks, by name."""
     return [(str(i), block) for i, block in enumerate(model.base_model.layers)]  # type: ignore[arg-type]
+
+
+def activations(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """The activation of each feed-forward block: the module that holds it, and its name there. Raises InputError."""
+    found = []
+    for _, block in blocks(model):
+        names = [name for name, m in block.mlp.named_children() if not any(isinstance(x, nn.Linear) for x in m.modules())]  # type: ignore[union-attr]
+        if len(names) != 1:
+            raise InputError(f"{model.config.model_type}: its feed-forward blocks have {len(names)} activations; one is needed")
+        found.append((block.mlp, names[0]))
+    return found  # type: ignore[return-value]
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
@@ -163,12 +208,20 @@ def gated(maps: Mapping[str, nn.Linear], gates: Mapping[str, Gate], prompt: bool
 
     def stand_in(linear: nn.Linear, gate: Gate) -> Any:
         plain = linear.forward
-        return lambda x: gate.apply(linear, x) if prompt or x.shape[-2] == 1 else plain(x)
+
+        def act(x: Tensor) -> Tensor:
+            if prompt or x.shape[-2] == 1:
+                return gate.apply(linear, x)
+            return plain(x if gate.turn is None else gate.turn(x))
+
+        return act
 
     chosen = [(maps[name], gate) for name, gate in gates.items()]
     before = [linear.weight.data for linear, _ in chosen]
     for linear, gate in chosen:
         linear.forward = stand_in(linear, gate)  # type: ignore[method-assign]
+        if gate.turn is not None:
+            linear.weight.data = (linear.weight.data.float() @ gate.turn.basis).to(linear.weight.dtype)
         if linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
             linear.weight.data = linear.weight.data.T.contiguous().T
     try:

@@ -12,7 +12,7 @@ from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.policy import Shape, Statistics
 
-SHAPES = ("uniform", "pyramid", "prefix")
+SHAPES = ("uniform", "pyramid", "prefix", "planned")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Evict:
     def observe(self, step: Step, past: Statistics) -> Statistics:
         """Counts nothing."""
         return past
+
+    def score(self, step: Step, past: Statistics) -> Tensor:
+        """Left to each policy."""
+        raise NotImplementedError
 
     def recent(self, capacity: int) -> int:
         """None protected."""

@@ -12,6 +12,9 @@ from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.codecs import WIDTHS, Tensors
 
+EVERY = 8
+"""New tokens wait exact until so many have come: written one by one they would cost more time than they save memory."""
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -58,6 +61,10 @@ class SortedChannels(InHeads):
         """See `Map`."""
         return torch.empty_like(y).scatter_(3, _channels(shared["order"], y.shape[2]), y)
 
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`."""
+        return query.gather(3, _channels(shared["order"], query.shape[2]))
+
 
 @dataclass(frozen=True)
 class KeptChannels(InHeads):
@@ -83,6 +90,10 @@ class KeptChannels(InHeads):
         """See `Map`."""
         whole = y.new_zeros(*y.shape[:3], shared["width"].shape[1])
         return whole.scatter_(3, _channels(shared["channels"], y.shape[2]), y)
+
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`."""
+        return query.gather(3, _channels(shared["channels"], query.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,10 @@ class SmoothedPairs(InHeads):
     def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`."""
         return y * shared["scale"][:, :, None]
+
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`."""
+        return query * shared["scale"][:, :, None]
 
 
 def _channels(index: Tensor, count: int) -> Tensor:

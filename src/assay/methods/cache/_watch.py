@@ -30,10 +30,6 @@ class Watch(Evict):
         self.see(step)
         return past
 
-    def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
-        """Never asked for."""
-        raise NotImplementedError
-
 
 @torch.no_grad()
 def watch(model: PreTrainedModel, ids: Tensor, see: Callable[[Step], None], batch: int = 8) -> None:

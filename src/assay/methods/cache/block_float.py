@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from assay.methods.cache._packing import Packed, SortedChannels, check_bits
+from assay.methods.cache._packing import EVERY, Packed, SortedChannels, check_bits
 from assay.model.errors import InputError
 from assay.runtime.codecs import BlockFloat as Blocks
 from assay.runtime.codecs import Side
@@ -32,7 +32,9 @@ class BlockFloat(Packed):
     def sides(self, layer: int) -> tuple[Side, Side]:
         """See `Packer`."""
         codec = Blocks(self.bits, self.block)
-        return Side((SortedChannels(),) if self.ordered else (), codec, self.residual), Side((), codec, self.residual)
+        return Side((SortedChannels(),) if self.ordered else (), codec, self.residual, every=EVERY), Side(
+            (), codec, self.residual, every=EVERY
+        )
 
 
 METHOD = BlockFloat

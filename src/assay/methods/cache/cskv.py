@@ -41,6 +41,10 @@ class Basis:
         whole = (y[:, 0] @ self.vectors.to(y.dtype).mT).unflatten(2, (shared["heads"].shape[1], -1)).transpose(1, 2)
         return whole if self.rope is None else self.rope.turn(whole, where)
 
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """Never asked for."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class CSKV(Packed):

@@ -20,16 +20,18 @@ class DoubleSparsity:
 
     Channels are those with the largest mean |query * key| of a token with itself on the calibration text, fixed for each
     layer and head. The first `dense` layers and prompts read everything; nothing is dropped, so memory grows by the
-    labels and what falls is what is read.
+    labels and what falls is what is read. offload: keys and values of the other layers lie in pinned host memory (of a
+    model on a CPU: in a mapped file), and each token fetches what it reads; the paper fetches a layer ahead, this doesn't.
     """
 
     verb: ClassVar[str] = "attach"
     needs: ClassVar[tuple[str, ...]] = ("calibration",)
-    paper: ClassVar[str] = "Post-Training Sparse Attention with Double Sparsity (2024), without its offloading"
+    paper: ClassVar[str] = "Post-Training Sparse Attention with Double Sparsity (2024)"
     read: float = 1 / 16
     least: int = 16
     label: float = 0.25
     dense: int = 2
+    offload: bool = False
     channels: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,6 +49,10 @@ class DoubleSparsity:
         watch(model, ids, see)
         count = max(int(self.label * next(iter(sums.values())).shape[-1]), 1)
         return replace(self, channels=tuple(sums[i].topk(count, -1)[1].sort(-1)[0] for i in range(len(sums))))
+
+    def away(self, layer: int) -> bool:
+        """See `Reader`."""
+        return self.offload and layer >= self.dense
 
     def labels(self, keys: Tensor, layer: int, head: int) -> Tensor:
         """See `Reader`."""

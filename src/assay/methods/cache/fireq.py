@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from assay.methods.cache._packing import Packed, SmoothedPairs, check_bits
+from assay.methods.cache._packing import EVERY, Packed, SmoothedPairs, check_bits
 from assay.runtime.codecs import PerToken, Side
 
 
@@ -27,7 +27,9 @@ class FireQ(Packed):
     def sides(self, layer: int) -> tuple[Side, Side]:
         """See `Packer`."""
         codec = PerToken(self.bits, self.group)
-        return Side((SmoothedPairs(self.outliers),), codec, self.residual), Side((), codec, self.residual)
+        return Side((SmoothedPairs(self.outliers),), codec, self.residual, every=EVERY), Side(
+            (), codec, self.residual, every=EVERY
+        )
 
 
 METHOD = FireQ

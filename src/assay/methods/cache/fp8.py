@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from assay.methods.cache._packing import Packed
+from assay.methods.cache._packing import EVERY, Packed
 from assay.runtime.codecs import Float8, Side
 
 
@@ -18,7 +18,7 @@ class FP8(Packed):
 
     def sides(self, layer: int) -> tuple[Side, Side]:
         """See `Packer`."""
-        return Side((), Float8(), self.residual), Side((), Float8(), self.residual)
+        return Side((), Float8(), self.residual, every=EVERY), Side((), Float8(), self.residual, every=EVERY)
 
 
 METHOD = FP8

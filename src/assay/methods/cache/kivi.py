@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from assay.methods.cache._packing import Packed, check_bits, check_residual
+from assay.methods.cache._packing import EVERY, Packed, check_bits, check_residual
 from assay.runtime.codecs import PerChannel, PerToken, Side
 
 
@@ -13,7 +13,8 @@ from assay.runtime.codecs import PerChannel, PerToken, Side
 class Kivi(Packed):
     """Asymmetric integers: keys a scale for each channel of `group` tokens, values for `group` channels of a token.
 
-    Keys are written `residual` at a time, values when `residual` later ones are there; what is written never changes.
+    Keys are written `residual` at a time, values, eight at a time, when `residual` later
+    ones are there; what is written never changes.
     """
 
     paper: ClassVar[str] = "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache (2024)"
@@ -29,7 +30,7 @@ class Kivi(Packed):
         """See `Packer`."""
         return (
             Side((), PerChannel(self.bits, self.group), 0, self.residual),
-            Side((), PerToken(self.bits, self.group), self.residual),
+            Side((), PerToken(self.bits, self.group), self.residual, every=EVERY),
         )
 
 

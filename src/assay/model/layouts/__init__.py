@@ -30,7 +30,7 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
     reader = READERS.get(method or "")
     try:
         found = reader(config, stored) if reader else {}
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, re.error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"config.json and the weight files don't belong together as {method} ({reason})") from error
     taken = {part for tensor in found.values() for part in tensor.parts.values()}

@@ -1,0 +1,122 @@
+"""A tensor of slots that grows, shrinks and forgets in place."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOM = 32
+SHARE = 64
+
+
+class Grown:
+    """A tensor [B, H or 1, slots, ...]; `view` is what is in use of `data`, which keeps room for tokens to come.
+
+    The room is 1/64 of the slots and at least 32 of them, so a token more is a copy of the whole once in so many steps.
+    """
+
+    def __init__(self) -> None:
+        self.data = self.view = torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.view.shape[2] if self.view.ndim > 2 else 0
+
+    def append(self, x: Tensor) -> None:
+        """Add slots; the first come without room."""
+        count = len(self)
+        if self.view.ndim < 3:
+            self.put(x.clone() if x.untyped_storage().nbytes() > x.nbytes else x)
+            return
+        need, dtype = count + x.shape[2], torch.promote_types(self.view.dtype, x.dtype)
+        if need > self.data.shape[2] or dtype != self.data.dtype:
+            grown = self._room((*self.view.shape[:2], need + max(ROOM, count // SHARE), *x.shape[3:]), dtype, x.device)
+            grown[:, :, :count] = self.view
+            self.data = grown
+        self.data[:, :, count:need] = x
+        self.view = self.data[:, :, :need]
+
+    def put(self, x: Tensor) -> None:
+        """Hold this tensor instead."""
+        self.data = self.view = x
+
+    def whole(self) -> Tensor:
+        """All slots, where the model computes."""
+        return self.view
+
+    def take(self, index: Tensor) -> Tensor:
+        """Slots int [B, H or 1, n], where the model computes."""
+        return gather(self.view, index)
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    def keep(self, index: Tensor) -> None:
+        """Keep these slots only: int [B, H or 1, n]."""
+        self.put(gather(self.view, index))
+
+    def move_last(self, slot: Tensor) -> None:
+        """Put the last slot where `slot` [B, H or 1, 1] is, and forget the last."""
+        count = len(self)
+        last = self.data[:, :, count - 1 : count]
+        place = slot.view(*slot.shape, *[1] * (last.ndim - slot.ndim)).expand_as(last)
+        self.data.scatter_(2, place, last.clone())
+        self.view = self.data[:, :, : count - 1]
+
+    def drop_first(self, count: int) -> None:
+        """Forget the first slots and the room."""
+        self.put(self.view[:, :, count:].clone())
+
+    def crop(self, count: int) -> None:
+        """Forget the last slots."""
+        self.view = self.data[:, :, : len(self) - count]
+
+    def rows(self, index: Tensor) -> None:
+        """Take these rows of the batch."""
+        if self.view.ndim > 2:
+            self.put(self.view[index.to(self.view.device)])
+
+
+class Away(Grown):
+    """Slots that don't lie where the model computes: in pinned host memory for a GPU, in a file mapped into memory for a CPU.
+
+    The file has no name, so nothing is left of it when the cache goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+
+    def put(self, x: Tensor) -> None:
+        """Hold a copy."""
+        self.device = x.device if self.view.ndim < 3 else self.device
+        held = self._room(x.shape, x.dtype, self.device)
+        super().put(held.copy_(x))
+
+    def whole(self) -> Tensor:
+        """All slots, brought to where the model computes."""
+        return self.view.to(self.device)
+
+    def take(self, index: Tensor) -> Tensor:
+        """These slots only are brought."""
+        return gather(self.view, index.to(self.view.device)).to(self.device, non_blocking=True)
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type != "cpu":
+            return torch.empty(*shape, dtype=dtype, pin_memory=True)
+        size = math.prod(shape) * dtype.itemsize
+        with tempfile.TemporaryFile() as file:
+            mapped = np.memmap(file, np.uint8, "w+", shape=(max(size, 1),))
+        return torch.from_numpy(mapped)[:size].view(dtype).view(*shape)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Slots of [B, H or 1, S, ...] by index [B, H or 1, n], in a tensor of its own."""
+    if x.shape[1] == 1:
+        index = index[:, :1]
+    index = index.expand(x.shape[0], x.shape[1], -1)
+    return x.gather(2, index.reshape(*index.shape, *[1] * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:]))
