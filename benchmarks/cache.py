@@ -1,6 +1,6 @@
-"""Cache policies: recall and KL against memory kept, beside kvpress; decode time and bytes against context length.
+"""Cache policies: recall and KL against memory kept, beside kvpress. Time and memory: cache_speed.py.
 
-python benchmarks/cache.py [--texts 12] [--trials 32] [--contexts 1024 4096 16384] [--rows FILE]
+python benchmarks/cache.py [--texts 12] [--trials 32] [--rows FILE]
 
 Rows are appended to FILE as they are measured, and rows that are there are not measured again.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import _cache_tasks as tasks_of
 import torch
 from _harness import CALIBRATION_TEXT, JUDGE_TEXT, ROOT, arguments, machine, table, token_windows, work_folder, write
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import assay
 
@@ -32,6 +31,7 @@ EVICTORS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "prefixkv": (("prefixkv",), {}),
     "streaming_llm, generated stay": (("streaming_llm",), {"grows": True}), "h2o, generated stay": (("h2o",), {"grows": True}),
     "snapkv, prefix budgets": (("snapkv",), {"shape": "prefix"}),
+    "snapkv, planned budgets": (("snapkv",), {"shape": "planned"}),
 }  # fmt: skip
 STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "fp8": (("fp8",), {}), "kivi 4": (("kivi",), {"bits": 4}), "kivi 2": (("kivi",), {"bits": 2}),
@@ -43,8 +43,6 @@ STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "double_sparsity, 1/4 read": (("double_sparsity",), {"read": 0.25}),
     "double_sparsity, 1/16 read": (("double_sparsity",), {"read": 1 / 16}),
 }  # fmt: skip
-TIMED = ("dense", "frame alone", "streaming_llm", "h2o", "scissorhands", "snapkv", "prefixkv", "kivi 4", "fp8",
-         "block_float 4", "think 0.4", "double_sparsity, 1/16 read")  # fmt: skip
 
 
 class Rows:
@@ -120,37 +118,6 @@ def peers(rows: Rows, model_folder: Path, sizes: tuple[int, int]) -> None:
             rows.put(json.loads(line))
 
 
-def timed(rows: Rows, contexts: list[int]) -> None:
-    """Milliseconds of processor time of a decode step, and bytes of the cache, of a random Llama with long contexts."""
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
-                         num_key_value_heads=2, vocab_size=1024, max_position_embeddings=1 << 18)  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    for length in contexts:
-        ids = torch.randint(3, 1000, (1, length + 40))
-        for name in TIMED:
-            rows.add({"who": "time", "policy": name, "context": length}, lambda n=name, i=ids: _decode(model, n, i))
-
-
-@torch.no_grad()
-def _decode(model: LlamaForCausalLM, name: str, ids: torch.Tensor) -> dict[str, Any]:
-    names, options = {"dense": ((), {}), "frame alone": (("streaming_llm",), {"budget": 1.0})}.get(name) or (
-        EVICTORS[name] if name in EVICTORS else STORED[name]
-    )
-    options = options | ({"budget": 0.25} if name in EVICTORS else {}) | ({"dense": 0} if "double" in name else {})
-    with assay.attach(model, *names, calibration=ids[:, :512], **options) if names else nullcontext() as held:
-        start = time.process_time()
-        cache = model(ids[:, :-40], use_cache=True, logits_to_keep=1).past_key_values
-        prefill = time.process_time() - start
-        nbytes = held.nbytes if held else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
-        steps = []
-        for i in range(ids.shape[1] - 40, ids.shape[1]):
-            start = time.process_time()
-            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-            steps.append(time.process_time() - start)
-    return {"prefill_s": prefill, "step_ms": 1000 * sorted(steps)[len(steps) // 4], "bytes": nbytes}
-
-
 def report(rows: Rows) -> str:
     """The tables."""
     lines = []
@@ -165,13 +132,8 @@ def report(rows: Rows) -> str:
     head = ("kept", "policy", "whose", "bytes / dense", "KL, nats", "recall, question in the prompt", "recall, question later")
     stored = [[r["policy"], f"{r['bytes']:.3f}", f"{r['kl']:.5f}", f"{r['known']:.0%}", f"{r['later']:.0%}"]
               for r in sorted(rows.found(who="ours", share=None), key=lambda r: r["kl"])]  # fmt: skip
-    times = rows.found(who="time")
-    contexts = sorted({r["context"] for r in times})
-    clock = [[name, *(f"{r['step_ms']:.1f} ms, {r['bytes'] / 1e6:.2f} MB" for c in contexts
-                      for r in rows.found(who="time", policy=name, context=c))] for name in TIMED]  # fmt: skip
     return "\n\n".join((
         table(head, lines), table(("stored smaller", "bytes / dense", *head[4:]), stored),
-        table(("policy", *(f"{c} tokens" for c in contexts)), [x for x in clock if len(x) == 1 + len(contexts)]),
     ))  # fmt: skip
 
 
@@ -180,7 +142,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--trials", type=int, default=32)
-    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 16384])
     parser.add_argument("--rows", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -189,7 +150,6 @@ def main() -> None:
     sizes = (given.texts, given.trials)
     quality(rows, given.model, sizes)
     peers(rows, given.model, sizes)
-    timed(rows, given.contexts)
     write(folder, "cache", f"{machine(given.threads)}\n\n{report(rows)}", rows.rows)
 
 

@@ -1,15 +1,19 @@
 """Decode speed and memory of cache policies against context length, each step beside a dense one of the same model.
 
 python benchmarks/cache_speed.py [--contexts 256 1024 4096 16384] [--policies NAME ...] [--layers 16] [--rows FILE]
+python benchmarks/cache_speed.py --peak NAME --contexts 8192 --layers 4
 
-Dense and policy take turns, token by token, on the same weights; so what else runs on the machine meets both.
+Dense and policy take turns, token by token, on the same weights; so what else runs on the machine meets both. With --peak
+a process of its own decodes with one policy only (or "dense") and reports how far its memory rises above the weights.
 Rows are appended to FILE as they are measured, and rows that are there are not measured again.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -38,9 +42,9 @@ def policy(name: str) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 @torch.no_grad()
-def measure(model: LlamaForCausalLM, dense: Any, name: str, ids: Tensor) -> dict[str, Any]:
+def measure(given: LlamaForCausalLM, dense: Any, name: str, ids: Tensor) -> dict[str, Any]:
     """Milliseconds of processor time of both, their ratio with quartiles over pairs of steps, and memory in bytes."""
-    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    other = copy.deepcopy(given, {id(p): p for p in given.parameters()})
     names, options = policy(name)
     prompt = ids.shape[1] - STEPS - WARM
     times: list[tuple[float, float]] = []
@@ -49,52 +53,71 @@ def measure(model: LlamaForCausalLM, dense: Any, name: str, ids: Tensor) -> dict
         cache = other(ids[:, :prompt], use_cache=True, logits_to_keep=1).past_key_values
         prefill = time.process_time() - start
         nbytes = held.nbytes
-        before = resident(reset=True)
         for i in range(prompt, ids.shape[1]):
-            pair = [_step(m, c, ids[:, i : i + 1]) for m, c in ((model, dense), (other, cache))]
+            pair = [_step(m, c, ids[:, i : i + 1]) for m, c in ((given, dense), (other, cache))]
             times.append((pair[0], pair[1]))
-        peak = resident()
     dense.crop(-(STEPS + WARM))
     kept = times[WARM:]
     low, middle, high = quantiles([b / a for a, b in kept], n=4)
     mean = sum(b for _, b in kept) / sum(a for a, _ in kept)
     return {"dense_ms": 1000 * quantiles([a for a, _ in kept])[1], "ms": 1000 * quantiles([b for _, b in kept])[1],
-            "ratio": middle, "low": low, "high": high, "mean": mean, "bytes": nbytes, "prefill_s": prefill,
-            "grown": peak - before}  # fmt: skip
+            "ratio": middle, "low": low, "high": high, "mean": mean, "bytes": nbytes, "prefill_s": prefill}  # fmt: skip
 
 
-def resident(reset: bool = False) -> int:
-    """The most bytes of this process that were in memory since the last reset."""
-    if reset:
+@torch.no_grad()
+def peak(name: str, layers: int, context: int) -> dict[str, float]:
+    """MiB above the weights that this process holds after a prompt, and at most while it decodes."""
+    given = model(layers)
+    ids = torch.randint(3, 8000, (1, context + STEPS))
+    trim = ctypes.CDLL("libc.so.6").malloc_trim
+    trim(0)
+    weights = _status("VmRSS")
+    names, options = policy(name) if name != "dense" else ((), {})
+    with assay.attach(given, *names, calibration=ids[:, :256], **options) if names else nullcontext():
+        cache = given(ids[:, :context], use_cache=True, logits_to_keep=1).past_key_values
+        trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        held = _status("VmRSS")
+        for i in range(context, ids.shape[1]):
+            given(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        most = _status("VmHWM")
+    return {"held": (held - weights) / MIB, "peak": (most - weights) / MIB}
+
+
+def _status(key: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
     return 1024 * int(line.split()[1])
 
 
-def _step(model: LlamaForCausalLM, cache: Any, token: Tensor) -> float:
+def model(layers: int) -> LlamaForCausalLM:
+    """A random Llama, 1024 wide, 16 heads of 64 and 4 key heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
+                         num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1 << 17)  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _step(given: LlamaForCausalLM, cache: Any, token: Tensor) -> float:
     start = time.process_time()
-    model(token, past_key_values=cache, use_cache=True)
+    given(token, past_key_values=cache, use_cache=True)
     return time.process_time() - start
 
 
 @torch.no_grad()
 def timed(rows: Rows, layers: int, contexts: list[int], policies: list[str]) -> None:
-    """Rows of a random Llama, 1024 wide, 16 heads of 64 and 4 key heads."""
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
-                         num_key_value_heads=4, vocab_size=8192, max_position_embeddings=1 << 17)  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    """Rows of what is missing."""
+    given = model(layers)
     for context in contexts:
         todo = [p for p in policies if not rows.found(layers=layers, context=context, policy=p)]
         if not todo:
             continue
         ids = torch.randint(3, 8000, (1, context + STEPS + WARM))
         start = time.process_time()
-        dense = model(ids[:, :context], use_cache=True, logits_to_keep=1).past_key_values
+        dense = given(ids[:, :context], use_cache=True, logits_to_keep=1).past_key_values
         prefill, nbytes = time.process_time() - start, sum(x.keys.nbytes + x.values.nbytes for x in dense.layers)
         for name in todo:
             shared = {"layers": layers, "context": context, "policy": name, "dense_bytes": nbytes, "dense_prefill_s": prefill}
-            rows.put(shared | measure(model, dense, name, ids))
+            rows.put(shared | measure(given, dense, name, ids))
             print(rows.rows[-1], flush=True)
 
 
@@ -122,8 +145,13 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=list(POLICIES))
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--peak")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    if given.peak:
+        for context in given.contexts:
+            print(given.peak, given.layers, context, peak(given.peak, given.layers, context), flush=True)
+        return
     folder = work_folder(given.out)
     rows = Rows(given.rows or folder / "cache_speed.jsonl")
     timed(rows, given.layers, given.contexts, given.policies)

@@ -1,6 +1,6 @@
 """One budget for weights and cache against the best pair of separate plans, by measured KL in the regime of decoding.
 
-python benchmarks/joint.py [--model DIR|builtin] [--method trellis] [--context 1k] [--evict snapkv]
+python benchmarks/joint.py [--model DIR|builtin] [--method trellis] [--context 1k] [--batch 8] [--evict snapkv]
 
 At five budgets of memory: the joint plan, and each cache type for all layers with the best plan of the weights in the bytes
 that it leaves. Measured on text that calibration never saw: three quarters of a window go through the compressed model as a
@@ -26,7 +26,7 @@ from assay import engines
 from assay.budget import plans
 from assay.budget.plan import Plan
 from assay.budget.size import Budget
-from assay.cache_pricing import WINDOW, WINDOWS
+from assay.cache_pricing import FITTED, WINDOW, WINDOWS
 from assay.evolving import LevelStore
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
@@ -38,7 +38,7 @@ from assay.run import open_model
 from assay.runtime.policy import Stack
 
 ENGINE = "assay"
-SHARES = (0.02, 0.1, 0.2, 0.35, 0.6)
+SHARES = (0.05, 0.15, 0.25, 0.4, 0.6)
 """Of the way from the least memory that is possible to that of the largest weights beside an exact cache."""
 
 
@@ -60,8 +60,8 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         vocabulary = self.streamed.vocabulary
-        count = WINDOWS * WINDOW
-        self.calibration: Tensor = windows(source, text, "calibration", count, WINDOW, vocabulary).ids
+        count = (WINDOWS + FITTED) * WINDOW
+        self.calibration: Tensor = windows(source, text, "calibration", count, WINDOW, vocabulary).ids[WINDOWS:]
         judge = None if shipped else JUDGE_TEXT
         ids = windows(source, judge, "evaluation", judged, WINDOW, vocabulary).ids
         self.parts = list(ids.split(24))
@@ -152,8 +152,8 @@ def main() -> None:
     parser.set_defaults(model=str(MODEL))
     parser.add_argument("--method", default="trellis")
     parser.add_argument("--context", default="1k")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=24_576, help="of the judge, a quarter of which is predicted")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=12_288, help="of the judge, a quarter of which is predicted")
     parser.add_argument("--evict", default=None, help="let the joint plan drop tokens by this policy")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

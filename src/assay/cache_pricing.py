@@ -25,7 +25,8 @@ from assay.runtime.hook import Attached
 from assay.runtime.policy import Packer, Stack
 
 EVICT, SHARES = ("snapkv", "streaming_llm"), (0.5, 0.25, 0.12)
-WINDOWS, WINDOW = 8, 256
+WINDOWS, WINDOW, FITTED = 8, 256, 24
+"""Windows that are priced on, their tokens, and the windows after them that levels which need text are fitted to."""
 POSITION = 4
 """Bytes of a position."""
 SIDES = ("keys", "values")
@@ -145,11 +146,14 @@ def price_cache(
 ) -> list[CachePrice]:
     """Prices of a checkpoint's cache, written into the folder of its profile; those of the same text that are there stay."""
     checkpoint = Checkpoint.open(source)
-    text = windows(checkpoint, calibration, "calibration", WINDOWS * WINDOW, WINDOW, StreamedModel(checkpoint).vocabulary)
+    text = windows(
+        checkpoint, calibration, "calibration", (WINDOWS + FITTED) * WINDOW, WINDOW, StreamedModel(checkpoint).vocabulary
+    )
     facts = {"text": text.digest, "model": checkpoint.fingerprint, "levels": [*levels(), *engine_levels(), *EVICT, *SHARES]}
     if (Path(folder) / FILE).exists() and read_note(Path(folder) / FILE, "damaged").get("facts") == facts:
         return load(Path(folder)) or []
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-    prices = cache_prices(model, text.ids, progress=progress)
+    apart = text.ids[WINDOWS:] if len(text.ids) >= 2 * WINDOWS else text.ids
+    prices = cache_prices(model, text.ids[:WINDOWS], calibration=apart, progress=progress)
     save(Path(folder), prices, facts)
     return prices

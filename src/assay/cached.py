@@ -24,7 +24,7 @@ from assay.runtime.policy import Stack
 
 KEPT_BYTES = 1 << 28
 """Of the original's log-probabilities that are in memory."""
-PART = 8
+PART, FITTED = 8, 4
 REGIME = "three quarters of each window as a prompt, the last quarter predicted from the cache"
 
 
@@ -52,7 +52,9 @@ def measured(folder: Path, original: StreamedModel, recipe: dict[str, Any], judg
     del whole
     model = load(folder, kernels=False).float().eval()
     text = recall(original.checkpoint, recipe["calibration"], original.vocabulary, "the cache").ids if _needs(attached) else None
-    fitted = [p.calibrated(model, text[: 4 * PART]) if text is not None and "calibration" in p.needs else p for p in attached]
+    fitted = [
+        p.calibrated(model, text[: FITTED * PART]) if text is not None and "calibration" in p.needs else p for p in attached
+    ]
     alone, both = (_kl(reference, torch.cat(found)) for found in _tails(model, ids, [Stack(), Stack.of(fitted)]))
     low, high = interval(both)
     return {

@@ -152,13 +152,13 @@ class Clock:
 
 def rehearse(
     model: StreamedModel, compress: Compress, budget: Mapping[str, Any], settings: Mapping[str, Any],
-    tokens: int, result: int, *, profiled: bool, planned: bool, whole: bool, near: Path,
+    tokens: int, result: int, *, profiled: bool, planned: bool, stays: Sequence[str] | None, near: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress the first two blocks in a folder that goes again, and say what the whole will take.
 
     compress: `run.compress`; settings: its further options; result: bytes that the whole is expected to have;
-    profiled, planned: whether a profile or a plan is there already; whole: whether the embedding and the head are
-    compressed too. Returns seconds, memory and disk, and seconds by stage.
+    profiled, planned: whether a profile or a plan is there already; stays: tensors that nothing compresses, where the budget
+    counts what lies outside the blocks, else None. Returns seconds, memory and disk, and seconds by stage.
     """
     clock, used = Clock(), min(tokens, REHEARSED_TOKENS)
     with tempfile.TemporaryDirectory(prefix=".assay-rehearsal-", dir=near) as folder:
@@ -168,7 +168,7 @@ def rehearse(
         memory.release()
         memory.forget_peak()
         started = perf_counter()
-        like = {"size": _size(short, budget["bits"])} if whole else budget
+        like = {"size": _size(short, budget["bits"], stays)} if stays is not None else budget
         done = compress(str(copy), Path(folder) / "out", tokens=used, progress=clock, **settings, **like)
         ended, high = perf_counter(), memory.peak()
         written = Checkpoint.open(Path(folder) / "out")
@@ -262,7 +262,7 @@ def told(
     tensors = ahead.tensors - _lossless(model, contract, ahead.stays)
     like = _like(model, budget, ahead)
     found = rehearse(model, compress, like, settings, tokens, tensors, profiled=profiled, planned=planned,
-                     whole=bool(budget.get("size") or budget.get("memory")), near=near)  # fmt: skip
+                     stays=ahead.stays if budget.get("size") or budget.get("memory") else None, near=near)  # fmt: skip
     nbytes = tensors + found.pop("header_bytes") if contract.layout != "plain" else model.checkpoint.weight_bytes
     if polish is not None:
         found["seconds"] += 60 * polish
@@ -284,9 +284,10 @@ def _lossless(model: StreamedModel, contract: Contract, stays: Sequence[str]) ->
     return sum(model.checkpoint.kept_nbytes(n) - write.kept_nbytes(model.checkpoint, n, contract) for n in stays)
 
 
-def _size(model: StreamedModel, bits: float) -> int:
-    """Bytes of weight files where every matrix takes so many bits a weight, with room for headers."""
-    sites = model.anatomy.sites.values()
+def _size(model: StreamedModel, bits: float, stays: Sequence[str]) -> int:
+    """Bytes of weight files where every matrix but those that stay takes so many bits a weight, with room for headers."""
+    kept = set(stays)
+    sites = [site for site in model.anatomy.sites.values() if site.name not in kept]
     rest = model.checkpoint.kept_file_bytes - sum(model.checkpoint.kept_nbytes(n) for n in {s.name for s in sites})
     return rest + sum(math.ceil(s.count * bits / 8) for s in sites) + ROOM_PER_SITE * len(model.anatomy.sites)
 

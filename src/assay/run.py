@@ -245,13 +245,12 @@ def compress(
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, compute: str = "float32", batches: Sequence[int] = (), tasks: Sequence[str] = (),
-    limit: int | None = None, progress: Progress | None = None,
+    window: int | None = None, tasks: Sequence[str] = (), limit: int | None = None, compute: str = "float32",
+    batches: Sequence[int] = (), progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw.
+    """Measure a result against its original on text that calibration never saw; and on `limit` examples of lm-eval's tasks.
 
-    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures;
-    tasks: of lm-eval, `limit` examples of each, for both models as well.
+    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures.
     """
     progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
     repeat.check(compute, batches)

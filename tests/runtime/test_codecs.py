@@ -55,6 +55,21 @@ def test_eight_bits_are_close_and_equal_values_exact(codec, dtype: torch.dtype) 
     assert error(codec, torch.zeros_like(same)) == 0
 
 
+@pytest.mark.parametrize("codec", [
+    *(PerToken(b, 16) for b in (1, 2, 4, 8)), *(PerChannel(b, 8) for b in (1, 2, 4, 8)), Float8(),
+    *(BlockFloat(b, 16) for b in (2, 4, 8)),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_decode_what_torch_decodes(codec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, from views of larger tensors too, whatever the size of the numbers."""
+    x = (tensor(2, 3, 40, 20) * torch.logspace(-6, 3, 20)).to(dtype)
+    tokens, shared = codec.encode(x, {})
+    part = {name: t[:, :, 8:24] for name, t in tokens.items()}
+    ours = codec.decode(part, shared, 20, dtype)
+    monkeypatch.setattr("assay.runtime.unpacking.runs_on", lambda *tensors: False)
+    assert torch.equal(ours, codec.decode(part, shared, 20, dtype))
+
+
 def test_an_outlier_channel_wants_scales_by_channel() -> None:
     x = tensor(1, 2, 64, 32)
     x[..., 5] += 30

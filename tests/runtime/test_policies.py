@@ -41,9 +41,11 @@ def test_a_full_budget_changes_nothing(name: str, family: str) -> None:
     assert torch.equal(again, dense), "the model is not as it was before"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("name", EVICTORS)
-def test_dropping_is_masking(name: str, family: str) -> None:
+@pytest.mark.parametrize(("family", "name"), [
+    *itertools.product(("llama", "gemma2"), EVICTORS),
+    *itertools.product([f for f in FAMILIES if f not in ("llama", "gemma2")], ("h2o", "snapkv")),
+])  # fmt: skip
+def test_dropping_is_masking(family: str, name: str) -> None:
     """A full cache whose dropped columns are masked gives the same logits, step by step."""
     found, (ids, mask) = model(family), padded(5)
     allowed: dict[tuple[int, int], Tensor] = {}
@@ -174,6 +176,79 @@ def test_a_prompt_may_come_in_chunks(name: str) -> None:
     with assay.attach(found, name, budget=1.0):
         ours, _ = run(found, ids, prompt=80, chunk=16)
     torch.testing.assert_close(ours, dense, atol=2e-5, rtol=2e-5)
+
+
+CLOSE: dict[str, dict[str, Any]] = {
+    "kivi": {"bits": 8, "group": 4, "residual": 4}, "fp8": {}, "block_float": {"bits": 8, "residual": 4},
+    "fireq": {"bits": 8, "residual": 4}, "think": {"thin": 0.0}, "cskv": {"density": 1.0, "window": 8},
+    "double_sparsity": {"read": 1.0},
+}  # fmt: skip
+"""Options with which a policy that stores or reads otherwise changes next to nothing."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", CLOSE)
+def test_stored_tokens_serve_chunks_and_every_family(name: str, family: str) -> None:
+    """A prompt in chunks, left padding and single tokens, read from codes of eight bits: close to the dense model."""
+    found, (ids, mask) = model(family), padded(6, 60)
+    dense, _ = run(found, ids, mask, prompt=50)
+    with assay.attach(found, name, calibration=text(4), **CLOSE[name]) as attached:
+        ours, _ = run(found, ids, mask, prompt=50, chunk=17)
+        stored = max(lane.keys.old for layer in attached.layers for lane in layer.lanes)
+    assert stored >= 30 or name in ("think", "double_sparsity")
+    real = mask.bool()
+    lost = (ours - dense)[real].abs().max(-1)[0]
+    # these heads attend sharply, which makes much of a little; a token in the wrong place would cost a deviation
+    share = 1e-4 if name in ("think", "cskv", "double_sparsity") else 0.3 if name == "fp8" else 0.1
+    assert lost.median() < share * dense[real].std()
+
+
+@pytest.mark.parametrize("name", ["fp8", "block_float", "fireq"])
+def test_a_row_is_stored_as_it_is_alone(name: str) -> None:
+    """Beside a longer row: the same tokens are codes and the same are exact at every step."""
+    found, (ids, mask) = model(), padded(9, 60)
+    with assay.attach(found, name, **{k: v for k, v in CLOSE[name].items() if k != "bits"}):
+        both, _ = run(found, ids, mask, prompt=50)
+        alone, _ = run(found, ids[1:, 9:], prompt=41)
+    torch.testing.assert_close(both[1:, 9:], alone, atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n not in EVICTORS])
+def test_later_tokens_do_not_change_what_was_said(name: str) -> None:
+    """Nothing of a later token reaches the logits of an earlier one, codes and choices of what is read included."""
+    found, ids = model(), text(1, 60)
+    other = ids.clone()
+    other[:, 52:] = text(1, 60, seed=9)[:, 52:]
+    with assay.attach(found, name, calibration=text(4)):
+        logits = [run(found, given, prompt=40)[0] for given in (ids, other)]
+    assert torch.equal(logits[0][:, :52], logits[1][:, :52])
+    assert not torch.equal(logits[0][:, 52:], logits[1][:, 52:])
+
+
+def test_a_cache_of_codes_reads_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single queries decode stored tokens some at a time; how many makes no difference."""
+    found, ids = model(), text(2, 110)
+    results = []
+    for size in (1 << 18, 1):
+        monkeypatch.setattr("assay.runtime.tape.DECODED_AT_ONCE", size)
+        with assay.attach(found, "kivi", bits=4, group=8, residual=8):
+            results.append(run(found, ids, prompt=100)[0])
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("beyond", ["h2o", "streaming_llm"])
+def test_reading_less_and_dropping_go_together(beyond: str) -> None:
+    """What is not read gets no attention; at a full budget nothing but the reading changes."""
+    found, ids = model(), text(2)
+    options = {"calibration": text(4), "read": 0.5, "least": 4, "dense": 0}
+    with assay.attach(found, "double_sparsity", **options):
+        alone, _ = run(found, ids)
+    with assay.attach(found, beyond, "double_sparsity", budget=1.0, **options):
+        both, _ = run(found, ids)
+    torch.testing.assert_close(both, alone, atol=1e-5, rtol=1e-5)
+    with assay.attach(found, beyond, "double_sparsity", budget=0.4, **options) as attached:
+        run(found, ids)
+        assert max(len(lane) for layer in attached.layers for lane in layer.lanes) <= 16
 
 
 def test_keyformer_without_noise_is_h2o() -> None:

@@ -39,6 +39,7 @@ def test_bad_budgets(options: dict[str, Any], says: str) -> None:
     (("snapkv",), {"kernel": 4}, "odd"), (("double_sparsity",), {"read": 0.0, "calibration": text(2)}, "above 0"),
     (("cskv", "h2o"), {"calibration": text(2)}, "stores heads together"),
     (("cskv",), {"calibration": torch.zeros(3)}, "token ids"),
+    (("double_sparsity", "kivi"), {"offload": True, "calibration": text(2)}, "use it alone"),
 ])  # fmt: skip
 def test_bad_policies(policies: tuple[str, ...], options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -15,12 +15,11 @@ from assay.engines.serving import CacheType, Server, server
 from assay.measure.footprint import Footprint
 from assay.model.errors import InputError
 from assay.model.files import read_note, save_note
+from assay.runtime.grown import ROOM, SHARE
 
 FILE = "cache.json"
 EXACT, ALL = "exact", "fp16"
 HALF = 2
-ROOM = 32
-"""Slots that a cache of assay's own grows by."""
 MOST_POINTS = 512
 
 
@@ -225,13 +224,17 @@ class CacheMenu:
             bits = latent * keys if latent else own.keys * keys + own.values * values
             return (math.ceil(kept * bits / 8) + own.state) * self.load.batch
         kept = math.ceil(one.share * tokens)
-        total = self._beside(layer, one, evict) * kept
+        room = max(ROOM, kept // SHARE)
+        total = self._beside(layer, one, evict) * (kept + room)
         once = 0
         for side, name, elements in (("keys", one.keys, own.keys), ("values", one.values, own.values)):
             exact, level = HALF * elements, self.types[name].price
-            price = self.prices[layer, side, level] if level != EXACT else CachePrice(layer, side, EXACT, exact, 0.0)
-            waiting = min(kept, price.waiting + ROOM)
-            total += price.bytes_per_token * (kept - min(kept, price.waiting)) + exact * waiting + price.fixed
+            if level == EXACT:
+                total += exact * (kept + room)
+                continue
+            price = self.prices[layer, side, level]
+            waiting = min(kept, price.waiting)
+            total += price.bytes_per_token * (kept - waiting + room) + exact * (waiting + room) + price.fixed
             once += price.once
         return math.ceil(total + own.state) * self.load.batch + once
 

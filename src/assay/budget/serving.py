@@ -90,14 +90,14 @@ def cache_bytes(footprint: Footprint, load: Load, by: Server, kept: CacheType) -
 def activation_bytes(footprint: Footprint, load: Load, by: Server, packed: bool = False) -> int:
     """Bytes of the widest moment of a step: the residual stream and its copy, both halves of the MLP, and the logits.
 
-    And what the engine decodes meanwhile: its largest matrix and, of a `packed` cache, one layer.
+    And what the engine decodes meanwhile: its largest matrix and a part of a `packed` cache, as single queries read it.
     """
     tokens = min(by.at_once or load.context * load.batch, load.context * load.batch)
     inside = WORK_ITEMSIZE * tokens * (4 * footprint.hidden + 3 * footprint.intermediate)
     rows = tokens if by.logits == "token" else load.batch
     matrix = footprint.hidden * max(footprint.intermediate, footprint.vocabulary)
     held = max((x.keys + x.values for x in footprint.layers), default=0) * load.context * load.batch if packed else 0
-    layer = WORK_ITEMSIZE * held + PART_ITEMSIZE * min(held, DECODED_AT_ONCE) if by.decoded else 0
+    layer = PART_ITEMSIZE * min(held, DECODED_AT_ONCE) if by.decoded else 0
     return max(inside, LOGITS_ITEMSIZE * rows * footprint.vocabulary) + by.decoded * matrix + layer
 
 

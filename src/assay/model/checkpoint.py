@@ -243,10 +243,8 @@ class Checkpoint:
             return self._replaced[name].clone()
         info = self.stored[name]
         self.check_unchanged(info.shard)
-        if info.read is not None:
-            return info.read()
         try:
-            value = read_tensor(info)
+            value = read_tensor(info) if info.read is None else info.read()
             self.check_unchanged(info.shard)
             return value
         except OSError as error:
