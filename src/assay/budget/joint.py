@@ -122,6 +122,26 @@ def held_bytes(profile: Profile, engine: str, options: Sequence[Decision], choic
     return sum(d.options[0].nbytes for d in (held(picked, rows_by_site(profile), engine) if known else picked))
 
 
+def held_table(options: Sequence[Decision], rows: Mapping[str, SiteRow], engine: str) -> list[list[int]]:
+    """`held_bytes` of every option of every decision. rows: of all sites by name."""
+    if engine not in SERVERS or SERVERS[engine].embeds:
+        return [[o.nbytes for o in d.options] for d in options]
+    known: dict[tuple[str | None, tuple[int, int], int], int] = {}
+
+    def taken(level: str | None, decision: Decision) -> int:
+        own, kept, total = [rows[site] for site in decision.sites], decision.options[-1].nbytes, 0
+        if level is None or any(row.role == "embedding" for row in own):
+            return kept
+        for row in own:
+            key = (level, row.shape, row.scale_itemsize)
+            if key not in known:
+                known[key] = held_nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
+            total += known[key]
+        return min(total, kept)
+
+    return [[taken(o.level, d) for o in d.options] for d in options]
+
+
 def held(options: Sequence[Decision], rows: Mapping[str, SiteRow], engine: str) -> list[Decision]:
     """The decisions by the bytes that they take in memory while the engine runs: its own, where it unpacks.
 

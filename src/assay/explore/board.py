@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from assay.budget import offers
+from assay.budget import joint, offers
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
 from assay.budget.planners.lagrange import Prepared
@@ -57,7 +57,8 @@ class Cells:
 @dataclass(frozen=True)
 class Menu:
     """What one engine and method allow. rest: bytes of tensors that nothing decides; owner: int64 [sites], the
-    decision of each site of `cells`; nbytes: int64 [sites, levels of the table], of each site at each level."""
+    decision of each site of `cells`; nbytes: int64 [sites, levels of the table], of each site at each level; held: int64
+    [decisions, options], bytes in the memory of the running engine."""
 
     contract: Contract
     method: str
@@ -67,6 +68,7 @@ class Menu:
     rest: int
     owner: Ints
     nbytes: Ints
+    held: Ints
 
     @classmethod
     def of(cls, profile: Profile, cells: Cells, contract: Contract, method: str) -> Menu:
@@ -77,17 +79,21 @@ class Menu:
         owners = {site: i for i, d in enumerate(decisions) for site in d.sites}
         owner = np.array([owners[row.name] for row in cells.rows], dtype=np.int64)
         rest = whole - sum(d.options[-1].nbytes for d in decisions)
-        return cls(contract, method, cells, decisions, table, rest, owner, _site_bytes(cells.rows, table.levels))
+        held = table.nbytes.copy()
+        for i, taken in enumerate(joint.held_table(decisions, {row.name: row for row in cells.rows}, contract.name)):
+            held[i, : len(taken)] = taken
+        return cls(contract, method, cells, decisions, table, rest, owner, _site_bytes(cells.rows, table.levels), held)
 
 
 @dataclass(frozen=True)
 class Board:
     """A menu with pins. expected: float64 [decisions, options], damage that the forecast counts, nats per token;
-    pinned: bool [decisions]; reach: least and most average bits in the blocks."""
+    held: as of the menu; pinned: bool [decisions]; reach: least and most average bits in the blocks."""
 
     menu: Menu
     prepared: Prepared
     expected: Floats
+    held: Ints
     pinned: np.ndarray
     reach: tuple[float, float]
 
@@ -96,13 +102,15 @@ class Board:
         """Raises InputError for a pin that names nothing, or a level that its matrices can't have."""
         fixed = _fixed(menu, pins)
         table, decisions = _pinned(menu, fixed)
+        held = menu.held.copy()
+        held[list(fixed)] = menu.held[list(fixed), list(fixed.values())][:, None]
         counted = np.array([forecast.total([Option(name, 0, 1.0)]) for name in table.levels])
         pinned = np.zeros(len(decisions), dtype=bool)
         pinned[list(fixed)] = True
         inside, last = table.inside, table.count - 1
         weights = max(int(table.weights[inside].sum()), 1)
         least, most = (8 * int(table.nbytes[table.rows, c][inside].sum()) / weights for c in (np.zeros_like(last), last))
-        return cls(menu, Prepared.of(decisions, table), table.damage * counted[table.level], pinned, (least, most))
+        return cls(menu, Prepared.of(decisions, table), table.damage * counted[table.level], held, pinned, (least, most))
 
     def choose(self, bits: float) -> Ints:
         """The planner's option of every decision, int64 [decisions]. Raises InputError."""
@@ -125,6 +133,10 @@ class Board:
     def nbytes(self, choice: Ints) -> int:
         """Bytes of all tensors of the result."""
         return self.menu.rest + self.prepared.table.bytes_of(choice)
+
+    def held_bytes(self, choice: Ints) -> int:
+        """The same in the memory of the running engine."""
+        return self.menu.rest + int(self.held[self.prepared.table.rows, choice].sum())
 
     def bits(self, choice: Ints) -> float:
         """Average in the blocks."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from assay import engines
-from assay.budget import agreement, joint, offers, plans, presets, serving
+from assay.budget import agreement, offers, plans, presets, serving
 from assay.budget.forecast import Forecast
 from assay.budget.plan import Choice, Plan
 from assay.budget.serving import Load
@@ -108,7 +108,7 @@ class Session:
         inside = np.bincount(table.level[table.rows, flat][table.inside], minlength=len(table.levels))
         uniform = self._figures(free, flat) | {"level": table.levels[int(inside.argmax())] or KEEP}
         return self._figures(board, choice) | {
-            "uniform": uniform, "serving": self._serving(state, self._held(board, choice)), "cells": self._columns(board, choice),
+            "uniform": uniform, "serving": self._serving(state, board.held_bytes(choice)), "cells": self._columns(board, choice),
         }  # fmt: skip
 
     def cell(self, state: State, block: str, role: str) -> dict[str, Any]:
@@ -175,11 +175,6 @@ class Session:
     def _figures(self, board: Board, choice: Ints) -> dict[str, Any]:
         low, expected, high = self.forecast.kl(board.menu.method, board.damage(choice))
         return {"bits": board.bits(choice), "nbytes": board.nbytes(choice), "predicted": expected, "low": low, "high": high}
-
-    def _held(self, board: Board, choice: Ints) -> int:
-        """Bytes of all tensors as the engine holds them in memory."""
-        menu = board.menu
-        return menu.rest + joint.held_bytes(self.profile, menu.contract.name, board.prepared.decisions, choice.tolist())
 
     def _serving(self, state: State, weights: int) -> dict[str, Any] | None:
         """Memory of the served model; why it isn't known; None where no context was given."""
