@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from assay.model.arch import facts
-from assay.model.shards import read_tensor
 from assay.model.stored import TensorInfo
 
 
