@@ -17,6 +17,7 @@ from random import Random
 from time import perf_counter
 from typing import Any
 
+from assay.model import memory
 from assay.model.errors import InputError
 from assay.model.files import load_tensors
 from faults.steps import STEPS, Step, completed, copy, files, flip, hashes, prepare, start
@@ -207,6 +208,7 @@ def little_memory(case: Case) -> str:
     extra = int(2 ** case.random.uniform(10, 22))
 
     def limit() -> None:
+        memory.release()
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + extra, resource.RLIM_INFINITY))
 

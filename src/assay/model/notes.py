@@ -132,6 +132,8 @@ def read_verdict(folder: Path) -> dict[str, Any] | None:
         return None
     verdict = read_note(path, DAMAGED)
     conform(verdict, Verdict, f"{path}: {DAMAGED}")
+    if len({verdict["kl"][key] is None for key in ("predicted", "predicted_low", "predicted_high")}) > 1:
+        raise InputError(f"{path}: {DAMAGED} (a prediction without its interval)")
     return verdict
 
 
