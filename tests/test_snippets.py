@@ -96,7 +96,7 @@ def test_options_on_a_page_exist(page: Path) -> None:
         name = line.split()[1]
         assert name in COMMANDS, f"{page.name}: no such command: {line}"
         assert (unknown := set(OPTION.findall(line)) - options(name)) == set(), f"{page.name}: {unknown} in {line}"
-    everything = set().union(*(options(name) for name in COMMANDS)) | {"--version"}
+    everything = set().union(*(options(name) for name in COMMANDS)) | {"--version", "--install-completion"}
     text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = re.sub(r"^(?:run with:|\$ (?!assay )|│).*", "", text, flags=re.MULTILINE)
     assert set(OPTION.findall(text)) - everything == set()
