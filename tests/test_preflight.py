@@ -76,6 +76,22 @@ def test_the_size_is_promised_to_a_thousandth_and_nothing_stays(room: Path, budg
     assert "2 of 5 blocks on 1024 of 1024 tokens" in told["basis"]
 
 
+def test_a_size_to_rehearse_leaves_what_no_engine_compresses(room: Path) -> None:
+    model = StreamedModel(Checkpoint.open(room / "m"))
+    outside = [s.name for s in model.anatomy.sites.values() if s.block is None]
+    kept = sum(model.checkpoint.kept_nbytes(name) for name in outside)
+    count = sum(s.count for s in model.anatomy.sites.values() if s.block is None)
+    extra = preflight._size(model, 4.5, outside) - preflight._size(model, 4.5, [])
+    assert extra == pytest.approx(kept - count * 4.5 / 8, abs=preflight.ROOM_PER_SITE)
+
+
+def test_a_uniform_size_is_that_of_the_level_that_is_taken(room: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"bits": 4.4, "uniform": True, "calibration": room / "text.txt"}
+    told = assay.compress(room / "m", tmp_path / "out", dry_run=True, **settings)
+    done = assay.compress(room / "m", tmp_path / "out", **settings)
+    assert told["bytes"] == pytest.approx(done["bytes"], rel=0.003)
+
+
 def test_the_command_prints_it_and_takes_no_output(room: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = ("compress", room / "m", "--bits", "10", "--calibration", room / "text.txt", "--tokens", "1024", "--window", "32",
             "--keep", "*layers.4.*", "-o", tmp_path / "out", "--dry-run")  # fmt: skip

@@ -15,9 +15,11 @@ import assay.budget.agreement
 import assay.profiling
 import assay.run
 from assay.cli.main import app
+from assay.engines.serving import SERVERS
 
 FIRST = "tutorial"
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+PROGRAM = typer.main.get_command(app)
+COMMANDS = PROGRAM.commands  # type: ignore[attr-defined]
 ALIASES = {"convert": "export"}
 FEW = 512
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
@@ -91,12 +93,13 @@ def test_every_block_is_run_or_says_why_not(page: Path) -> None:
 
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.stem)
 def test_options_on_a_page_exist(page: Path) -> None:
-    """In a command's line those of that command, in its page's text those of any; options of other programs are excused."""
+    """In a command's line those of that command, in a page's text those of any or of an engine's server."""
     for line in commands(page):
         name = line.split()[1]
         assert name in COMMANDS, f"{page.name}: no such command: {line}"
         assert (unknown := set(OPTION.findall(line)) - options(name)) == set(), f"{page.name}: {unknown} in {line}"
-    everything = set().union(*(options(name) for name in COMMANDS)) | {"--version", "--install-completion"}
+    everything = set().union(*(options(name) for name in COMMANDS), *(p.opts for p in PROGRAM.params))
+    everything |= {flag for server in SERVERS.values() for flag in OPTION.findall(server.flags)}
     text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = re.sub(r"^(?:run with:|\$ (?!assay )|│).*", "", text, flags=re.MULTILINE)
     assert set(OPTION.findall(text)) - everything == set()

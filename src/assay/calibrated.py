@@ -31,7 +31,7 @@ def calibrated(
     found: dict[str, Tensor] = {}
     if contract.layout == STATIC:
         found |= _inputs(model, profile, levels)
-    if cache == FP8_CACHE and contract.layout.startswith("compressed-tensors"):
+    if FP8_CACHE in (cache or "") and contract.layout.startswith("compressed-tensors"):
         found |= _caches(model, profile)
     return found
 

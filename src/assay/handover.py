@@ -47,7 +47,7 @@ def hand_over(
     levels = {name: Level.parse(s.level) for name, s in results.solved.items()}
     loaders = share_units(results.loaders(), levels) if contract.fused else results.loaders()
     source = model.checkpoint.replaced(results.plain)
-    added = calibrated(model, profile, contract, levels, plan.budget.get("cache"))
+    added = calibrated(model, profile, contract, levels, plan.cache_type)
     ledger = _ledger(model, source, plan, results, contract, added)
     recipe = {
         "model": model.checkpoint.fingerprint, "origin": origin(model.checkpoint),

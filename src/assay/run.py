@@ -222,7 +222,7 @@ def compress(
             chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
         else:
             chosen = plans.checked(measured, given, contract)
-        calibrated(streamed, measured, contract, chosen.levels, limits.cache)
+        calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         ordered = best if sequential is None else sequential
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
@@ -245,12 +245,13 @@ def compress(
 
 def verify(
     out: str | Path, against: str | Path, *, text: str | Path | None = None, tokens: int | None = None,
-    window: int | None = None, tasks: Sequence[str] = (), limit: int | None = None, compute: str = "float32",
-    batches: Sequence[int] = (), progress: Progress | None = None,
+    window: int | None = None, compute: str = "float32", batches: Sequence[int] = (), tasks: Sequence[str] = (),
+    limit: int | None = None, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a result against its original on text that calibration never saw; and on `limit` examples of lm-eval's tasks.
+    """Measure a result against its original on text that calibration never saw.
 
-    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures.
+    compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures;
+    tasks: of lm-eval, `limit` examples of each, for both models as well.
     """
     progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
     repeat.check(compute, batches)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from budget.tables import damage, extremes, menus, nbytes
+from cli.calls import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import save, text_file
@@ -212,6 +214,21 @@ def test_flags_are_those_of_the_choice(profile: Path) -> None:
     split = CacheChoice((Stored("int8", "int4"),) * 2, None, 100, 0.0)
     made = serving.summary(footprint(), Load(64), "llama.cpp", 1, 1, split)
     assert made["flags"].endswith("--cache-type-k q8_0 --cache-type-v q4_0")
+
+
+def test_the_command_says_the_cache_its_loss_and_how_to_run_it(
+    profile: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan, memory = planned(profile, "vllm", 0.02)
+    line = ("plan", profile, "--memory", memory, "--context", "2k", "--batch", "8", "--engine", "vllm")
+    code, out, err = call(capfd, *line, "-o", tmp_path / "a.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["cache"] == plan.cache
+    code, out, err = call(capfd, *line, "-o", tmp_path / "b.yaml")
+    assert code == 0, err
+    assert "--kv-cache-dtype fp8" in out
+    assert "in this memory with one cache type for all layers:" in out
+    assert (tmp_path / "a.yaml").read_bytes() == (tmp_path / "b.yaml").read_bytes()
 
 
 def test_what_is_asked_for_without_prices_or_memory_is_refused(profile: Path, tmp_path: Path) -> None:

@@ -176,6 +176,19 @@ def test_memory_is_that_of_the_codes(sources: dict[str, Path]) -> None:
     assert not [n for n, p in model.named_parameters() if n.endswith("proj.weight")]
 
 
+@pytest.mark.parametrize(
+    "level", ["int4-g64-asym", "int3-g32-asym", "int2-channel-asym", "int6-g128-asym", "int8-channel-sym", "int8-g32-asym"]
+)
+def test_what_a_level_takes_in_memory_is_what_its_product_holds(level: str) -> None:
+    """No more than is counted when memory is planned, and not far less."""
+    wanted = Level.parse(level)
+    weight = base.get("nearest")().encode(torch.randn(1, 48, 256), wanted, torch.bfloat16, base.Statistics())[0]
+    made = kernels.product(weight)
+    held = [*made.buffers(), *(vars(made.packed).values() if isinstance(made, kernels.Product) else ())]
+    taken = sum(t.nbytes for t in held if torch.is_tensor(t))
+    assert 0.85 * kernels.held_nbytes(wanted, 48, 256, 2) <= taken <= kernels.held_nbytes(wanted, 48, 256, 2)
+
+
 def test_experts_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     source = Checkpoint.open(save("mixtral", tmp_path / "m", **WIDE))
     written(source, Level(4, 32, True), "nearest", tmp_path / "out", "gptq")

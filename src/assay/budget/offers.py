@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
+from torch import Tensor
 
 from assay.budget import menu
 from assay.budget.forecast import Forecast
@@ -139,18 +139,20 @@ def _price_kind(row: SiteRow, kind: str) -> str:
 
 
 def roughly(model: StreamedModel) -> Callable[[SiteRow, Level], float]:
-    """What a level does to a matrix before anything is measured: its squared error on some rows of one, for each weight.
+    """What a level does to a matrix before anything is measured: its squared error on some rows of one as wide, for each weight.
 
     It only puts levels in order. Those that aren't integers go by their bits.
     """
-    site = next((s for s in model.anatomy.sites.values() if s.block is not None), None)
-    sample = read_weight(model, site)[:SAMPLED_ROWS] if site else torch.ones(1, 64)
+    sites = {site.shape[1]: site for site in reversed(model.anatomy.sites.values())}
+    samples: dict[int, Tensor] = {}
     known: dict[tuple[Level, int], float] = {}
 
     def error(level: Level, columns: int) -> float:
         if level.format != "int" or level != level.base:
             return 4.0**-level.bits
-        wide = sample.repeat(1, -(-columns // sample.shape[1]))[:, :columns]
+        if columns not in samples:
+            samples[columns] = read_weight(model, sites[columns])[:SAMPLED_ROWS]
+        wide = samples[columns]
         grid = IntegerGrid(int(level.bits), level.group_size, level.symmetric)
         affine = grid.fit(wide)
         return float((grid.decode(grid.encode(wide, affine), affine) - wide).square().sum() / wide.square().sum())

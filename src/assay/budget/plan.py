@@ -58,6 +58,11 @@ class Plan:
     cache: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def cache_type(self) -> str | None:
+        """How keys and values will be stored; None where nothing says so."""
+        return self.serving.get("cache_type") or self.budget.get("cache")
+
+    @property
     def levels(self) -> dict[str, Level]:
         """Of what is compressed, by site."""
         return {name: Level.parse(choice.level) for name, choice in self.choices.items() if choice.level}

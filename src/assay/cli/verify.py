@@ -42,10 +42,9 @@ def run(
     from assay.cli.progress import listener
     from assay.report import tables
 
-    named = tasks.split(",") if tasks else ()
     verdict = assay.verify(
-        out, against, text=text, tokens=tokens, window=window, tasks=named, limit=limit, compute=compute, batches=sizes,
-        progress=listener(progress),
+        out, against, text=text, tokens=tokens, window=window, tasks=tasks.split(",") if tasks else (), limit=limit,
+        compute=compute, batches=sizes, progress=listener(progress),
     )  # fmt: skip
     return Answer(verdict, lambda: tables.verdict(verdict), 0 if verdict["passed"] else 1)
 

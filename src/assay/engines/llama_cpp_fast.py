@@ -1,7 +1,7 @@
 """llama.cpp with the types that a processor reads fastest for their size.
 
-Reading one token at a time is bound by unpacking, not by memory: of the types below none is slower than one that has
-fewer bits, and a type for which one of more bits is read faster is left out (benchmarks/GGUF.md).
+Reading one token at a time is bound by unpacking, not by memory, so a type is left out where one of more bits and the same
+length of block takes less time (benchmarks/GGUF.md).
 """
 
 from dataclasses import replace

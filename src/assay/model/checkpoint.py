@@ -188,7 +188,7 @@ class Checkpoint:
     def kept_file_bytes(self) -> int:
         """Bytes of all weight files if every tensor stays."""
         headers = self.weight_bytes - sum(info.nbytes for info in self.stored.values())
-        headers += sum(HEADER + len(name) for name, info in self.stored.items() if info.read is not None)
+        headers += sum(HEADER + len(name) for name, info in self.stored.items() if info.renamed)
         return headers + sum(self.kept_nbytes(name) for name in self.names)
 
     def side_files(self) -> list[Path]:
@@ -243,8 +243,10 @@ class Checkpoint:
             return self._replaced[name].clone()
         info = self.stored[name]
         self.check_unchanged(info.shard)
+        if info.read is not None:
+            return info.read()
         try:
-            value = read_tensor(info) if info.read is None else info.read()
+            value = read_tensor(info)
             self.check_unchanged(info.shard)
             return value
         except OSError as error:

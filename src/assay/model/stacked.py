@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
-from itertools import product
 from typing import Any
 
 from assay.model.arch import facts
-from assay.model.shards import read_tensor
 from assay.model.stored import TensorInfo
 
 
@@ -33,12 +30,13 @@ def apart(config: Mapping[str, Any], stored: Mapping[str, TensorInfo]) -> dict[s
         if suffix is None:
             found[_renamed(name, own.get("rename", {}))] = _whole(name, info, own.get("rename", {}))
         else:
-            found |= dict(_experts(name, info, name.removesuffix(suffix), patterns[suffix]))
+            found |= dict(_experts(info, name.removesuffix(suffix), patterns[suffix]))
     return found
 
 
 def _is_stack(name: str, info: TensorInfo) -> bool:
-    return len(info.shape) == 3 and info.dtype.is_floating_point and info.dtype.itemsize >= 2 and ".experts." in name
+    floats = info.dtype.is_floating_point and info.dtype.itemsize >= 2
+    return info.read is None and floats and len(info.shape) == 3 and ".experts." in name
 
 
 def _renamed(name: str, rules: Mapping[str, str]) -> str:
@@ -49,14 +47,14 @@ def _renamed(name: str, rules: Mapping[str, str]) -> str:
 
 def _whole(name: str, info: TensorInfo, rules: Mapping[str, str]) -> TensorInfo:
     """A tensor that stays as it is, perhaps under another name."""
-    return info if _renamed(name, rules) == name else replace(info, read=partial(read_tensor, info))
+    return replace(info, renamed=_renamed(name, rules) != name)
 
 
-def _experts(name: str, info: TensorInfo, head: str, patterns: list[str]) -> Iterator[tuple[str, TensorInfo]]:
-    """Consecutive rows of a stack lie together in the file."""
+def _experts(info: TensorInfo, head: str, patterns: list[str]) -> Iterator[tuple[str, TensorInfo]]:
+    """Each matrix is a run of whole rows, so its bytes lie together."""
     experts, rows, columns = info.shape
     step = rows // len(patterns)
     nbytes = step * columns * info.dtype.itemsize
-    for place, (expert, pattern) in enumerate(product(range(experts), patterns)):
-        piece = replace(info, shape=(step, columns), nbytes=nbytes, start=info.start + place * nbytes)
-        yield head + pattern.format(e=expert), replace(piece, read=partial(read_tensor, piece))
+    for index in range(experts * len(patterns)):
+        name = head + patterns[index % len(patterns)].format(e=index // len(patterns))
+        yield name, replace(info, shape=(step, columns), nbytes=nbytes, start=info.start + index * nbytes, renamed=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 class TensorInfo:
     """Where one stored tensor lies and what it is.
 
-    start: of its bytes in the file; read: makes it, where the file isn't of safetensors.
+    start: of its bytes in the file; read: makes it, where the file isn't of safetensors; renamed: whether the file has no
+    such name in its header.
     """
 
     shard: Path
@@ -23,3 +24,4 @@ class TensorInfo:
     nbytes: int
     start: int = 0
     read: Callable[[], Tensor] | None = None
+    renamed: bool = False

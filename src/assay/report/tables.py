@@ -51,10 +51,8 @@ def verdict(found: Facts) -> Group:
     table.add_row("bits per weight, all", "", number(found["bits_all"]))
     undo = [_restorations(found["restore"])] if found.get("restore") else []
     bound = f"the bound of {found['max_loss']} nats" if found.get("max_loss") is not None else "no bound on the loss was set"
-    return Group(
-        table, *undo, *_tasks(found.get("tasks")), *_batches(found), *_texts(found.get("texts")),
-        f"{'passed' if found['passed'] else 'missed'}: {bound}",
-    )  # fmt: skip
+    more = [*undo, *_batches(found), *_tasks(found.get("tasks")), *_texts(found.get("texts"))]
+    return Group(table, *more, f"{'passed' if found['passed'] else 'missed'}: {bound}")
 
 
 def _batches(found: Facts) -> list[Any]:
