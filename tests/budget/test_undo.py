@@ -91,7 +91,7 @@ def test_a_damaged_ledger_is_one_line(result: Path, tmp_path: Path) -> None:
     text = ledger.read_text()
     ledger.write_text(text[: len(text) // 2])
     try:
-        with pytest.raises(InputError, match=r"ledger\.json: not a result"):
+        with pytest.raises(InputError, match=r"ledger\.json: not as it was written"):
             assay.verify(result, "builtin", tokens=512, window=128)
     finally:
         ledger.write_text(text)
