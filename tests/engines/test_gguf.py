@@ -198,3 +198,14 @@ def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
         file.write(bytes([byte ^ 1]))
     with pytest.raises(ShortfallError, match="up_proj.weight does not read back"):
         reopen.compare(tmp_path / "out", Checkpoint.open(tmp_path / "m"), {}, CONTRACT)
+
+
+def test_a_source_cut_short_while_it_is_read_is_one_line(tmp_path: Path) -> None:
+    save("llama", tmp_path / "m", vocab_size=real.SIZE)
+    real.save_tokenizer(tmp_path / "m", real.byte_level())
+    path = convert(tmp_path / "m", tmp_path / "out")
+    read = Checkpoint.open(path).stored["model.layers.1.mlp.up_proj.weight"].read
+    assert read is not None
+    path.open("r+b").truncate(4096)
+    with pytest.raises(InputError, match="ffn_up.weight can't be decoded .*ends too early"):
+        read()

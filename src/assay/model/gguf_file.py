@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from gguf.gguf_reader import ReaderTensor
@@ -78,30 +80,44 @@ def _info(path: Path, tensor: ReaderTensor, target: Target, place: int) -> Tenso
     shape = shape[1:] if target.stacked else shape
     shape = shape[::-1] if target.turned and len(shape) == 2 else shape
     dtype = torch.float32 if target.offset else PLAIN.get(tensor.tensor_type, torch.float32)
-    return TensorInfo(path, dtype, shape, int(tensor.n_bytes) // count, read=_reader(tensor, target, place, dtype))
+    return TensorInfo(path, dtype, shape, int(tensor.n_bytes) // count, read=_reader(path, tensor, target, place, dtype))
 
 
-def _reader(tensor: ReaderTensor, target: Target, place: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _reader(path: Path, tensor: ReaderTensor, target: Target, place: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     def read() -> Tensor:
         try:
             return decoded()
-        except (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError) as error:
+        except (ValueError, IndexError, RuntimeError, TypeError, NotImplementedError, OSError) as error:
             if memory.lacked(error):
                 raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{tensor.name} can't be decoded ({reason}); download the file again") from error
 
     def decoded() -> Tensor:
-        data = np.asarray(tensor.data[place] if target.stacked else tensor.data)
+        data = _stored_data(path, tensor, place if target.stacked else None)
         if tensor.tensor_type == GGMLQuantizationType.BF16:
-            value = torch.from_numpy(data.copy()).view(torch.bfloat16)
+            value = torch.from_numpy(data).view(torch.bfloat16)
         elif tensor.tensor_type in PLAIN:
-            value = torch.from_numpy(data.copy())
+            value = torch.from_numpy(data)
         else:
             value = torch.from_numpy(np.array(quants.dequantize(data, tensor.tensor_type)))
         return target.backward(value).to(dtype).contiguous()
 
     return read
+
+
+def _stored_data(path: Path, tensor: ReaderTensor, place: int | None) -> npt.NDArray[Any]:
+    """A tensor as it is stored, or one matrix of a stack. Raises OSError for a file that ends too early.
+
+    It is read, not mapped: a mapped file that another program cuts short kills the process.
+    """
+    shape, dtype = tensor.data.shape, tensor.data.dtype
+    wanted = shape if place is None else shape[1:]
+    count = math.prod(wanted)
+    raw = np.fromfile(path, dtype, count, offset=int(tensor.data_offset) + (place or 0) * count * dtype.itemsize)
+    if len(raw) != count:
+        raise OSError("the file ends too early")
+    return raw.reshape(wanted)
 
 
 # ---- config ----------------------------------------------------------------------------------
