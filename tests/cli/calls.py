@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from assay.cli.main import main
@@ -21,3 +23,18 @@ def one_line(text: str) -> str:
     assert text.count("\n") == 1, text
     assert text.endswith("\n")
     return text
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """What lies below a folder: the bytes of its files, None for folders."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def refused(capfd: pytest.CaptureFixture[str], folder: Path, arguments: tuple[object, ...], words: str) -> None:
+    """The command ends with code 2 and one line that holds `words`, and leaves everything beside `folder` as it was."""
+    before = everything(folder.parent)
+    capfd.readouterr()
+    code, out, err = call(capfd, *arguments)
+    assert (code, out) == (2, "")
+    assert words in one_line(err)
+    assert everything(folder.parent) == before

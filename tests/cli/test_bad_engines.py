@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli.calls import call, one_line
+from cli.calls import refused
 from gguf import GGUFWriter
 from tiny import save, text_file
 
@@ -34,15 +34,6 @@ def room(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(prepared, tmp_path / "room")
     monkeypatch.chdir(tmp_path / "room")
     return tmp_path / "room"
-
-
-def refused(capfd: pytest.CaptureFixture[str], folder: Path, arguments: tuple[object, ...], words: str) -> None:
-    before = {p: p.read_bytes() if p.is_file() else None for p in folder.parent.rglob("*")}
-    capfd.readouterr()
-    code, out, err = call(capfd, *arguments)
-    assert (code, out) == (2, "")
-    assert words in one_line(err)
-    assert {p: p.read_bytes() if p.is_file() else None for p in folder.parent.rglob("*")} == before
 
 
 def at(room: Path, **levels: str) -> None:

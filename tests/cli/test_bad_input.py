@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli.calls import call, one_line
+from cli.calls import refused
 from safetensors.torch import load_file, save_file
 from tiny import save, save_tokenizer, text_file
 
@@ -46,19 +46,6 @@ def room(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(prepared, tmp_path / "room")
     monkeypatch.chdir(tmp_path / "room")
     return tmp_path / "room"
-
-
-def everything(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
-
-
-def refused(capfd: pytest.CaptureFixture[str], folder: Path, arguments: tuple[object, ...], words: str) -> None:
-    before = everything(folder.parent)
-    capfd.readouterr()
-    code, out, err = call(capfd, *arguments)
-    assert (code, out) == (2, "")
-    assert words in one_line(err)
-    assert everything(folder.parent) == before
 
 
 def compressing(*changed: object) -> tuple[object, ...]:
