@@ -15,11 +15,12 @@ from _harness import CALIBRATION_TEXT, JUDGE_TEXT, MODEL
 
 import assay
 from assay.budget.probe import nearest
-from assay.measure.profile import Profile, key_of
+from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
 from assay.model.level import Level
 from assay.model.progress import Silent
+from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from _harness import CALIBRATION_TEXT, JUDGE_TEXT, MODEL, arguments, machine, table, work_folder, write
-from assay.methods.grid.gaussian import gaussian_distortion
 
 import assay
 from assay.budget import planners, sensitivity
@@ -27,6 +26,7 @@ from assay.budget.probe import nearest
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, windows
+from assay.methods.grid.trellis import distortion
 from assay.model.level import Level
 from assay.model.progress import Silent
 from assay.model.sites import key_of
@@ -52,10 +52,10 @@ def divided(ranking: sensitivity.Ranking) -> dict[str, Level]:
             spent += more if fits else 0
             found[row.site] = LEVELS[2 if fits else 0]
         return found
-    unit = gaussian_distortion(ranking.bits)
+    unit = distortion(ranking.bits)
     decisions = [
         Decision(row.site, (row.site,), row.count, True, tuple(
-            Option(x.name, sizes[row.site][x.bits], max(row.score, 1e-12) * gaussian_distortion(x.bits) / unit) for x in LEVELS
+            Option(x.name, sizes[row.site][x.bits], max(row.score, 1e-12) * distortion(x.bits) / unit) for x in LEVELS
         )) for row in ranking.rows
     ]  # fmt: skip
     choice = planners.get("lagrange").plan(decisions, limit)

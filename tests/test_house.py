@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -143,3 +144,12 @@ def test_what_the_makefile_leaves_behind_is_not_committed(made: str) -> None:
     if done.returncode == 128:
         pytest.skip("not a git checkout")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("script", sorted((*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("scripts/*.py"))), ids=lambda p: p.name)
+def test_what_scripts_import_of_assay_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "assay":
+            module = importlib.import_module(str(node.module))
+            gone = [a.name for a in node.names if not hasattr(module, a.name) and f"{node.module}.{a.name}" not in MODULES]
+            assert not gone, f"{script.name}: {node.module} has no {gone[0]}"
