@@ -50,6 +50,12 @@ class Solved:
     fell_back: str = ""
     tokens: int = 0
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What its scales are stored in, by the name that `dtype` is."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
 
 class Results:
     """The finished blocks in a folder, by source tensor.
@@ -189,7 +195,7 @@ class _Task:
 def _packed(tensors: Mapping[str, Tensor], solved: Solved) -> Packed:
     """A solved weight from the tensors of a block."""
     stored = {n.rpartition("|")[2]: t for n, t in tensors.items() if n.startswith(solved.site + "|")}
-    return restore(stored, Level.parse(solved.level), getattr(torch, solved.dtype))
+    return restore(stored, Level.parse(solved.level), solved.scale_dtype)
 
 
 def encode(

@@ -106,7 +106,6 @@ def stable_profile(
         return Profile.open(folder)
     count, earlier = TOKENS // 4, None
     while True:
-        model.forget()
         part = folder.with_name(f"{folder.name}.{count}")
         found = make_profile(model, part, calibration, count, window, seed, progress, methods, levels, token_weights, selection)
         plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)

@@ -118,11 +118,10 @@ def profile(
     """
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     streamed.batch_tokens = preflight.handling(streamed, window, memory.available()).batch
-    wanted = [presets.level(name) for name in levels]
-    more = (seed, listener, methods, wanted, token_weights, Selection(select, target))
-    if tokens == "auto":
-        return stable_profile(streamed, Path(out), calibration, window, *more)
-    return make_profile(streamed, Path(out), calibration, int(tokens or TOKENS), window, *more)
+    return _measured(
+        streamed, Path(out), calibration, tokens, window, seed=seed, progress=listener, methods=methods,
+        levels=[presets.level(name) for name in levels], token_weights=token_weights, selection=Selection(select, target),
+    )  # fmt: skip
 
 
 def plan(
@@ -215,14 +214,14 @@ def compress(
     with alone(work):
         unproven = _unproven(work, destination)
         progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
-        measured = Profile.open(profile) if profile else _profile_in(work, model, given_text, method, limits, progress)
+        measured = Profile.open(profile) if profile else _profile_in(work, streamed, given_text, method, limits, progress)
         _check_profile(measured, streamed, method)
         if given is None:
             chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
             chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
         else:
             chosen = plans.checked(measured, given, contract)
-        calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)
+        calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)  # refuses before the hours of solving
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         ordered = best if sequential is None else sequential
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
@@ -330,12 +329,21 @@ def list_methods() -> list[dict[str, Any]]:
     return listing.every()
 
 
-def _profile_in(
-    work: Path, model: str | Path, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
+def _measured(
+    model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int | str | None, window: int | None, **more: Any
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{open_model(model).fingerprint}:{text}:{method}:{budget.level}')}"
-    levels = [budget.level] if budget.level else []
-    return profile(model, folder, **text, methods=(method,), levels=levels, progress=progress)
+    """A profile on so many tokens, or on as many as it takes; more: see `make_profile`."""
+    if tokens == "auto":
+        return stable_profile(model, folder, calibration, window, **more)
+    return make_profile(model, folder, calibration, int(tokens or TOKENS), window, **more)
+
+
+def _profile_in(
+    work: Path, model: StreamedModel, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
+) -> Profile:
+    folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{method}:{budget.level}')}"
+    levels = [presets.level(budget.level)] if budget.level else []
+    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels)
 
 
 def _unproven(work: Path, destination: Path) -> bool:

@@ -68,7 +68,6 @@ class Reference:
         """On the first tokens of any text: two sweeps over the model."""
         first = Windows(text.ids[: max(1, TOKENS // text.ids.shape[1])], text.source)
         prices, parts = {}, {}
-        model.forget()
         with tempfile.TemporaryDirectory(prefix="assay-") as folder:
             measure(model, first, Path(folder), 0, progress)
             for block in range(len(model.blocks)):

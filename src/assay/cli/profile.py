@@ -43,15 +43,14 @@ def run(
     from assay.cli.progress import listener
     from assay.profiling import REHEARSED
     from assay.report import tables
+    from assay.run import open_model
 
     measured = assay.profile(
         model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
         levels=level or (), token_weights=token_weights, select=select, target=target, progress=listener(progress),
     )  # fmt: skip
     if cache:
-        assay.price_cache(
-            assay.builtin_model() if model == "builtin" else model, measured.folder, calibration, listener(progress)
-        )
+        assay.price_cache(open_model(model).folder, measured.folder, calibration, listener(progress))
     facts = {"profile": str(measured.folder), "family": measured.index["family"], **measured.index["calibration"]}
     facts["target"] = measured.index["target"]
     return Answer(facts, lambda: tables.profiled(facts))

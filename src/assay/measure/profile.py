@@ -104,6 +104,7 @@ def _forward(
     model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
 ) -> None:
     places = _places(parts)
+    model.forget()
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))

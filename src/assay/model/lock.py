@@ -56,7 +56,7 @@ def _held(folder: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise busy from None
-        except OSError:
+        except OSError:  # a file system without locks: see `alone`
             pass
         if not _same(held, folder):
             raise busy
