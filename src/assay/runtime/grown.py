@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assay.runtime import slots
+
 HALVES = {torch.float16: 0, torch.bfloat16: 1}
 ROOM = 32
 SHARE = 64
@@ -93,6 +95,9 @@ class Grown:
     def move_last(self, slot: Tensor) -> None:
         """Put the last slot where `slot` [B, H or 1, 1] is, and forget the last."""
         self._count -= 1
+        if self.data.device.type == "cpu":
+            slots.move(self.array, slot.numpy(), self._count)
+            return
         last = self.data.narrow(2, self._count, 1)
         place = slot.view(*slot.shape, *[1] * (last.ndim - slot.ndim)).expand_as(last)
         self.data.scatter_(2, place, last.clone())

@@ -13,6 +13,7 @@ from assay.runtime.grown import Grown, gather
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
 from assay.runtime.single import attend_one
+from assay.runtime.slots import lowest
 from assay.runtime.tape import Tape
 
 
@@ -91,7 +92,7 @@ class Lane:
                 keys, values = self.keys.read(self._places), self.values.read(self._places)
                 out = attend(query, keys, values, seen, rule)
         step = Step(self.layer, self.head, query, keys, values, self.positions, new.positions, new.where, new.first, rule,
-                    new.prefill, new.decoded, new.newest, found, attention)  # fmt: skip
+                    new.prefill, new.decoded, new.newest, found, attention, one and causal and inside)  # fmt: skip
         if self.stack.evictor and self._counted:
             for held, now in zip(self._counted, self.stack.evictor.observe(step, self.statistics), strict=True):
                 held.view.copy_(now)
@@ -233,7 +234,11 @@ class Lane:
         """Put the newest token where the one that goes was; every row and head holds one too many."""
         score = evictor.score(step, self.statistics)
         self._widen(score.shape[1])
-        score = protect(score, self.positions, step.first, evictor.sinks, step.newest - _recent(evictor, target), False)
+        after = step.newest - _recent(evictor, target)
+        if score.device.type == "cpu":
+            self._move_last(lowest(score, self._positions.array, step.first, evictor.sinks, after))
+            return
+        score = protect(score, self.positions, step.first, evictor.sinks, after, False)
         self._move_last(score.argmin(-1, keepdim=True))
 
     def _move_last(self, slot: Tensor) -> None:
