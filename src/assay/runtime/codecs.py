@@ -22,8 +22,11 @@ class Map(Protocol):
     positional: whether it reads `where`; joint: whether it stores all heads as one.
     """
 
-    positional: ClassVar[bool]
-    joint: ClassVar[bool]
+    @property
+    def positional(self) -> bool: ...
+
+    @property
+    def joint(self) -> bool: ...
 
     def fit(self, x: Tensor, step: Step) -> Tensors:
         """What it needs to know, from all tokens [B, H, S, D] at the end of the first prompt."""
@@ -41,6 +44,17 @@ class Map(Protocol):
         """Queries [B, H, g, D] whose products with what is stored are those of `query` with what `backward` gives.
 
         Asked of maps only that are neither positional nor joint.
+        """
+        ...
+
+    def products(self, query: Tensor, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """Queries [B, H, g, D] times what `backward` gives: [B, H, g, n]."""
+        ...
+
+    def summed(self, y: Tensor, shared: Tensors) -> Tensor:
+        """What `backward` makes of weighted sums of what is stored, [B, H, g, r] -> [B, H, g, D].
+
+        Asked of maps only that aren't positional.
         """
         ...
 

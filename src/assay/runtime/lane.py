@@ -171,7 +171,7 @@ class Lane:
 
     def _compiled(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         free = not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad))
-        return free and self.keys.takes(keys, False) and self.values.takes(values, True)
+        return free and self.keys.takes(keys) and self.values.takes(values)
 
     def _at_once(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, rule: Rule, seen: bool
                  ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
@@ -179,13 +179,20 @@ class Lane:
         rows, heads, _, width = values.shape
         group = query.shape[1] // heads
         asked = query.float().contiguous()
-        turned = self.keys.inside(asked.view(rows, heads, group, -1)) if self.keys.old else asked
+        folded, turned = asked.view(rows, heads, group, -1), asked
         attention = torch.empty(rows, heads, group, 1, len(self))
         found = torch.empty_like(attention) if self.stack.evictor else None
         out, window = torch.empty(rows, query.shape[1], 1, width), -1 if seen else rule.window or 0
+        if self.keys.old and self.keys.readable():
+            turned = self.keys.inside(folded)
+        elif self.keys.old:
+            attention[:, :, :, 0, : self.keys.old] = self.keys.old_dots(folded.to(query.dtype), self._places)
         attend_one(asked[:, :, 0], turned.view(rows, query.shape[1], -1), new.positions[:, 0], self._positions.array, window,
-                   rule.scaling, rule.softcap or 0.0, keys, values, self.keys.extended(), self.values.extended(), found,
+                   rule.scaling, rule.softcap or 0.0, keys, values, self.keys.extended(), self.values.extended(True), found,
                    attention, out)  # fmt: skip
+        if self.values.old and not self.values.readable(True):
+            weights = attention[:, :, :, 0, : self.values.old].to(query.dtype)
+            out += self.values.old_mix(weights, self._places).view_as(out)
         return out.to(query.dtype), found, attention
 
     def _picked(self, query: Tensor) -> Tensor | None:

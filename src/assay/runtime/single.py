@@ -14,15 +14,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from assay.model.threads import spread
+from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
 from assay.runtime.unpacking import number, unpack_row
 
 NONE, PLAIN, TOKEN, CHANNEL, FLOAT, BLOCK = range(6)
 """How stored slots are read: as they are, or as `PerToken`, `PerChannel`, `Float8` (E4M3) and `BlockFloat` write them."""
 AT_ONCE = 32
-WORTH_THREADS = 1 << 20
-"""Products of a query from which on threads are woken."""
 LOOSE = {"contract", "reassoc", "nsz"}
 
 
@@ -64,6 +62,7 @@ def attend_one(query: Tensor, inside: Tensor, asked: Tensor, positions: Any, win
     """Append the last slot and attend to all of them; fills logits (if given), attention [B, H, g, 1, S] and out [B, Hq, 1, D].
 
     query float32 [B, Hq, D], inside float32 [B, Hq, r]: what it is for stored keys; key, value [B, H, 1, D]: of the last slot;
+    keys of kind NONE: attention holds the products with stored slots already; values: the sum leaves stored slots out;
     positions int32 [B, H or 1, room] and asked int [B]: read where window >= 0; window: tokens seen back, 0 for all;
     softcap: 0 for none.
     """
@@ -72,10 +71,8 @@ def attend_one(query: Tensor, inside: Tensor, asked: Tensor, positions: Any, win
     known = weights[..., :0] if logits is None else logits.numpy()[:, :, :, 0]
     shared = (query.numpy(), inside.numpy(), asked.numpy(), positions, window, np.float32(scaling), np.float32(softcap),
               array_of(key)[:, :, 0], array_of(value)[:, :, 0], keys, values, known, weights, out.numpy()[:, :, 0])  # fmt: skip
-    if attention.numel() * key.shape[-1] < WORTH_THREADS:
-        _attend(*shared, np.arange(rows * heads))
-    else:
-        spread(_attend, rows * heads, shared, (torch.arange(rows * heads),))
+    order = torch.arange(rows * heads)
+    spread(_attend, len(order), shared, (order,), attention.numel() * key.shape[-1] >= WORTH_SHARING)
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
@@ -93,14 +90,14 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
             keys.exact[b, h, slots - keys.old - 1, i] = key[b, h, i]
         for i in range(broad):
             values.exact[b, h, slots - values.old - 1, i] = value[b, h, i]
-        for start in range(0, keys.old, AT_ONCE):
+        for start in range(0, keys.old if keys.kind else 0, AT_ONCE):
             count = min(AT_ONCE, keys.old - start)
             _read(keys, b, h, start, count, rows)
-            _add_dots(inside[b, mine], rows, keys.width, start, count, found)
+            add_dots(inside[b, mine], rows, keys.width, start, count, found)
         for start in range(keys.old, slots, AT_ONCE):
             count = min(AT_ONCE, slots - start)
             _numbers(keys.exact[b, h, start - keys.old : start - keys.old + count], keys.half, rows)
-            _add_dots(query[b, mine], rows, width, start, count, found)
+            add_dots(query[b, mine], rows, width, start, count, found)
         for j in range(group):
             for t in range(slots):
                 found[j, t] *= scaling
@@ -114,19 +111,19 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
             else:
                 found[j] = 0
         sums[:] = 0
-        for start in range(0, values.old, AT_ONCE):
+        for start in range(0, values.old if values.kind else 0, AT_ONCE):
             count = min(AT_ONCE, values.old - start)
             _read(values, b, h, start, count, rows)
-            _add_rows(found, rows, start, count, sums)
+            add_rows(found, rows, start, count, sums)
         for start in range(values.old, slots, AT_ONCE):
             count = min(AT_ONCE, slots - start)
             _numbers(values.exact[b, h, start - values.old : start - values.old + count], values.half, rows)
-            _add_rows(found, rows, start, count, sums)
+            add_rows(found, rows, start, count, sums)
         out[b, mine] = sums
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any) -> None:
+def add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any) -> None:
     """to[j, start + n] = query[j] * rows[n] over `width` numbers, four rows at a time."""
     whole = count - count % 4
     for j in range(len(query)):
@@ -148,7 +145,7 @@ def _add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
+def add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
     """to[j] += weights[j, start + n] * rows[n], four rows at a time."""
     whole = count - count % 4
     for j in range(len(weights)):

@@ -21,10 +21,8 @@ def gumbel(step: Step, rows: slice, factor: float, seed: int) -> Tensor:
     out = torch.empty(batch, heads * group, queries.shape[1], step.positions.shape[2])
     numbers = (x.contiguous().numpy() for x in (queries, step.positions, step.first))
     shared = ((step.layer * 4096 + step.head) * 64, group, *numbers, np.float32(factor), seed, out.numpy())
-    if out.numel() < WORTH_SHARING:
-        _gumbel(*shared, np.arange(batch * heads * group))
-    else:
-        spread(_gumbel, batch * heads * group, shared, (torch.arange(batch * heads * group),))
+    order = torch.arange(batch * heads * group)
+    spread(_gumbel, len(order), shared, (order,), out.numel() >= WORTH_SHARING)
     return out.unflatten(1, (heads, group))
 
 
