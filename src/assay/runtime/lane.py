@@ -224,7 +224,8 @@ class Lane:
         """Append all that is known of new tokens besides their keys and values."""
         if self.labels is not None and self.stack.reader:
             self.labels.append(self.stack.reader.labels(keys, self.layer, self.head))
-        if len(self) and keys.shape[2] == 1 and not new.padded:
+        one = len(self) and keys.shape[2] == 1
+        if one and not new.padded:
             self._positions.fill(new.newest)
         else:
             positions = new.positions[:, None].to(torch.int32)
@@ -232,7 +233,7 @@ class Lane:
         if self._positional:
             self._where.append(new.where[:, None].to(torch.int32))
         for grown in self._counted:
-            if len(grown) and keys.shape[2] == 1:
+            if one:
                 grown.fill(0)
             else:
                 grown.append(keys.new_zeros(*keys.shape[:3], dtype=torch.float32))

@@ -107,7 +107,7 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
             if logits.shape[3]:
                 logits[b, h, j] = found[j]
             if window < 0 or _hide(found[j], positions[b, min(h, positions.shape[1] - 1)], asked[b], window):
-                _softmax(found[j])
+                softmax(found[j])
             else:
                 found[j] = 0
         sums[:] = 0
@@ -254,8 +254,8 @@ def _blocks(codes: Any, exponent: Any, bits: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _softmax(x: Any) -> None:
-    """In place."""
+def softmax(x: Any) -> None:
+    """Of a row float32 [S], in place."""
     top = _largest(x)
     for i in range(len(x)):
         x[i] = _exp(x[i] - top)
