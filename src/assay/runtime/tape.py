@@ -58,9 +58,14 @@ class Tape:
             self._source = self._read() if self.old and self.readable(weighed) else self._unread()
         return self._source
 
+    @property
+    def mapped(self) -> bool:
+        """Whether stored slots went through maps."""
+        return bool(self.side and self.side.maps)
+
     def inside(self, query: Tensor) -> Tensor:
         """Queries [B, H, g, D] as the kernels multiply them with stored slots."""
-        for m, shared in self._maps() if self.old else ():
+        for m, shared in self._maps():
             query = m.dual(query, shared)
         return query.contiguous()
 

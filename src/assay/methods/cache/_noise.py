@@ -33,9 +33,9 @@ def noisy_sums(step: Step, factor: float, seed: int, temperature: float) -> Tens
     group, slots = step.query.shape[1] // heads, step.positions.shape[2]
     out = torch.empty(batch, heads, slots)
     found = step.found.numpy() if step.found is not None else None
-    numbers = (x.contiguous().numpy() for x in (step.queries, step.positions, step.first))
-    _noisy_sums((step.layer * 4096 + step.head) * 64, group, *numbers, np.float32(factor), seed, np.float32(1 / temperature),
-                found, out.numpy())  # fmt: skip
+    queries, positions, first = (x.contiguous().numpy() for x in (step.queries, step.positions, step.first))
+    head, cooled = (step.layer * 4096 + step.head) * 64, np.float32(1 / temperature)
+    _noisy_sums(head, group, queries, positions, first, np.float32(factor), seed, cooled, found, out.numpy())
     return out
 
 
