@@ -11,6 +11,7 @@ from torch import Tensor
 
 from assay.runtime.attention import EMPTY, Rule, Step, attend, capped, grouped, softmaxed, visible
 from assay.runtime.grown import Grown, gather
+from assay.runtime.picked import attend_picked
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
 from assay.runtime.single import ALL, Sight, attend_one
@@ -85,6 +86,10 @@ class Lane:
         inside = rule.window is None or len(self) <= rule.window
         if compiled and picked is None:
             out, found, attention = self._at_once(query, keys, values, new, newest, rule, causal and inside)
+        elif compiled and picked is not None and not (self.stack.evictor or self.keys.old or self.values.old):
+            sight = self._sight(new, newest, rule, causal and inside)
+            read = self.keys.extended(), self.values.extended(True)
+            out = attend_picked(query.float().contiguous(), picked, sight, keys, values, *read, len(self)).to(query.dtype)
         else:
             self.keys.append(keys)
             self.values.append(values)
@@ -189,9 +194,8 @@ class Lane:
                 attention[..., :old] = self.keys.old_dots(folded.to(query.dtype), self._places).float().numpy()
             elif self.keys.mapped:
                 inside = self.keys.inside(folded).view(rows, query.shape[1], 1, -1)
-        seers = ALL if seen else new.positions[:, 0].numpy()
-        sight = Sight(seers, self._positions.array, newest, rule.window or 0, rule.scaling, rule.softcap or 0.0)
-        out = attend_one(asked, inside, sight, keys, values, self.keys.extended(), self.values.extended(True), attention, found)
+        sight, read = self._sight(new, newest, rule, seen), (self.keys.extended(), self.values.extended(True))
+        out = attend_one(asked, inside, sight, keys, values, *read, attention, found)
         if self.values.old and not self.values.readable(True):
             weights = torch.from_numpy(attention[..., : self.values.old]).to(query.dtype)
             out += self.values.old_mix(weights, self._places).view_as(out)
@@ -199,6 +203,10 @@ class Lane:
             return out.to(query.dtype), None, None
         logits, weights = (torch.from_numpy(x)[:, :, :, None] for x in (found, attention))
         return out.to(query.dtype), logits if self._counted else None, weights
+
+    def _sight(self, new: Arrival, newest: int, rule: Rule, seen: bool) -> Sight:
+        asked = ALL if seen else new.positions[:, 0].numpy()
+        return Sight(asked, self._positions.array, newest, rule.window or 0, rule.scaling, rule.softcap or 0.0)
 
     def _picked(self, query: Tensor) -> Tensor | None:
         if self.labels is None or self.stack.reader is None:

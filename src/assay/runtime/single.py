@@ -125,7 +125,7 @@ def _attend(query: Any, inside: Any, sight: Any, key: Any, value: Any, keys: Any
                     found[j, t] = np.float32(np.tanh(found[j, t] / softcap)) * softcap
             if logits.shape[3]:
                 logits[b, h, j] = found[j]
-            if not len(sight.asked) or _hide(found[j], place, sight.asked[b], sight.window):
+            if not len(sight.asked) or hide(found[j], place, sight.asked[b], sight.window):
                 softmax(found[j])
             else:
                 found[j] = 0
@@ -188,27 +188,20 @@ def add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
 @njit(nogil=True, cache=True)
 def _read(side: Any, b: Any, h: Any, start: Any, count: Any, rows: Any) -> None:
     """Numbers of some stored slots."""
-    end = start + count
+    end, width = start + count, side.width
     if side.kind == PLAIN:
         _numbers(side.plain[b, h, start:end], side.half, rows)
-    elif side.kind == TOKEN:
-        _of_tokens(
-            side.codes[b, h, start:end], side.scale[b, h, start:end], side.low[b, h, start:end], side.bits, side.coded, rows
-        )
+        return
+    codes = side.codes[b, h, start:end]
+    if side.kind == TOKEN:
+        _of_tokens(codes, side.scale[b, h, start:end], side.low[b, h, start:end], side.bits, side.coded, width, rows)
     elif side.kind == CHANNEL:
-        _of_channels(
-            side.codes[b, h, start:end],
-            side.member[b, h, start:end],
-            side.scale[b, h],
-            side.low[b, h],
-            side.bits,
-            side.coded,
-            rows,
-        )
+        member = side.member[b, h, start:end]
+        _of_channels(codes, member, side.scale[b, h], side.low[b, h], side.bits, side.coded, rows)
     elif side.kind == FLOAT:
-        _floats(side.codes[b, h, start:end], side.scale[b, h, start:end], side.coded, rows)
+        _floats(codes, side.scale[b, h, start:end], side.coded, rows)
     else:
-        _blocks(side.codes[b, h, start:end], side.exponent[b, h, start:end], side.bits, rows)
+        _blocks(codes, side.exponent[b, h, start:end], side.bits, width, rows)
 
 
 @njit(nogil=True, cache=True)
@@ -224,8 +217,8 @@ def _numbers(x: Any, half: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _of_tokens(codes: Any, scale: Any, low: Any, bits: Any, coded: Any, rows: Any) -> None:
-    size = codes.shape[1] * (8 // bits) // scale.shape[1]
+def _of_tokens(codes: Any, scale: Any, low: Any, bits: Any, coded: Any, width: Any, rows: Any) -> None:
+    size = width // scale.shape[1]
     for n in range(len(codes)):
         unpack_row(codes[n], bits, rows[n])
         for g in range(scale.shape[1]):
@@ -261,8 +254,8 @@ def _floats(codes: Any, scale: Any, coded: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _blocks(codes: Any, exponent: Any, bits: Any, rows: Any) -> None:
-    size, middle = codes.shape[1] * (8 // bits) // exponent.shape[1], np.float32((1 << bits - 1) - 1)
+def _blocks(codes: Any, exponent: Any, bits: Any, width: Any, rows: Any) -> None:
+    size, middle = width // exponent.shape[1], np.float32((1 << bits - 1) - 1)
     for n in range(len(codes)):
         unpack_row(codes[n], bits, rows[n])
         for g in range(exponent.shape[1]):
@@ -284,7 +277,7 @@ def softmax(x: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _hide(x: Any, positions: Any, asked: Any, window: Any) -> Any:
+def hide(x: Any, positions: Any, asked: Any, window: Any) -> Any:
     """Minus infinity where a query at position `asked` sees nothing; whether it sees anything."""
     some = False
     for i in range(len(x)):

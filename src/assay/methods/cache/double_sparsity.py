@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from assay.methods.cache._watch import watch
 from assay.model.errors import InputError
 from assay.runtime.attention import Step, group_reduce, grouped
+from assay.runtime.picked import guesses
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,9 @@ class DoubleSparsity:
         count = min(max(int(self.read * slots), self.least), slots)
         if layer < self.dense or count == slots:
             return None
+        if labels.device.type == "cpu" and labels.dtype == query.dtype == torch.float32 and not query.requires_grad:
+            channels = self.channels[layer][head : head + labels.shape[1]]
+            return guesses(query, channels, labels, positions).topk(count, -1)[1].sort(-1)[0]
         asked = group_reduce(grouped(query, labels.shape[1]))
         guess = asked.gather(3, self._index(layer, head, asked)) @ labels.mT
         return guess[:, :, 0].masked_fill(positions < 0, -torch.inf).topk(count, -1)[1].sort(-1)[0]
