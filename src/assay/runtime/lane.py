@@ -205,7 +205,7 @@ class Lane:
         return out.to(query.dtype), logits if self._counted else None, weights
 
     def _sight(self, new: Arrival, newest: int, rule: Rule, seen: bool) -> Sight:
-        asked = ALL if seen else new.positions[:, 0].numpy()
+        asked = ALL if seen else new.positions[:, 0].contiguous().numpy()
         return Sight(asked, self._positions.array, newest, rule.window or 0, rule.scaling, rule.softcap or 0.0)
 
     def _picked(self, query: Tensor) -> Tensor | None:
