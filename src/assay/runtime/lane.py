@@ -245,7 +245,10 @@ class Lane:
         else:
             positions = new.positions[:, None].to(torch.int32)
             self._positions.append(positions.expand(-1, self.positions.shape[1], -1) if len(self) else positions)
-        if self._positional:
+        if self._positional and one and keys.device.type == "cpu":
+            self._where.extend()
+            self._where.array[:, 0, len(self._where) - 1] = new.where[:, 0].numpy()
+        elif self._positional:
             self._where.append(new.where[:, None].to(torch.int32))
         for grown in self._counted:
             if one:

@@ -37,7 +37,7 @@ def guesses(query: Tensor, channels: Tensor, labels: Tensor, positions: Tensor) 
     """
     out = torch.empty(labels.shape[:3])
     asked = query.detach().contiguous().numpy()[:, :, 0]
-    _guesses(asked, channels.numpy(), *flat(labels.detach()), positions.numpy(), out.numpy())
+    _guesses(asked, channels.numpy(), *flat(labels.detach()), *flat(positions), positions.shape[1] == 1, out.numpy())
     return out
 
 
@@ -93,7 +93,7 @@ def _fetch(x: Any, places: Any, half: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _guesses(query: Any, channels: Any, labels: Any, lp: Any, positions: Any, out: Any) -> None:
+def _guesses(query: Any, channels: Any, labels: Any, lp: Any, positions: Any, pp: Any, shared: Any, out: Any) -> None:
     heads, width = channels.shape
     group = query.shape[1] // heads
     asked = np.empty(width, np.float32)
@@ -109,4 +109,5 @@ def _guesses(query: Any, channels: Any, labels: Any, lp: Any, positions: Any, ou
                 row = labels[begin : begin + width]
                 for i in range(width):
                     total += asked[i] * row[i]
-                out[b, h, t] = total if positions[b, min(h, positions.shape[1] - 1), t] >= 0 else np.float32(-np.inf)
+                there = positions[place(pp, b, 0 if shared else h, t)] >= 0
+                out[b, h, t] = total if there else np.float32(-np.inf)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 def at_channels(query: Tensor, index: Tensor) -> Tensor:
-    """[B, H, g, D] at index int [B, H, r] of each head -> [B, H, g, r]."""
+    """[B, H, g, D] at index int [B or 1, H, r] of each head -> [B, H, g, r]."""
     if query.device.type != "cpu" or query.dtype != torch.float32 or query.requires_grad:
-        return query.gather(3, index.long()[:, :, None].expand(-1, -1, query.shape[2], -1))
+        return query.gather(3, index.long()[:, :, None].expand(len(query), -1, query.shape[2], -1))
     out = torch.empty(*query.shape[:3], index.shape[2])
-    _take(query.contiguous().numpy(), index.numpy(), out.numpy())
+    _take(query.contiguous().numpy(), index.contiguous().numpy(), out.numpy())
     return out
 
 
@@ -24,4 +24,4 @@ def _take(query: Any, index: Any, out: Any) -> None:
         for h in range(out.shape[1]):
             for j in range(out.shape[2]):
                 for i in range(out.shape[3]):
-                    out[b, h, j, i] = query[b, h, j, index[b, h, i]]
+                    out[b, h, j, i] = query[b, h, j, index[min(b, len(index) - 1), h, i]]
