@@ -35,7 +35,8 @@ _valid: dict[str, bytes] = {}
 
 
 class Outcome(NamedTuple):
-    """What came of the inputs from `first` on. slowest: seconds; seconds: of processor time; bugs: how often, and the first number, by place."""
+    """What came of the inputs from `first` on. slowest: seconds; seconds: of processor time; bugs: how often, and the
+    first number, by place."""
 
     kind: str
     first: int
