@@ -5,6 +5,10 @@ An error-feedback solver trusts their smallest eigenvalues most (it divides by t
 what a sample gets most wrong. Shrinkage and damping take that trust back.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +26,25 @@ DAMPING = 0.01
 
 MAX_DAMPING = 10.0
 """Ten times the mean diagonal: with that, any finite symmetric second moment has a Cholesky factor."""
+
+_noted: ContextVar[list[Tensor] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def dampings() -> Iterator[list[Tensor]]:
+    """What `inverse_factor` adds in this thread while the block lasts: of each call the fractions, [matrices]."""
+    found: list[Tensor] = []
+    outer = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(outer)
+
+
+def most(found: list[Tensor], matrices: int) -> list[float]:
+    """The largest of `dampings` for each of so many matrices; 0 where nothing was factored. A call of others counts for all."""
+    rows = [d if len(d) == matrices else d.max().expand(matrices) for d in found]
+    return [0.0] * matrices if not rows else torch.stack(rows).amax(0).tolist()
 
 
 def diagonal(moment: Tensor) -> Tensor:
@@ -77,6 +100,8 @@ def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.fl
         if float(amount.max()) > MAX_DAMPING:
             raise ValueError("a second moment has no Cholesky factor even when damped tenfold; is it one?")
         amount = torch.where(failed, (2 * amount).clamp(min=1e-6), amount)
+    if (noted := _noted.get()) is not None:
+        noted.append(amount.flatten())
     _invert_in_place(lower)
     inverse = lower.float()
     del lower

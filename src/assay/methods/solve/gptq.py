@@ -48,14 +48,13 @@ class Visit(NamedTuple):
     """[batch, in], the inputs in order of visit"""
     factor: Tensor
     """[batch, in, in], upper, in that order; see `inverse_factor`"""
-    damping_used: float
 
 
 def visit(weight: Tensor, H: Tensor, act_order: bool, shrinkage: float, damping: float) -> Visit:
     """Order and factor for `weight` [..., out, in]; parameters as in `solve`."""
     flat, moment = flatten_batch(weight), shrink(flatten_batch(H), shrinkage)
     order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
-    return Visit(flat, order, *inverse_factor(permute(moment, order), damping))
+    return Visit(flat, order, inverse_factor(permute(moment, order), damping)[0])
 
 
 def solve(
@@ -81,10 +80,10 @@ def solve(
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks if clipped else (1.0,))
     check(weight, grid, H)
-    flat, order, factor, used = visit(weight, H, act_order, shrinkage, damping)
+    flat, order, factor = visit(weight, H, act_order, shrinkage, damping)
     affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)
     quantizer = FixedGrid(grid, affine, order)
     column_feedback(take_columns(flat, order), factor, quantizer, block)
     codes = take_columns(quantizer.codes.mT, order.argsort(-1)).reshape(weight.shape)
     shape = (*weight.shape[:-1], -1)
-    return Rounded(codes, Affine(affine.scale.reshape(shape), affine.zero_point.reshape(shape)), used)
+    return Rounded(codes, Affine(affine.scale.reshape(shape), affine.zero_point.reshape(shape)))
