@@ -343,7 +343,7 @@ def _profile_in(
 ) -> Profile:
     folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [presets.level(budget.level)] if budget.level else []
-    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels)
+    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels, sparing=True)
 
 
 def _unproven(work: Path, destination: Path) -> bool:
