@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from assay.runtime import unpacking
+from assay.runtime import single, unpacking
 from assay.runtime.attention import Step
 
 Tensors = dict[str, Tensor]
@@ -46,7 +46,16 @@ class Map(Protocol):
 
 
 class Codec(Protocol):
-    """Stores a tensor [B, H, n, D] in few bits; what it has written never changes."""
+    """Stores a tensor [B, H, n, D] in few bits; what it has written never changes.
+
+    kind: how the kernel for single queries reads it (`single`), `single.NONE` where it can't; bits: of a number.
+    """
+
+    @property
+    def kind(self) -> int: ...
+
+    @property
+    def bits(self) -> int: ...
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """Tensors of the tokens, and the shared ones with what these tokens add."""
@@ -82,6 +91,9 @@ class Side:
 class Plain:
     """Stores as it is; for maps without a codec."""
 
+    kind: ClassVar[int] = single.PLAIN
+    bits: ClassVar[int] = 0
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
         return {"x": x}, shared
@@ -97,6 +109,8 @@ class PerToken:
 
     bits: int
     group: int
+
+    kind: ClassVar[int] = single.TOKEN
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
@@ -120,6 +134,8 @@ class PerChannel:
 
     bits: int
     group: int
+
+    kind: ClassVar[int] = single.CHANNEL
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`; n must be a multiple of the group."""
@@ -150,6 +166,13 @@ class Float8:
 
     dtype: torch.dtype = field(default=torch.float8_e4m3fn)
 
+    bits: ClassVar[int] = 8
+
+    @property
+    def kind(self) -> int:
+        """See `Codec`."""
+        return single.FLOAT if self.dtype == torch.float8_e4m3fn else single.NONE
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
         largest = torch.finfo(self.dtype).max
@@ -174,6 +197,8 @@ class BlockFloat:
 
     bits: int
     block: int
+
+    kind: ClassVar[int] = single.BLOCK
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
@@ -205,6 +230,8 @@ class GgmlBlocks:
 
     bits: int
     block: int = 32
+
+    kind: ClassVar[int] = single.NONE
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`. Four bits reach one step further on the side of the largest number."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from assay.runtime import single
 from assay.runtime.attention import Step
 from assay.runtime.codecs import Codec, Map, Plain, Side, Tensors
-from assay.runtime.grown import Away, Grown, gather
+from assay.runtime.grown import HALVES, Away, Grown, array_of, gather
+from assay.runtime.single import Source
 
 DECODED_AT_ONCE = 1 << 18
 """Numbers that are decoded together: they stay in a processor's cache, and take several times the memory while they are."""
@@ -25,6 +28,7 @@ class Tape:
         self._shared: list[Tensors] = []
         self._exact = Away() if away else Grown()
         self._width = 0
+        self._source: Source | None = None
 
     def __len__(self) -> int:
         return self.old + len(self._exact)
@@ -37,6 +41,26 @@ class Tape:
     def append(self, x: Tensor) -> None:
         """Add new tokens, exact."""
         self._exact.append(x)
+
+    def takes(self, x: Tensor, weighed: bool) -> bool:
+        """Whether kernels read this tape, to weigh its slots or to multiply them, and can write x, a token more, to it."""
+        if x.device.type != "cpu" or x.dtype != self._exact.data.dtype or (x.dtype != torch.float32 and x.dtype not in HALVES):
+            return False
+        simple = not self._maps() if weighed else self._in_heads()
+        return not self.old or (simple and self._codec().kind != single.NONE)
+
+    def extended(self) -> Source:
+        """What kernels read, with a slot more, which they write."""
+        self._exact.extend()
+        if self._source is None or self._source.exact is not self._exact.array:
+            self._source = self._read()
+        return self._source
+
+    def inside(self, query: Tensor) -> Tensor:
+        """Queries [B, H, g, D] as they are multiplied with stored slots."""
+        for m, shared in self._maps() if self.old else ():
+            query = m.dual(query, shared)
+        return query.contiguous()
 
     def read(self, where: Tensor) -> Tensor:
         """All slots [B, H, slots, D]; where: int [B, slots or 1] text positions of them."""
@@ -68,6 +92,10 @@ class Tape:
             old = m.backward(old, shared, where)  # type: ignore[arg-type]
         return old + recent
 
+    def due(self, step: Step) -> bool:
+        """Whether tokens are to be stored now."""
+        return self.side is not None and self.side.ready(len(self._exact), step.prefill, step.decoded) > 0
+
     def store(self, step: Step, where: Tensor, empty: Tensor | None = None) -> None:
         """Move the tokens that are ready from exact to stored; empty: bool [B, H or 1, slots], slots that hold nothing."""
         ready = self.side.ready(len(self._exact), step.prefill, step.decoded) if self.side else 0
@@ -86,10 +114,12 @@ class Tape:
         for name, t in tokens.items():
             self._tokens.setdefault(name, Grown()).append(t)
         self.old += ready
+        self._source = None
         self._exact.drop_first(ready)
 
     def keep(self, index: Tensor) -> None:
         """Keep these slots only: int [B, H or 1, n]; what is exact behind stored slots must be kept as it is."""
+        self._source = None
         if not self.old:
             self._exact.keep(index)
             return
@@ -108,6 +138,7 @@ class Tape:
 
     def rows(self, index: Tensor) -> None:
         """Take these rows of the batch."""
+        self._source = None
         for grown in (*self._tokens.values(), self._exact):
             grown.rows(index)
         self._shared = [{n: t[index.to(t.device)] for n, t in s.items()} for s in self._shared]
@@ -131,6 +162,15 @@ class Tape:
         yield from (grown.data for grown in (self._exact, *self._tokens.values()))
         for shared in self._shared:
             yield from shared.values()
+
+    def _read(self) -> Source:
+        held: dict[str, Any] = {name: grown.array for name, grown in self._tokens.items()}
+        held |= {name: array_of(t) for shared in self._shared[-1:] for name, t in shared.items()}
+        scale = self._tokens["scale"].data if "scale" in self._tokens else self._shared[-1].get("scale") if self._shared else None
+        half, coded = (-1 if x is None else HALVES.get(x.dtype, -1) for x in (self._exact.data, scale))
+        named = [held.get(name, empty) for name, empty in zip(single.FIELDS, single.EMPTY[half >= 0], strict=True)]
+        codec = self._codec()
+        return Source(self._exact.array, *named, codec.kind, codec.bits, half, coded, self.old, self._width)
 
     def _blocks(self) -> Iterator[slice]:
         """Stored slots, so many at a time that their numbers stay in a processor's cache."""

@@ -14,8 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from assay.model.threads import spread
-
-HALVES = {torch.float16: 0, torch.bfloat16: 1}
+from assay.runtime.grown import HALVES
 
 
 def runs_on(*tensors: Tensor) -> bool:
@@ -61,7 +60,7 @@ def _flat(x: Tensor) -> tuple[Any, Any]:
 
 
 @njit(inline="always")
-def _number(half: Any, kind: Any) -> Any:
+def number(half: Any, kind: Any) -> Any:
     """float32 from the 16 bits of a float16 (0) or bfloat16 (1), finite."""
     bits = np.uint32(half) & np.uint32(0xFFFF)
     if kind == 1:
@@ -72,7 +71,7 @@ def _number(half: Any, kind: Any) -> Any:
 
 
 @njit(inline="always")
-def _unpack(codes: Any, bits: Any, to: Any) -> None:
+def unpack_row(codes: Any, bits: Any, to: Any) -> None:
     """Codes of one token, run after run; slices that begin at 0 let the compiler use vectors."""
     count = len(codes)
     for j in range(8 // bits):
@@ -96,9 +95,9 @@ def _per_token(codes: Any, cp: Any, scale: Any, sp: Any, low: Any, lp: Any, bits
         b, h = order[k] // heads, order[k] % heads
         for t in range(out.shape[1]):
             start, s, z = _place(cp, b, h, t), _place(sp, b, h, t), _place(lp, b, h, t)
-            _unpack(codes[start : start + count], bits, numbers)
+            unpack_row(codes[start : start + count], bits, numbers)
             for g in range(groups):
-                factor, first = _number(scale[s + g], kind), _number(low[z + g], kind)
+                factor, first = number(scale[s + g], kind), number(low[z + g], kind)
                 part, to = numbers[g * size : (g + 1) * size], out[k, t, g * size : (g + 1) * size]
                 for i in range(size):
                     to[i] = first + part[i] * factor
@@ -117,10 +116,10 @@ def _per_channel(codes: Any, cp: Any, group: Any, gp: Any, scale: Any, sp: Any, 
             if member != known:
                 s, z = _place(sp, b, h, member), _place(lp, b, h, member)
                 for i in range(width):
-                    factor[i], first[i] = _number(scale[s + i], kind), _number(low[z + i], kind)
+                    factor[i], first[i] = number(scale[s + i], kind), number(low[z + i], kind)
                 known = member
             start = _place(cp, b, h, t)
-            _unpack(codes[start : start + count], bits, numbers)
+            unpack_row(codes[start : start + count], bits, numbers)
             to = out[k, t]
             for i in range(width):
                 to[i] = first[i] + numbers[i] * factor[i]
@@ -133,6 +132,6 @@ def _by_table(codes: Any, cp: Any, scale: Any, sp: Any, kind: Any, table: Any, h
         b, h = order[k] // heads, order[k] % heads
         for t in range(out.shape[1]):
             start = _place(cp, b, h, t)
-            part, factor, to = codes[start : start + width], _number(scale[_place(sp, b, h, t)], kind), out[k, t]
+            part, factor, to = codes[start : start + width], number(scale[_place(sp, b, h, t)], kind), out[k, t]
             for i in range(width):
                 to[i] = table[part[i]] * factor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.cache._evict import Evict, hashed, heads
+from assay.methods.cache._noise import gumbel
 from assay.runtime.attention import Step
 
 
@@ -43,6 +44,8 @@ class Keyformer(Evict):
         return int(capacity * self.recent_share)
 
     def _gumbel(self, step: Step, rows: slice) -> Tensor:
+        if step.positions.device.type == "cpu":
+            return gumbel(step, rows, self.noise, self.seed)
         group = step.query.shape[1] // step.keys.shape[1]
         asked = (step.queries[:, rows] - step.first[:, None]).clamp_min(0)[:, None, None, :, None]
         slots = (step.positions - step.first[:, None, None]).clamp_min(0)[:, :, None, None, :]
