@@ -11,7 +11,7 @@ from assay.budget import joint, planners, serving
 from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
-from assay.budget.offers import decisions, menus_of, only_level, priced, roughly, rows, rows_of
+from assay.budget.offers import decisions, menus_of, only_level, preferring, priced, roughly, rows, rows_of
 from assay.budget.plan import Choice, Plan, validate
 from assay.budget.planners import lagrange
 from assay.budget.size import Budget, parse_size
@@ -37,6 +37,7 @@ class Outlook:
     stays: list[str]
 
 
+@preferring
 def outlook(
     model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str], uniform: bool = False,
     cache: CacheChoice | None = None,
@@ -60,8 +61,7 @@ def outlook(
 
 def outlook_of(plan: Plan) -> Outlook:
     """The same for a plan, before its profile is known."""
-    stays = [name for name, choice in plan.choices.items() if choice.level is None]
-    return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
+    return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, [n for n, c in plan.choices.items() if c.level is None])
 
 
 def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
@@ -96,6 +96,7 @@ def _footprint(profile: Profile) -> Footprint:
     return Footprint.from_json(profile.index.get("footprint"))
 
 
+@preferring
 def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
     speeds: Speeds | None = None, cache: CacheChoice | None = None,
@@ -239,8 +240,7 @@ def _serving(profile: Profile, budget: Budget, contract: Contract, weights: int,
     """Memory of the result at the context that the budget names; empty where it names none."""
     if budget.load is None:
         return {}
-    decoded = sum(profile.index["names"].values())
-    return serving.summary(_footprint(profile), budget.load, contract.name, weights, decoded, cache)
+    return serving.summary(_footprint(profile), budget.load, contract.name, weights, sum(profile.index["names"].values()), cache)
 
 
 def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
@@ -278,14 +278,15 @@ def _why(decision: Decision, index: int) -> str:
         return "kept: no smaller choice was worth its loss" if len(decision.options) > 1 else "kept: no level allowed"
     if index == 0:
         return "smallest choice"
-    smaller = decision.options[index - 1]
+    smaller = min(decision.options[:index], key=lambda o: o.damage)
+    if smaller.damage <= option.damage:
+        return f"{smaller.level} takes fewer bytes and is predicted to lose less"
     saved, cost = option.nbytes - smaller.nbytes, smaller.damage - option.damage
     return f"{smaller.level} would save {saved} bytes for {cost:.2g} nats more"
 
 
 def _sentence(expected: float, low: float, high: float, uniform: Mapping[str, Any]) -> str:
-    text = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})"
-    other = uniform["predicted"]
+    text, other = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})", uniform["predicted"]
     if 0.9 * other < expected < other / 0.9:
         return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
     return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"
@@ -298,14 +299,13 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     """
     check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
     known = {row.name: row for row in rows_of(profile)}
-    for name, chosen in plan.choices.items():
-        if name in known and chosen.level:
-            _check_group_size(known[name], chosen.level)
+    for name in [n for n in plan.levels if n in known]:
+        _check_group_size(known[name], plan.levels[name])
     if contract.one_level:
-        check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
-    budget = Budget(**plan.budget)
-    outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
+        check_alike(plan.levels, contract.name)
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    outside = budget.whole or any(known[n].block is None for n in plan.levels if n in known)
+    options = decisions(profile, contract, plan.method, outside, (), only_level(budget), plan.levels)
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     cache = joint.cache_of(profile, plan, contract)
@@ -331,8 +331,8 @@ Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, .
 
 def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
     """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
-    budget, levels = Budget(**plan.budget), {Level.parse(c.level) for c in plan.choices.values() if c.level}
-    only = max(levels) if contract.one_level and levels else None
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    only = max(plan.levels.values()) if contract.one_level and plan.levels else None
     options = decisions(profile, contract, plan.method, budget.whole, keep, only)
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     cache = joint.cache_of(profile, plan, contract)
@@ -353,9 +353,9 @@ def check_origin(plan: Plan, model: str, text: str | None) -> None:
         raise InputError("the plan was made from another profile; give that one with --profile, or run assay plan on this one")
 
 
-def _check_group_size(row: SiteRow, level: str) -> None:
+def _check_group_size(row: SiteRow, level: Level) -> None:
     try:
-        Level.parse(level).groups(row.shape[1])
+        level.groups(row.shape[1])
     except InputError as error:
         raise InputError(f"{row.name}: {error}") from None
 
