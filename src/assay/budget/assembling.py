@@ -102,7 +102,9 @@ def _why(decision: Decision, index: int) -> str:
         return "kept: no smaller choice was worth its loss" if len(decision.options) > 1 else "kept: no level allowed"
     if index == 0:
         return "smallest choice"
-    smaller = decision.options[index - 1]
+    smaller = min(decision.options[:index], key=lambda o: o.damage)
+    if smaller.damage <= option.damage:
+        return f"{smaller.level} takes fewer bytes and is predicted to lose less"
     saved, cost = option.nbytes - smaller.nbytes, smaller.damage - option.damage
     return f"{smaller.level} would save {saved} bytes for {cost:.2g} nats more"
 

@@ -12,7 +12,7 @@ from assay.budget.assembling import assemble, sentence_of, totals
 from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
-from assay.budget.offers import decisions, menus_of, only_level, priced, roughly, rows, rows_of
+from assay.budget.offers import decisions, menus_of, only_level, preferring, priced, roughly, rows, rows_of
 from assay.budget.plan import Plan, validate
 from assay.budget.size import Budget
 from assay.budget.speed import Speeds
@@ -37,6 +37,7 @@ class Outlook:
     stays: list[str]
 
 
+@preferring
 def outlook(
     model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str], uniform: bool = False,
     cache: CacheChoice | None = None,
@@ -64,6 +65,7 @@ def outlook_of(plan: Plan) -> Outlook:
     return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
 
 
+@preferring
 def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
     speeds: Speeds | None = None, cache: CacheChoice | None = None,
@@ -100,14 +102,13 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     """
     check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
     known = {row.name: row for row in rows_of(profile)}
-    for name, chosen in plan.choices.items():
-        if name in known and chosen.level:
-            _check_group_size(known[name], chosen.level)
+    for name in [n for n in plan.levels if n in known]:
+        _check_group_size(known[name], plan.levels[name])
     if contract.one_level:
-        check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
-    budget = Budget(**plan.budget)
-    outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
+        check_alike(plan.levels, contract.name)
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    outside = budget.whole or any(known[n].block is None for n in plan.levels if n in known)
+    options = decisions(profile, contract, plan.method, outside, (), only_level(budget), plan.levels)
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     cache = joint.cache_of(profile, plan, contract)
@@ -133,8 +134,8 @@ Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, .
 
 def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
     """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
-    budget, levels = Budget(**plan.budget), {Level.parse(c.level) for c in plan.choices.values() if c.level}
-    only = max(levels) if contract.one_level and levels else None
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    only = max(plan.levels.values()) if contract.one_level and plan.levels else None
     options = decisions(profile, contract, plan.method, budget.whole, keep, only)
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     cache = joint.cache_of(profile, plan, contract)
@@ -155,9 +156,9 @@ def check_origin(plan: Plan, model: str, text: str | None) -> None:
         raise InputError("the plan was made from another profile; give that one with --profile, or run assay plan on this one")
 
 
-def _check_group_size(row: SiteRow, level: str) -> None:
+def _check_group_size(row: SiteRow, level: Level) -> None:
     try:
-        Level.parse(level).groups(row.shape[1])
+        level.groups(row.shape[1])
     except InputError as error:
         raise InputError(f"{row.name}: {error}") from None
 
