@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,22 +172,31 @@ class Lane:
 
     def _compiled(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
         free = not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad))
-        return free and self.keys.takes(keys, False) and self.values.takes(values, True)
+        return free and self.keys.takes(keys) and self.values.takes(values)
 
     def _at_once(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, rule: Rule, seen: bool
-                 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-        """Append and attend as `_single`, compiled; the logits only where a policy may ask. seen: all slots are."""
-        rows, heads, _, width = values.shape
-        group = query.shape[1] // heads
-        asked = query.float().contiguous()
-        turned = self.keys.inside(asked.view(rows, heads, group, -1)) if self.keys.old else asked
-        attention = torch.empty(rows, heads, group, 1, len(self))
-        found = torch.empty_like(attention) if self.stack.evictor else None
-        out, window = torch.empty(rows, query.shape[1], 1, width), -1 if seen else rule.window or 0
-        attend_one(asked[:, :, 0], turned.view(rows, query.shape[1], -1), new.positions[:, 0], self._positions.array, window,
-                   rule.scaling, rule.softcap or 0.0, keys, values, self.keys.extended(), self.values.extended(), found,
-                   attention, out)  # fmt: skip
-        return out.to(query.dtype), found, attention
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Append and attend as `_single`, compiled; logits and attention only where a policy may ask. seen: all slots are."""
+        (rows, heads), group, old = values.shape[:2], query.shape[1] // values.shape[1], self.keys.old
+        asked, inside = query.float().contiguous(), None
+        attention = np.empty((rows, heads, group, len(self)), np.float32)
+        found = np.empty(attention.shape if self._counted else (rows, heads, group, 0), np.float32)
+        if old:
+            folded = asked.view(rows, heads, group, -1)
+            if not self.keys.readable():
+                attention[..., :old] = self.keys.old_dots(folded.to(query.dtype), self._places).float().numpy()
+            elif self.keys.mapped:
+                inside = self.keys.inside(folded).view(rows, query.shape[1], 1, -1)
+        out = attend_one(asked, inside, None if seen else new.positions[:, 0], self._positions.array, rule.window or 0,
+                         rule.scaling, rule.softcap or 0.0, keys, values, self.keys.extended(), self.values.extended(True),
+                         attention, found)  # fmt: skip
+        if self.values.old and not self.values.readable(True):
+            weights = torch.from_numpy(attention[..., : self.values.old]).to(query.dtype)
+            out += self.values.old_mix(weights, self._places).view_as(out)
+        if not self.stack.evictor:
+            return out.to(query.dtype), None, None
+        logits, weights = (torch.from_numpy(x)[:, :, :, None] for x in (found, attention))
+        return out.to(query.dtype), logits if self._counted else None, weights
 
     def _picked(self, query: Tensor) -> Tensor | None:
         if self.labels is None or self.stack.reader is None:
@@ -217,7 +227,8 @@ class Lane:
         """Append all that is known of new tokens besides their keys and values."""
         if self.labels is not None and self.stack.reader:
             self.labels.append(self.stack.reader.labels(keys, self.layer, self.head))
-        if len(self) and keys.shape[2] == 1 and not new.padded:
+        one = len(self) and keys.shape[2] == 1
+        if one and not new.padded:
             self._positions.fill(new.newest)
         else:
             positions = new.positions[:, None].to(torch.int32)
@@ -225,7 +236,7 @@ class Lane:
         if self._positional:
             self._where.append(new.where[:, None].to(torch.int32))
         for grown in self._counted:
-            if len(grown) and keys.shape[2] == 1:
+            if one:
                 grown.fill(0)
             else:
                 grown.append(keys.new_zeros(*keys.shape[:3], dtype=torch.float32))

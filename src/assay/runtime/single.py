@@ -14,15 +14,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from assay.model.threads import spread
+from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
 from assay.runtime.unpacking import number, unpack_row
 
 NONE, PLAIN, TOKEN, CHANNEL, FLOAT, BLOCK = range(6)
 """How stored slots are read: as they are, or as `PerToken`, `PerChannel`, `Float8` (E4M3) and `BlockFloat` write them."""
 AT_ONCE = 32
-WORTH_THREADS = 1 << 20
-"""Products of a query from which on threads are woken."""
 LOOSE = {"contract", "reassoc", "nsz"}
 
 
@@ -33,6 +31,9 @@ EMPTY = tuple(
     for exact in (np.float32, np.int16)
 )
 """Those fields where they aren't used, beside float32 and beside 16-bit floats."""
+
+
+ALL = np.empty(0, np.int64)
 
 
 class Source(NamedTuple):
@@ -58,24 +59,25 @@ class Source(NamedTuple):
     width: int
 
 
-def attend_one(query: Tensor, inside: Tensor, asked: Tensor, positions: Any, window: int, scaling: float, softcap: float,
-               key: Tensor, value: Tensor, keys: Source, values: Source, logits: Tensor | None, attention: Tensor,
-               out: Tensor) -> None:  # fmt: skip
-    """Append the last slot and attend to all of them; fills logits (if given), attention [B, H, g, 1, S] and out [B, Hq, 1, D].
+def attend_one(query: Tensor, inside: Tensor | None, asked: Tensor | None, positions: Any, window: int, scaling: float,
+               softcap: float, key: Tensor, value: Tensor, keys: Source, values: Source, attention: Any, logits: Any
+               ) -> Tensor:  # fmt: skip
+    """Append the last slot and attend to all of them: float32 [B, Hq, 1, D]; fills attention and logits.
 
-    query float32 [B, Hq, D], inside float32 [B, Hq, r]: what it is for stored keys; key, value [B, H, 1, D]: of the last slot;
-    positions int32 [B, H or 1, room] and asked int [B]: read where window >= 0; window: tokens seen back, 0 for all;
-    softcap: 0 for none.
+    query float32 [B, Hq, 1, D]; inside: what it is for stored keys, [B, Hq, 1, r], None for the same; key, value [B, H, 1, D]:
+    of the last slot; keys of kind NONE: attention holds the products with stored slots already; values: the sum leaves
+    stored slots out; positions int32 [B, H or 1, room]; asked int [B]: position of each query, None: it sees every slot;
+    window: tokens seen back, 0 for all; softcap: 0 for none; attention, logits: numpy, float32 [B, H, g, S], logits without
+    slots if nobody asks.
     """
-    rows, heads = attention.shape[:2]
-    weights = attention.numpy()[:, :, :, 0]
-    known = weights[..., :0] if logits is None else logits.numpy()[:, :, :, 0]
-    shared = (query.numpy(), inside.numpy(), asked.numpy(), positions, window, np.float32(scaling), np.float32(softcap),
-              array_of(key)[:, :, 0], array_of(value)[:, :, 0], keys, values, known, weights, out.numpy()[:, :, 0])  # fmt: skip
-    if attention.numel() * key.shape[-1] < WORTH_THREADS:
-        _attend(*shared, np.arange(rows * heads))
-    else:
-        spread(_attend, rows * heads, shared, (torch.arange(rows * heads),))
+    out = np.empty((*query.shape[:3], value.shape[3]), np.float32)
+    turned = query.detach().numpy()
+    shared = (turned, turned if inside is None else inside.detach().numpy(), ALL if asked is None else asked.numpy(), positions,
+              window, np.float32(scaling), np.float32(softcap), array_of(key), array_of(value), keys, values, logits, attention,
+              out)  # fmt: skip
+    count = attention.shape[0] * attention.shape[1]
+    spread(_attend, count, shared, (torch.arange(count),), attention.size * key.shape[3] >= WORTH_SHARING)
+    return torch.from_numpy(out)
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
@@ -83,24 +85,24 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
                value: Any, keys: Any, values: Any, logits: Any, attention: Any, out: Any, order: Any) -> None:  # fmt: skip
     """See `attend_one`; for heads row * heads + head in `order`."""
     heads, group, slots = attention.shape[1], attention.shape[2], attention.shape[3]
-    width, broad = query.shape[2], values.exact.shape[3]
+    width, broad = query.shape[3], values.exact.shape[3]
     rows = np.zeros((AT_ONCE, max(width, broad, keys.width, values.width) + 8), np.float32)
     sums = np.empty((group, broad), np.float32)
     for k in range(len(order)):
         b, h = order[k] // heads, order[k] % heads
         mine, found = slice(h * group, (h + 1) * group), attention[b, h]
         for i in range(width):
-            keys.exact[b, h, slots - keys.old - 1, i] = key[b, h, i]
+            keys.exact[b, h, slots - keys.old - 1, i] = key[b, h, 0, i]
         for i in range(broad):
-            values.exact[b, h, slots - values.old - 1, i] = value[b, h, i]
-        for start in range(0, keys.old, AT_ONCE):
+            values.exact[b, h, slots - values.old - 1, i] = value[b, h, 0, i]
+        for start in range(0, keys.old if keys.kind else 0, AT_ONCE):
             count = min(AT_ONCE, keys.old - start)
             _read(keys, b, h, start, count, rows)
-            _add_dots(inside[b, mine], rows, keys.width, start, count, found)
+            add_dots(inside[b, mine, 0], rows, keys.width, start, count, found)
         for start in range(keys.old, slots, AT_ONCE):
             count = min(AT_ONCE, slots - start)
             _numbers(keys.exact[b, h, start - keys.old : start - keys.old + count], keys.half, rows)
-            _add_dots(query[b, mine], rows, width, start, count, found)
+            add_dots(query[b, mine, 0], rows, width, start, count, found)
         for j in range(group):
             for t in range(slots):
                 found[j, t] *= scaling
@@ -109,24 +111,24 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
                     found[j, t] = np.float32(np.tanh(found[j, t] / softcap)) * softcap
             if logits.shape[3]:
                 logits[b, h, j] = found[j]
-            if window < 0 or _hide(found[j], positions[b, min(h, positions.shape[1] - 1)], asked[b], window):
-                _softmax(found[j])
+            if not len(asked) or _hide(found[j], positions[b, min(h, positions.shape[1] - 1)], asked[b], window):
+                softmax(found[j])
             else:
                 found[j] = 0
         sums[:] = 0
-        for start in range(0, values.old, AT_ONCE):
+        for start in range(0, values.old if values.kind else 0, AT_ONCE):
             count = min(AT_ONCE, values.old - start)
             _read(values, b, h, start, count, rows)
-            _add_rows(found, rows, start, count, sums)
+            add_rows(found, rows, start, count, sums)
         for start in range(values.old, slots, AT_ONCE):
             count = min(AT_ONCE, slots - start)
             _numbers(values.exact[b, h, start - values.old : start - values.old + count], values.half, rows)
-            _add_rows(found, rows, start, count, sums)
-        out[b, mine] = sums
+            add_rows(found, rows, start, count, sums)
+        out[b, mine, 0] = sums
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any) -> None:
+def add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any) -> None:
     """to[j, start + n] = query[j] * rows[n] over `width` numbers, four rows at a time."""
     whole = count - count % 4
     for j in range(len(query)):
@@ -148,7 +150,7 @@ def _add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
+def add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
     """to[j] += weights[j, start + n] * rows[n], four rows at a time."""
     whole = count - count % 4
     for j in range(len(weights)):
@@ -257,8 +259,8 @@ def _blocks(codes: Any, exponent: Any, bits: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _softmax(x: Any) -> None:
-    """In place."""
+def softmax(x: Any) -> None:
+    """Of a row float32 [S], in place."""
     top = _largest(x)
     for i in range(len(x)):
         x[i] = _exp(x[i] - top)

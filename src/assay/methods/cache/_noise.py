@@ -11,6 +11,7 @@ from torch import Tensor
 
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.attention import Step
+from assay.runtime.single import softmax
 
 
 def gumbel(step: Step, rows: slice, factor: float, seed: int) -> Tensor:
@@ -21,11 +22,21 @@ def gumbel(step: Step, rows: slice, factor: float, seed: int) -> Tensor:
     out = torch.empty(batch, heads * group, queries.shape[1], step.positions.shape[2])
     numbers = (x.contiguous().numpy() for x in (queries, step.positions, step.first))
     shared = ((step.layer * 4096 + step.head) * 64, group, *numbers, np.float32(factor), seed, out.numpy())
-    if out.numel() < WORTH_SHARING:
-        _gumbel(*shared, np.arange(batch * heads * group))
-    else:
-        spread(_gumbel, batch * heads * group, shared, (torch.arange(batch * heads * group),))
+    order = torch.arange(batch * heads * group)
+    spread(_gumbel, len(order), shared, (order,), out.numel() >= WORTH_SHARING)
     return out.unflatten(1, (heads, group))
+
+
+def noisy_sums(step: Step, factor: float, seed: int, temperature: float) -> Tensor:
+    """float32 [B, H, S]: attention of one query that sees all, as `Step.column_sums` has it with `gumbel`'s noise; on a CPU."""
+    batch, heads = step.keys.shape[:2]
+    group, slots = step.query.shape[1] // heads, step.positions.shape[2]
+    out = torch.empty(batch, heads, slots)
+    found = step.found.numpy() if step.found is not None else None
+    queries, positions, first = (x.contiguous().numpy() for x in (step.queries, step.positions, step.first))
+    head, cooled = (step.layer * 4096 + step.head) * 64, np.float32(1 / temperature)
+    _noisy_sums(head, group, queries, positions, first, np.float32(factor), seed, cooled, found, out.numpy())
+    return out
 
 
 @njit(inline="always")
@@ -71,14 +82,41 @@ def _gumbel(
     heads, known = out.shape[1], np.empty(out.shape[3], np.uint32)
     for k in range(len(order)):
         b, h, j = order[k] // heads, order[k] % heads // group, order[k] % group
-        place, start = positions[b, min(h, positions.shape[1] - 1)], np.int32(first[b])
-        for t in range(len(place)):
-            known[t] = _spread_bits(max(place[t] - start, np.int32(0)), 3)
+        _places(positions[b, min(h, positions.shape[1] - 1)], np.int32(first[b]), known)
         mine = np.uint32(_spread_bits(head + h * 64 + j, 1) ^ np.uint32(seed))
         for q in range(queries.shape[1]):
             both = np.uint32(mine ^ _spread_bits(max(queries[b, q] - first[b], 0), 2))
-            to = out[b, h * group + j, q]
-            for t in range(len(to)):
-                mixed = _mix(_mix(np.uint32(both ^ known[t])))
-                u = (np.float32(np.int32(mixed & np.uint32(0x7FFFFF))) + np.float32(0.5)) * np.float32(2.0**-23)
-                to[t] = -factor * _log(-_log(u))
+            _row(both, known, factor, out[b, h * group + j, q])
+
+
+@njit(nogil=True, cache=True)
+def _noisy_sums(head: Any, group: Any, queries: Any, positions: Any, first: Any, factor: Any, seed: Any, cooled: Any, found: Any,
+                out: Any) -> None:  # fmt: skip
+    known, row, share = np.empty(out.shape[2], np.uint32), np.empty(out.shape[2], np.float32), np.float32(1 / group)
+    for b in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            _places(positions[b, min(h, positions.shape[1] - 1)], np.int32(first[b]), known)
+            out[b, h] = 0
+            for j in range(group):
+                mine = np.uint32(_spread_bits(head + h * 64 + j, 1) ^ np.uint32(seed))
+                _row(np.uint32(mine ^ _spread_bits(max(queries[b, 0] - first[b], 0), 2)), known, factor, row)
+                for t in range(len(row)):
+                    row[t] = (found[b, h, j, 0, t] + row[t]) * cooled
+                softmax(row)
+                for t in range(len(row)):
+                    out[b, h, t] += row[t] * share
+
+
+@njit(nogil=True, cache=True)
+def _places(positions: Any, first: Any, to: Any) -> None:
+    for t in range(len(positions)):
+        to[t] = _spread_bits(max(positions[t] - first, np.int32(0)), 3)
+
+
+@njit(nogil=True, cache=True)
+def _row(both: Any, known: Any, factor: Any, to: Any) -> None:
+    """Noise of one query, from what its head and its place gave and what the slots gave."""
+    for t in range(len(to)):
+        mixed = _mix(_mix(np.uint32(both ^ known[t])))
+        u = (np.float32(np.int32(mixed & np.uint32(0x7FFFFF))) + np.float32(0.5)) * np.float32(2.0**-23)
+        to[t] = -factor * _log(-_log(u))

@@ -44,6 +44,22 @@ class InHeads:
     positional: ClassVar[bool] = False
     joint: ClassVar[bool] = False
 
+    def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """Left to each map."""
+        raise NotImplementedError
+
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """Left to each map."""
+        raise NotImplementedError
+
+    def products(self, query: Tensor, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """See `Map`."""
+        return self.dual(query, shared) @ y.mT
+
+    def summed(self, y: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`."""
+        return self.backward(y, shared, y)
+
 
 @dataclass(frozen=True)
 class SortedChannels(InHeads):
