@@ -53,7 +53,8 @@ def _price_block(
     sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
     typical, largest = Typical.of(curvatures, sites), max((math.prod(s.shape) for s in sites), default=0)
     levels = {n: sorted({x.base for menu in menus for x in menu(n)}) for n in {s.shape[1] for s in sites}}
-    readers = {curvatures.reads(key_of(s)): s for s in sites if typical.standing_in(s, curvatures[key_of(s)]) is None}
+    own = (s for s in sites if s.expert is None or typical.standing_in(s, curvatures[key_of(s)]) is None)
+    readers = {curvatures.reads(key_of(s)): s for s in own}
 
     def cost(site: Site) -> InputCosts:
         return InputCosts.of(curvatures[key_of(site)].h, any(map(rotates, levels[site.shape[1]])))
