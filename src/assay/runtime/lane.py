@@ -11,9 +11,10 @@ from torch import Tensor
 
 from assay.runtime.attention import EMPTY, Rule, Step, attend, capped, grouped, softmaxed, visible
 from assay.runtime.grown import Grown, gather
+from assay.runtime.picked import attend_picked
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
-from assay.runtime.single import attend_one
+from assay.runtime.single import ALL, Sight, attend_one
 from assay.runtime.slots import lowest
 from assay.runtime.tape import Tape
 
@@ -76,13 +77,19 @@ class Lane:
             pads = (new.positions < 0)[:, None, :, None]
             keys, values = keys.masked_fill(pads, 0), values.masked_fill(pads, 0)
             self.holes = True
-        self._note(keys, new)
+        compiled = one and not fresh and self._compiled(query, keys, values)
+        newest = new.newest if compiled and self.labels is None and not new.padded else EMPTY
+        self._note(keys, new, newest)
         picked = self._picked(query) if one else None
         found = attention = None
         causal = (fresh or one) and not self.holes
         inside = rule.window is None or len(self) <= rule.window
-        if one and picked is None and not fresh and self._compiled(query, keys, values):
-            out, found, attention = self._at_once(query, keys, values, new, rule, causal and inside)
+        if compiled and picked is None:
+            out, found, attention = self._at_once(query, keys, values, new, newest, rule, causal and inside)
+        elif compiled and picked is not None and not (self.stack.evictor or self.keys.old or self.values.old):
+            sight = self._sight(new, newest, rule, causal and inside)
+            read = self.keys.extended(), self.values.extended(True)
+            out = attend_picked(query.float().contiguous(), picked, sight, keys, values, *read, len(self)).to(query.dtype)
         else:
             self.keys.append(keys)
             self.values.append(values)
@@ -174,7 +181,7 @@ class Lane:
         free = not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad))
         return free and self.keys.takes(keys) and self.values.takes(values)
 
-    def _at_once(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, rule: Rule, seen: bool
+    def _at_once(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, newest: int, rule: Rule, seen: bool
                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Append and attend as `_single`, compiled; logits and attention only where a policy may ask. seen: all slots are."""
         (rows, heads), group, old = values.shape[:2], query.shape[1] // values.shape[1], self.keys.old
@@ -187,9 +194,8 @@ class Lane:
                 attention[..., :old] = self.keys.old_dots(folded.to(query.dtype), self._places).float().numpy()
             elif self.keys.mapped:
                 inside = self.keys.inside(folded).view(rows, query.shape[1], 1, -1)
-        out = attend_one(asked, inside, None if seen else new.positions[:, 0], self._positions.array, rule.window or 0,
-                         rule.scaling, rule.softcap or 0.0, keys, values, self.keys.extended(), self.values.extended(True),
-                         attention, found)  # fmt: skip
+        sight, read = self._sight(new, newest, rule, seen), (self.keys.extended(), self.values.extended(True))
+        out = attend_one(asked, inside, sight, keys, values, *read, attention, found)
         if self.values.old and not self.values.readable(True):
             weights = torch.from_numpy(attention[..., : self.values.old]).to(query.dtype)
             out += self.values.old_mix(weights, self._places).view_as(out)
@@ -197,6 +203,10 @@ class Lane:
             return out.to(query.dtype), None, None
         logits, weights = (torch.from_numpy(x)[:, :, :, None] for x in (found, attention))
         return out.to(query.dtype), logits if self._counted else None, weights
+
+    def _sight(self, new: Arrival, newest: int, rule: Rule, seen: bool) -> Sight:
+        asked = ALL if seen else new.positions[:, 0].contiguous().numpy()
+        return Sight(asked, self._positions.array, newest, rule.window or 0, rule.scaling, rule.softcap or 0.0)
 
     def _picked(self, query: Tensor) -> Tensor | None:
         if self.labels is None or self.stack.reader is None:
@@ -223,17 +233,22 @@ class Lane:
             found, attention = whole.scatter(4, place, found), torch.zeros_like(whole).scatter_(4, place, attention)
         return out.flatten(1, 2)[:, :, None], found, attention
 
-    def _note(self, keys: Tensor, new: Arrival) -> None:
-        """Append all that is known of new tokens besides their keys and values."""
+    def _note(self, keys: Tensor, new: Arrival, newest: int) -> None:
+        """Append all that is known of new tokens besides their keys and values; of the newest the kernel writes the position."""
         if self.labels is not None and self.stack.reader:
             self.labels.append(self.stack.reader.labels(keys, self.layer, self.head))
         one = len(self) and keys.shape[2] == 1
-        if one and not new.padded:
+        if newest >= 0:
+            self._positions.extend()
+        elif one and not new.padded:
             self._positions.fill(new.newest)
         else:
             positions = new.positions[:, None].to(torch.int32)
             self._positions.append(positions.expand(-1, self.positions.shape[1], -1) if len(self) else positions)
-        if self._positional:
+        if self._positional and one and keys.device.type == "cpu":
+            self._where.extend()
+            self._where.array[:, 0, len(self._where) - 1] = new.where[:, 0].numpy()
+        elif self._positional:
             self._where.append(new.where[:, None].to(torch.int32))
         for grown in self._counted:
             if one:

@@ -59,38 +59,52 @@ class Source(NamedTuple):
     width: int
 
 
-def attend_one(query: Tensor, inside: Tensor | None, asked: Tensor | None, positions: Any, window: int, scaling: float,
-               softcap: float, key: Tensor, value: Tensor, keys: Source, values: Source, attention: Any, logits: Any
-               ) -> Tensor:  # fmt: skip
+class Sight(NamedTuple):
+    """What queries see. asked int [B]: the position of each, or empty where each sees every slot; window: tokens seen back, 0
+    for all; softcap: 0 for none; positions int32 [B, H or 1, room]; newest: written as that of the last slot, -1: it is there.
+    """
+
+    asked: Any
+    positions: Any
+    newest: int
+    window: int
+    scaling: float
+    softcap: float
+
+
+def attend_one(query: Tensor, inside: Tensor | None, sight: Sight, key: Tensor, value: Tensor, keys: Source, values: Source,
+               attention: Any, logits: Any) -> Tensor:  # fmt: skip
     """Append the last slot and attend to all of them: float32 [B, Hq, 1, D]; fills attention and logits.
 
     query float32 [B, Hq, 1, D]; inside: what it is for stored keys, [B, Hq, 1, r], None for the same; key, value [B, H, 1, D]:
     of the last slot; keys of kind NONE: attention holds the products with stored slots already; values: the sum leaves
-    stored slots out; positions int32 [B, H or 1, room]; asked int [B]: position of each query, None: it sees every slot;
-    window: tokens seen back, 0 for all; softcap: 0 for none; attention, logits: numpy, float32 [B, H, g, S], logits without
-    slots if nobody asks.
+    stored slots out; attention, logits: numpy, float32 [B, H, g, S], logits without slots if nobody asks.
     """
-    out = np.empty((*query.shape[:3], value.shape[3]), np.float32)
-    turned = query.detach().numpy()
-    shared = (turned, turned if inside is None else inside.detach().numpy(), ALL if asked is None else asked.numpy(), positions,
-              window, np.float32(scaling), np.float32(softcap), array_of(key), array_of(value), keys, values, logits, attention,
-              out)  # fmt: skip
+    rows, heads = query.shape[:2]
+    out = np.empty((rows, heads, value.shape[3]), np.float32)
+    turned = query.detach().numpy().reshape(rows, heads, -1)
+    stored = turned if inside is None else inside.detach().numpy().reshape(rows, heads, -1)
+    shared = (turned, stored, sight, array_of(key), array_of(value), keys, values, logits, attention, out)
     count = attention.shape[0] * attention.shape[1]
     spread(_attend, count, shared, (torch.arange(count),), attention.size * key.shape[3] >= WORTH_SHARING)
-    return torch.from_numpy(out)
+    return torch.from_numpy(out)[:, :, None]
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
-def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, scaling: Any, softcap: Any, key: Any,
-               value: Any, keys: Any, values: Any, logits: Any, attention: Any, out: Any, order: Any) -> None:  # fmt: skip
+def _attend(query: Any, inside: Any, sight: Any, key: Any, value: Any, keys: Any, values: Any, logits: Any, attention: Any,
+            out: Any, order: Any) -> None:  # fmt: skip
     """See `attend_one`; for heads row * heads + head in `order`."""
     heads, group, slots = attention.shape[1], attention.shape[2], attention.shape[3]
-    width, broad = query.shape[3], values.exact.shape[3]
+    width, broad = query.shape[2], values.exact.shape[3]
     rows = np.zeros((AT_ONCE, max(width, broad, keys.width, values.width) + 8), np.float32)
     sums = np.empty((group, broad), np.float32)
+    scaling, softcap = np.float32(sight.scaling), np.float32(sight.softcap)
     for k in range(len(order)):
         b, h = order[k] // heads, order[k] % heads
         mine, found = slice(h * group, (h + 1) * group), attention[b, h]
+        place = sight.positions[b, min(h, sight.positions.shape[1] - 1)]
+        if sight.newest >= 0:
+            place[slots - 1] = sight.newest
         for i in range(width):
             keys.exact[b, h, slots - keys.old - 1, i] = key[b, h, 0, i]
         for i in range(broad):
@@ -98,11 +112,11 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
         for start in range(0, keys.old if keys.kind else 0, AT_ONCE):
             count = min(AT_ONCE, keys.old - start)
             _read(keys, b, h, start, count, rows)
-            add_dots(inside[b, mine, 0], rows, keys.width, start, count, found)
+            add_dots(inside[b, mine], rows, keys.width, start, count, found)
         for start in range(keys.old, slots, AT_ONCE):
             count = min(AT_ONCE, slots - start)
             _numbers(keys.exact[b, h, start - keys.old : start - keys.old + count], keys.half, rows)
-            add_dots(query[b, mine, 0], rows, width, start, count, found)
+            add_dots(query[b, mine], rows, width, start, count, found)
         for j in range(group):
             for t in range(slots):
                 found[j, t] *= scaling
@@ -111,7 +125,7 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
                     found[j, t] = np.float32(np.tanh(found[j, t] / softcap)) * softcap
             if logits.shape[3]:
                 logits[b, h, j] = found[j]
-            if not len(asked) or _hide(found[j], positions[b, min(h, positions.shape[1] - 1)], asked[b], window):
+            if not len(sight.asked) or hide(found[j], place, sight.asked[b], sight.window):
                 softmax(found[j])
             else:
                 found[j] = 0
@@ -124,7 +138,7 @@ def _attend(query: Any, inside: Any, asked: Any, positions: Any, window: Any, sc
             count = min(AT_ONCE, slots - start)
             _numbers(values.exact[b, h, start - values.old : start - values.old + count], values.half, rows)
             add_rows(found, rows, start, count, sums)
-        out[b, mine, 0] = sums
+        out[b, mine] = sums
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
@@ -174,27 +188,20 @@ def add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
 @njit(nogil=True, cache=True)
 def _read(side: Any, b: Any, h: Any, start: Any, count: Any, rows: Any) -> None:
     """Numbers of some stored slots."""
-    end = start + count
+    end, width = start + count, side.width
     if side.kind == PLAIN:
         _numbers(side.plain[b, h, start:end], side.half, rows)
-    elif side.kind == TOKEN:
-        _of_tokens(
-            side.codes[b, h, start:end], side.scale[b, h, start:end], side.low[b, h, start:end], side.bits, side.coded, rows
-        )
+        return
+    codes = side.codes[b, h, start:end]
+    if side.kind == TOKEN:
+        _of_tokens(codes, side.scale[b, h, start:end], side.low[b, h, start:end], side.bits, side.coded, width, rows)
     elif side.kind == CHANNEL:
-        _of_channels(
-            side.codes[b, h, start:end],
-            side.member[b, h, start:end],
-            side.scale[b, h],
-            side.low[b, h],
-            side.bits,
-            side.coded,
-            rows,
-        )
+        member = side.member[b, h, start:end]
+        _of_channels(codes, member, side.scale[b, h], side.low[b, h], side.bits, side.coded, rows)
     elif side.kind == FLOAT:
-        _floats(side.codes[b, h, start:end], side.scale[b, h, start:end], side.coded, rows)
+        _floats(codes, side.scale[b, h, start:end], side.coded, rows)
     else:
-        _blocks(side.codes[b, h, start:end], side.exponent[b, h, start:end], side.bits, rows)
+        _blocks(codes, side.exponent[b, h, start:end], side.bits, width, rows)
 
 
 @njit(nogil=True, cache=True)
@@ -210,8 +217,8 @@ def _numbers(x: Any, half: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _of_tokens(codes: Any, scale: Any, low: Any, bits: Any, coded: Any, rows: Any) -> None:
-    size = codes.shape[1] * (8 // bits) // scale.shape[1]
+def _of_tokens(codes: Any, scale: Any, low: Any, bits: Any, coded: Any, width: Any, rows: Any) -> None:
+    size = width // scale.shape[1]
     for n in range(len(codes)):
         unpack_row(codes[n], bits, rows[n])
         for g in range(scale.shape[1]):
@@ -247,8 +254,8 @@ def _floats(codes: Any, scale: Any, coded: Any, rows: Any) -> None:
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _blocks(codes: Any, exponent: Any, bits: Any, rows: Any) -> None:
-    size, middle = codes.shape[1] * (8 // bits) // exponent.shape[1], np.float32((1 << bits - 1) - 1)
+def _blocks(codes: Any, exponent: Any, bits: Any, width: Any, rows: Any) -> None:
+    size, middle = width // exponent.shape[1], np.float32((1 << bits - 1) - 1)
     for n in range(len(codes)):
         unpack_row(codes[n], bits, rows[n])
         for g in range(exponent.shape[1]):
@@ -270,7 +277,7 @@ def softmax(x: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _hide(x: Any, positions: Any, asked: Any, window: Any) -> Any:
+def hide(x: Any, positions: Any, asked: Any, window: Any) -> Any:
     """Minus infinity where a query at position `asked` sees nothing; whether it sees anything."""
     some = False
     for i in range(len(x)):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from assay.methods.cache._channels import at_channels
 from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.codecs import WIDTHS, Tensors
@@ -79,7 +80,7 @@ class SortedChannels(InHeads):
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
-        return query.gather(3, _channels(shared["order"], query.shape[2]))
+        return at_channels(query, shared["order"])
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class KeptChannels(InHeads):
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
-        return query.gather(3, _channels(shared["channels"], query.shape[2]))
+        return at_channels(query, shared["channels"])
 
 
 @dataclass(frozen=True)
