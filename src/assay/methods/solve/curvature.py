@@ -12,6 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from assay.model.threads import threads_for
+
 INPUT_SHRINKAGE = 0.02
 """How far H moves towards its diagonal where errors are fed back along the inputs."""
 
@@ -108,12 +110,24 @@ def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.fl
     return inverse.flip(-1, -2), float(amount.max())
 
 
-def _factor_in_place(moment: Tensor) -> Tensor:
-    """Replace [..., n, n] by its lower Cholesky factor; returns LAPACK's `info` [...], 0 where there is one."""
-    transposed = moment.mT  # LAPACK counts by columns
-    info = torch.empty(moment.shape[:-2], dtype=torch.int32, device=moment.device)
-    torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
-    return info
+def _factor_in_place(moment: Tensor, block: int = 256) -> Tensor:
+    """Replace [..., n, n] by its lower Cholesky factor; returns LAPACK's `info` [...], 0 where there is one.
+
+    Block column by block column: LAPACK's own factor has other last bits in several threads than in one.
+    """
+    failed = torch.zeros(moment.shape[:-2], dtype=torch.int32, device=moment.device)
+    for start in range(0, moment.shape[-1], block):
+        stop = min(start + block, moment.shape[-1])
+        column, before = moment[..., start:, start:stop], moment[..., start:, :start]
+        column.sub_(before @ before[..., : stop - start, :].mT)
+        with threads_for(0):
+            corner, info = torch.linalg.cholesky_ex(column[..., : stop - start, :])
+        column[..., : stop - start, :] = corner
+        below = column[..., stop - start :, :]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+        moment[..., :start, start:stop] = 0
+        failed |= info
+    return failed
 
 
 def _invert_in_place(lower: Tensor, block: int = 256) -> None:
