@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.model import memory
+from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import checksum, damaged, read_note, save_note
@@ -22,7 +23,7 @@ from assay.model.sites import Anatomy, Site, empty_model, survey
 
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
-LOGITS_AT_ONCE = 1 << 22
+LOGITS_AT_ONCE = 1 << 20
 BATCH_TOKENS = 2048
 CACHES = ("past_key_values", "layer_past")
 """What blocks call the cache."""
@@ -182,7 +183,8 @@ class StreamedModel:
                 module._buffers[leaf] = value
         self.model.tie_weights()
         try:
-            yield
+            with alike():
+                yield
         finally:
             for (module, leaf), _ in homes:
                 store = module._parameters if leaf in module._parameters else module._buffers
