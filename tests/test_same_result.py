@@ -1,17 +1,24 @@
-"""The same command gives the same files, to the bit; from one profile also with another number of threads."""
+"""The same command gives the same files, to the bit, with another number of threads as well."""
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import save, text_file
+from torch import Tensor
+from torch.nn.functional import gelu, silu, softplus
 
 import assay
-from assay.measure.profile import Profile
+from assay.methods.solve.curvature import inverse_factor
+from assay.model.alike import alike
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1}
 TEXT = {"tokens": 1024, "window": 32, "methods": ["two_sided"]}
@@ -50,16 +57,54 @@ def test_threads_change_no_bit_of_plan_and_result(
     assert found[1] == found[3]
 
 
-def test_profiles_are_the_same_bytes_in_the_same_threads_and_the_same_plan_in_others(tmp_path: Path) -> None:
-    """torch's own sums and activations end a thread's share with other instructions, so other threads change last bits."""
-    model, text, found = save("llama", tmp_path / "m", **WIDE), text_file(tmp_path), []
-    for name, count in (("a", 3), ("b", 3), ("c", 1)):
+PROFILES = """
+import sys
+import torch
+from assay.cli.main import main
+model, text, *threads = sys.argv[1:]
+for place, count in enumerate(threads):
+    torch.set_num_threads(int(count))
+    try:
+        main(["profile", model, "-o", str(place), "--calibration", text, "--tokens", "512", "--method", "nearest"])
+    except SystemExit as end:
+        assert not end.code
+"""
+
+
+def test_threads_change_no_bit_of_a_profile(tmp_path: Path) -> None:
+    """By the command line, which asks MKL for it before the first product; in three threads shares end where no vector does."""
+    model, text, threads = save("llama", tmp_path / "m", **WIDE), text_file(tmp_path), ("1", "3", "2")
+    subprocess.run([sys.executable, "-c", PROFILES, model, text, *threads], cwd=tmp_path, check=True)
+    found = [digests(tmp_path / str(place)) for place in range(len(threads))]
+    assert "profile.json" in found[0] and all(one == found[0] for one in found)
+
+
+def test_a_function_gives_the_same_numbers_from_any_number_of_threads() -> None:
+    """Of a size whose shares end within a vector, and of one that isn't contiguous; without `alike` some differ."""
+    found: dict[tuple[bool, int], list[Tensor]] = {}
+    flat = torch.randn(200_003, generator=torch.Generator().manual_seed(0))
+    rows = flat[:200_000].view(2, 500, 200)[..., :100]
+    for mended, count in product((False, True), (1, 2, 3, 7)):
         torch.set_num_threads(count)
-        found.append(assay.profile(model, tmp_path / name, calibration=text, **TEXT).folder)
-    assert digests(found[0]) == digests(found[1])
-    plans = [assay.plan(folder, bits=3.6) for folder in found]
-    assert {n: c.level for n, c in plans[0].choices.items()} == {n: c.level for n, c in plans[2].choices.items()}
-    assert plans[0].predicted == pytest.approx(plans[2].predicted, rel=1e-4)
-    for site, prices in Profile.open(found[0]).prices.items():
-        for level, by_method in prices.items():
-            assert by_method == pytest.approx(Profile.open(found[2]).prices[site][level], rel=1e-3)
+        with alike() if mended else nullcontext():
+            leaf = flat.clone().requires_grad_()
+            (silu(leaf) * leaf.sigmoid() + gelu(leaf, approximate="tanh")).backward(flat.flip(0))
+            found[mended, count] = [flat.sum(), flat.mean(), flat.exp2(), silu(rows), softplus(rows), leaf.grad]
+        assert torch.get_num_threads() == count
+    assert all(torch.equal(a, b) for n in (2, 3, 7) for a, b in zip(found[True, n], found[True, 1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[True, 1], found[False, 1], strict=True))
+    assert not all(torch.equal(a, b) for n in (2, 3, 7) for a, b in zip(found[False, n], found[False, 1], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_change_no_bit_of_a_factor(dtype: torch.dtype) -> None:
+    """More than one block of columns; LAPACK alone has other last bits in two threads."""
+    sample = torch.randn(900, 600, generator=torch.Generator().manual_seed(0))
+    found, moment = [], (sample.T @ sample / 900)[None]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(inverse_factor(moment, 0.01, dtype)[0])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    inverse = found[0].mT @ found[0]
+    damped = moment + 0.01 * moment.diagonal(dim1=1, dim2=2).mean() * torch.eye(600)
+    assert (inverse @ damped - torch.eye(600)).abs().max() < 1e-3

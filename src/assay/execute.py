@@ -24,6 +24,7 @@ from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import recall
 from assay.methods import base
+from assay.methods.solve.curvature import dampings, most
 from assay.methods.solve.target import compensated
 from assay.model import memory
 from assay.model.files import open_tensors, save_tensors
@@ -40,7 +41,11 @@ Part = tuple[dict[str, Tensor], list["Solved"]]
 
 @dataclass(frozen=True)
 class Solved:
-    """What became of one site: its level, its method, why that had to do without statistics, and of how many tokens these are."""
+    """What became of one site: its level, its method, why that had to do without statistics, and of how many tokens these are.
+
+    damping: what was added to the diagonals of its second moments before they were factored, the most of it, as a fraction of
+    their mean; 0 where none was factored.
+    """
 
     site: str
     level: str
@@ -49,6 +54,7 @@ class Solved:
     dtype: str
     fell_back: str = ""
     tokens: int = 0
+    damping: float = 0.0
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -114,7 +120,8 @@ def execute(
                     tensors, solved = _solve_block(model, plan, profile, block, pair)
                     metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
                     save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
-                    progress.log(_line(model, plan, block, solved, perf_counter() - started))
+                    figures = _figures(model, plan, solved) | {"seconds": perf_counter() - started, "memory": memory.resident()}
+                    progress.log(_line(_name(block), figures), block=block, **figures)
                     memory.release()
                 if pair is not None:
                     pair.pass_by(block, Results(folder, [block]).decoded)
@@ -183,14 +190,17 @@ class _Task:
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
             used = [replace(curvature, h=met.h) for curvature in stats]
         dtype = scale_dtype(self.model, sites[0])
-        packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
+        with dampings() as factored:
+            packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
+        added = most([] if failure else factored, len(sites))
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
-        for site, weight, result, curvature in zip(sites, weights, packed, stats, strict=True):
+        for site, weight, result, curvature, damping in zip(sites, weights, packed, stats, added, strict=True):
             damage = curvature.damage(result.decode().float() - weight)
             stored = str(dtype).removeprefix("torch.")
             why = reason(curvature) if failure and starved(curvature) else failure
-            solved.append(Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens))
+            done = Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens, damping)
+            solved.append(done)
             tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
@@ -230,19 +240,31 @@ def scale_dtype(model: StreamedModel, site: Site) -> torch.dtype:
     return model.checkpoint.dtype(site.name)
 
 
-def _line(model: StreamedModel, plan: Plan, block: int | None, solved: list[Solved], seconds: float) -> str:
-    """What a terminal shows of a block: bits of what was compressed, loss in nats per token, tokens, time and memory."""
-    took = f"{seconds:.1f} s, {memory.resident() / 1e9:.2f} GB"
+def _figures(model: StreamedModel, plan: Plan, solved: list[Solved]) -> dict[str, Any]:
+    """What is told of a block: bits of what was compressed, loss in nats per token, fewest and most tokens, damping."""
     if not solved:
-        return f"{_name(block)}: nothing planned, {took}"
-    levels, tokens = {s.level for s in solved}, {s.tokens for s in solved}
+        return {}
     nbytes = sum(plan.choices[s.site].nbytes for s in solved)
     weights = sum(model.anatomy.sites[s.site].count for s in solved)
-    bits = f"{8 * nbytes / weights:.2f} bits ({levels.pop() if len(levels) == 1 else f'{len(levels)} levels'})"
-    samples = " to ".join(f"{n:,}" for n in sorted({min(tokens), max(tokens)}))
-    fallen = sum(bool(s.fell_back) for s in solved)
-    tail = f", {fallen} fell back" if fallen else ""
-    return f"{_name(block)}: {bits}, loss {sum(s.damage for s in solved):.5f}, {samples} tokens{tail}, {took}"
+    tokens = [s.tokens for s in solved]
+    return {
+        "bits": 8 * nbytes / weights, "levels": sorted({s.level for s in solved}), "loss": sum(s.damage for s in solved),
+        "tokens": [min(tokens), max(tokens)], "damping": max(s.damping for s in solved),
+        "fell_back": sum(bool(s.fell_back) for s in solved),
+    }  # fmt: skip
+
+
+def _line(name: str, figures: Mapping[str, Any]) -> str:
+    """The same for a terminal."""
+    took = f"{figures['seconds']:.1f} s, {figures['memory'] / 1e9:.2f} GB"
+    if "bits" not in figures:
+        return f"{name}: nothing planned, {took}"
+    levels = figures["levels"]
+    bits = f"{figures['bits']:.2f} bits ({levels[0] if len(levels) == 1 else f'{len(levels)} levels'})"
+    samples = " to ".join(f"{n:,}" for n in sorted(set(figures["tokens"])))
+    damping = f", damping {figures['damping']:.2g}" if figures["damping"] else ""
+    tail = f", {figures['fell_back']} fell back" if figures["fell_back"] else ""
+    return f"{name}: {bits}, loss {figures['loss']:.5f}, {samples} tokens{damping}{tail}, {took}"
 
 
 def _name(block: int | None) -> str:

@@ -36,9 +36,10 @@ def importance(profile: Profile) -> imatrix.Imatrix:
     sizes = {"num_hidden_layers": depth, "num_local_experts": experts, "hidden_size": 1, "num_attention_heads": 1}
     found, _ = targets({"model_type": profile.index["family"]} | sizes, [r.name for r in rows if r.role != "embedding"])
     blocks = {r.name: r.block for r in rows}
+    measured = {block: profile.curvatures(block) for block in set(blocks.values())}
     entries = {}
     for target in found.values():
-        curvatures = [profile.curvatures(blocks[name])[name] for name in target.sources]
+        curvatures = [measured[blocks[name]][name] for name in target.sources]
         means = [c.h if c.h.ndim == 1 else c.h.diagonal() for c in curvatures]
         tokens = torch.tensor([float(c.tokens) for c in curvatures])
         entries[target.name] = imatrix.Importance(torch.stack([m.float() for m in means]), tokens)

@@ -28,6 +28,7 @@ from assay.engines.layout import nbytes
 from assay.execute import Results, Solved
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
+from assay.methods.solve.curvature import DAMPING
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
@@ -145,11 +146,12 @@ def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
 
 
 def _how(plan: Plan, solved: Solved, site: Site) -> str:
-    """The method, and why the level is not the one that was asked for."""
+    """The method, damping above the usual, and why the level is not the one that was asked for."""
     asked = plan.budget.get("level")
+    method = f"{solved.method}; damping {solved.damping:.2g}" if solved.damping > DAMPING else solved.method
     if asked is None or Level.parse(asked).format not in KINDS or solved.level == asked:
-        return solved.method
-    return f"{solved.method}; {asked} has blocks of {KINDS[asked].weights} weights, which do not divide {site.shape[1]} inputs"
+        return method
+    return f"{method}; {asked} has blocks of {KINDS[asked].weights} weights, which do not divide {site.shape[1]} inputs"
 
 
 def _bytes_after(checkpoint: Checkpoint, results: Results, contract: Contract) -> tuple[dict[str, int], dict[str, str]]:

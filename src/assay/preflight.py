@@ -146,7 +146,7 @@ class Clock:
         yield advance
         self.ended, self.resident = perf_counter(), memory.resident()
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, **facts: object) -> None:
         return None
 
 

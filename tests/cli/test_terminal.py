@@ -42,7 +42,8 @@ def test_every_width_shows_bars_a_line_a_block_and_a_table(planned: tuple[str, .
     assert all(("━" in line) == (columns >= 80) for line in bars)
     told = [line for line in seen if line.startswith("block-")]
     assert [line.partition(":")[0] for line in told] == ["block-0000", "block-0001"]
-    one = r"block-\d{4}: \d\.\d\d bits \((int\S+|\d levels)\), loss \d\.\d{5}, [\d,]+ tokens, \d+\.\d s, \d+\.\d\d GB"
+    bits = r"\d\.\d\d bits \((int\S+|\d levels)\)"
+    one = rf"block-\d{{4}}: {bits}, loss \d\.\d{{5}}, [\d,]+ tokens, damping 0\.01, \d+\.\d s, \d+\.\d\d GB"
     assert all(re.fullmatch(one, line) for line in told), told
     table = seen[seen.index(str(tmp_path / "out")) if str(tmp_path / "out") in seen else len(seen) - 25 :]
     assert all(len(line) <= columns for line in table)

@@ -101,7 +101,7 @@ def _holders(tree: Any) -> Any:
 def _trees(random: Random, tree: Any) -> Any:
     for _ in range(random.choice((1, 1, 2, 3))):
         try:
-            tree = in_tree(random, json.loads(json.dumps(tree)))
+            tree = in_tree(random, tree)
         except RecursionError:
             break
     return tree
@@ -134,7 +134,7 @@ def in_yaml(random: Random, data: bytes) -> bytes:
             b"%c: &%c [%s]\n" % (c + 1, c + 1, b",".join([b"*%c" % c] * 9)) for c in range(97, 115)
         )
         return random.choice((bombs, bombs + data, b"!!python/object/apply:os.system [id]\n", b"[" * 50_000, b"a: *b\n"))
-    return yaml.safe_dump(_trees(random, yaml.safe_load(data))).encode()
+    return yaml.dump(_trees(random, yaml.load(data, yaml.CSafeLoader)), Dumper=yaml.SafeDumper).encode()
 
 
 def in_header(random: Random, data: bytes) -> bytes:

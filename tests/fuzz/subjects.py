@@ -74,7 +74,7 @@ class Subject:
 
 def prepare(folder: Path) -> dict[str, Subject]:
     """All kinds, each in a folder of its own below this one; each place holds a valid input."""
-    model, text = save("llama", folder / "m"), text_file(folder)
+    model, text = save("llama", folder / "m", num_hidden_layers=1), text_file(folder)
     assay.profile(model, folder / "p", calibration=text, **SMALL)
     assay.plan(folder / "p", bits=4.7).save(folder / "plan.yaml")
     assay.compress(model, folder / "out", plan=folder / "plan.yaml", profile=folder / "p")
@@ -208,14 +208,8 @@ def _profiles(folder: Path) -> dict[str, Subject]:
         measured = Profile.open(index)
         assay.plan(index, bits=4.7)
         assay.plan(index, max_loss=0.5)
-        assay.sweep(index, 3, 5, 1)
+        assay.sweep(index, 3, 4, 1)
         assay.rank(index)
-        importance(measured)
-
-    def block(source: Path) -> None:
-        measured = Profile.open(source)
-        for curvature in measured.curvatures(0).values():
-            _ = curvature.h.sum(), curvature.g.sum()
         importance(measured)
 
     def follow() -> None:
@@ -224,10 +218,10 @@ def _profiles(folder: Path) -> dict[str, Subject]:
     return {
         "profile": Subject(index, index / "profile.json", spend, mutations.in_note),
         "profile-inputs": Subject(
-            inputs, inputs / "block-0000.H.safetensors", lambda: block(inputs), mutations.in_tensors
+            inputs, inputs / "block-0000.H.safetensors", lambda: importance(Profile.open(inputs)), mutations.in_tensors
         ),
         "profile-gradients": Subject(
-            gradients, gradients / "block-0000.G.safetensors", lambda: block(gradients), mutations.in_tensors
+            gradients, gradients / "block-0000.G.safetensors", lambda: importance(Profile.open(gradients)), mutations.in_tensors
         ),
         "plan": Subject(plan, plan / "plan.yaml", follow, mutations.in_yaml, (folder / "p",)),
     }  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from assay.methods.grid.base import Affine
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip, gptq, nearest, two_sided
-from assay.methods.solve.curvature import damage, damp, inverse_factor, shrink
+from assay.methods.solve.curvature import DAMPING, damage, damp, dampings, inverse_factor, most, shrink
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.refine import Problem, descend, least_squares_scales, objective, refit
 from assay.methods.solve.rounded import Rounded
@@ -248,3 +248,17 @@ def test_order_of_the_solvers_on_real_weights() -> None:
             total = {name: total[name] + price[name] for name in total}
         # Clipping looks at single inputs only, so on a single matrix it may lose; over a block it wins.
         assert total["two_sided"] < 0.75 * total["gptq"] < 0.5 * total["clip"] < 0.5 * total["nearest"]
+
+
+@pytest.mark.parametrize(("solver", "shrinkage"), [("gptq", 0.02), ("two_sided", 0.05)])
+def test_damping_rises_until_there_is_a_factor_and_is_told(solver: str, shrinkage: float) -> None:
+    """A moment with an eigenvalue below zero, as rounding makes them, beside one that is fine."""
+    good, odd = moment(0, 16), 2 * torch.ones(16, 16) - torch.eye(16)
+    with dampings() as found:
+        SOLVERS[solver].solve(weights(1, 2, 8, 16), GRID, torch.stack([good, odd]))
+    usual, raised = most(found, 2)
+    least = -torch.linalg.eigvalsh(shrink(odd, shrinkage))[0].item()
+    assert usual == DAMPING and DAMPING < least < raised < 2 * least
+    with dampings() as found:
+        nearest.solve(weights(1, 2, 8, 16), GRID)
+    assert most(found, 2) == [0.0, 0.0]

@@ -128,9 +128,15 @@ def _prepare() -> None:
     """Settings that libraries read when they are imported, which the commands do late.
 
     Threads that wait by spinning stand in each other's way where other programs use the same cores, and
-    threads that sleep at once take long to wake; so they spin for some microseconds.
+    threads that sleep at once take long to wake; so they spin for some microseconds. MKL gives the same sums in any
+    number of threads (see `model/alike.py`).
     """
-    settings = {"GOMP_SPINCOUNT": "20000", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    settings = {
+        "GOMP_SPINCOUNT": "20000",
+        "MKL_CBWR": "AUTO,STRICT",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if not sys.stderr.isatty():
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():

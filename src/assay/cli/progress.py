@@ -20,7 +20,7 @@ FIGURES, ROOMY = 26, 80
 
 class Lines:
     """The Progress for another program: on stderr one JSON object a line, `task` with `done` and `total` or with `ended`,
-    or `line`: what would stay above the bars."""
+    or `line`: what would stay above the bars, with its figures beside it."""
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[..., None]]:
@@ -38,9 +38,9 @@ class Lines:
         finally:
             _say(task=description, ended=True)
 
-    def log(self, message: str) -> None:
-        """One line that stays."""
-        _say(line=message)
+    def log(self, message: str, **facts: object) -> None:
+        """One line that stays, and its figures by name."""
+        _say(line=message, **facts)
 
 
 def _say(**what: object) -> None:
@@ -76,7 +76,7 @@ class Bars:
                 bars.stop()
                 self._bars = None
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, **facts: object) -> None:
         """One line that stays."""
         if self.console.is_terminal:
             self.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from assay.model import memory
+from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import checksum, damaged, read_note, save_note
@@ -182,7 +183,8 @@ class StreamedModel:
                 module._buffers[leaf] = value
         self.model.tie_weights()
         try:
-            yield
+            with alike():
+                yield
         finally:
             for (module, leaf), _ in homes:
                 store = module._parameters if leaf in module._parameters else module._buffers

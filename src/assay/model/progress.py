@@ -8,11 +8,11 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Bars and lines. `task` yields a function that moves the bar by n."""
+    """Bars and lines. `task` yields a function that moves the bar by n; `log` says in words what `facts` are for a program."""
 
     def task(self, description: str, total: int) -> AbstractContextManager[Callable[..., None]]: ...
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str, **facts: object) -> None: ...
 
 
 class Silent:
@@ -22,7 +22,7 @@ class Silent:
     def task(self, description: str, total: int) -> Iterator[Callable[..., None]]:
         yield lambda n=1: None
 
-    def log(self, message: str) -> None:
+    def log(self, message: str, **facts: object) -> None:
         return None
 
 

@@ -38,7 +38,7 @@ def decode(rounded: Rounded, grid: Grid) -> Tensor:
 
 def _turned(rounded: Rounded) -> Rounded:
     codes, scale, zero = (p.mT.contiguous() for p in (rounded.codes, *rounded.affine))
-    return Rounded(codes, Affine(scale, zero), rounded.damping_used)
+    return Rounded(codes, Affine(scale, zero))
 
 
 class ColumnGroups:
@@ -85,10 +85,10 @@ def gptq(
         raise ValueError("NVFP4 scales are set for a whole matrix at once; groups along the outputs are fitted column by column")
     check_shapes(weight, H, G)
     grid.groups(weight.shape[-2])
-    flat, order, factor, used = visit(weight, H, act_order, shrinkage, damping)
+    flat, order, factor = visit(weight, H, act_order, shrinkage, damping)
     importance = None if G is None else diagonal(G).float().reshape(len(flat), -1)
     quantizer = ColumnGroups(grid, importance, shrinks)
     column_feedback(take_columns(flat, order), factor, quantizer, block)
     back = order.argsort(-1)
     codes, scale, zero = (take_columns(p, back).reshape(*weight.shape[:-2], *p.shape[1:]) for p in quantizer.results())
-    return Rounded(codes, Affine(scale, zero), used)
+    return Rounded(codes, Affine(scale, zero))

@@ -5,8 +5,14 @@ An error-feedback solver trusts their smallest eigenvalues most (it divides by t
 what a sample gets most wrong. Shrinkage and damping take that trust back.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+from assay.model.threads import threads_for
 
 INPUT_SHRINKAGE = 0.02
 """How far H moves towards its diagonal where errors are fed back along the inputs."""
@@ -22,6 +28,25 @@ DAMPING = 0.01
 
 MAX_DAMPING = 10.0
 """Ten times the mean diagonal: with that, any finite symmetric second moment has a Cholesky factor."""
+
+_noted: ContextVar[list[Tensor] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def dampings() -> Iterator[list[Tensor]]:
+    """What `inverse_factor` adds in this thread while the block lasts: of each call the fractions, [matrices]."""
+    found: list[Tensor] = []
+    outer = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(outer)
+
+
+def most(found: list[Tensor], matrices: int) -> list[float]:
+    """The largest of `dampings` for each of so many matrices; 0 where nothing was factored. A call of others counts for all."""
+    rows = [d if len(d) == matrices else d.max().expand(matrices) for d in found]
+    return [0.0] * matrices if not rows else torch.stack(rows).amax(0).tolist()
 
 
 def diagonal(moment: Tensor) -> Tensor:
@@ -77,18 +102,32 @@ def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.fl
         if float(amount.max()) > MAX_DAMPING:
             raise ValueError("a second moment has no Cholesky factor even when damped tenfold; is it one?")
         amount = torch.where(failed, (2 * amount).clamp(min=1e-6), amount)
+    if (noted := _noted.get()) is not None:
+        noted.append(amount.flatten())
     _invert_in_place(lower)
     inverse = lower.float()
     del lower
     return inverse.flip(-1, -2), float(amount.max())
 
 
-def _factor_in_place(moment: Tensor) -> Tensor:
-    """Replace [..., n, n] by its lower Cholesky factor; returns LAPACK's `info` [...], 0 where there is one."""
-    transposed = moment.mT  # LAPACK counts by columns
-    info = torch.empty(moment.shape[:-2], dtype=torch.int32, device=moment.device)
-    torch.linalg.cholesky_ex(transposed, upper=True, out=(transposed, info))
-    return info
+def _factor_in_place(moment: Tensor, block: int = 256) -> Tensor:
+    """Replace [..., n, n] by its lower Cholesky factor; returns LAPACK's `info` [...], 0 where there is one.
+
+    Block column by block column: LAPACK's own factor has other last bits in several threads than in one.
+    """
+    failed = torch.zeros(moment.shape[:-2], dtype=torch.int32, device=moment.device)
+    for start in range(0, moment.shape[-1], block):
+        stop = min(start + block, moment.shape[-1])
+        column, before = moment[..., start:, start:stop], moment[..., start:, :start]
+        column.sub_(before @ before[..., : stop - start, :].mT)
+        with threads_for(0):
+            corner, info = torch.linalg.cholesky_ex(column[..., : stop - start, :])
+        column[..., : stop - start, :] = corner
+        below = column[..., stop - start :, :]
+        below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+        moment[..., :start, start:stop] = 0
+        failed |= info
+    return failed
 
 
 def _invert_in_place(lower: Tensor, block: int = 256) -> None:

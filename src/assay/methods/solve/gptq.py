@@ -50,14 +50,13 @@ class Visit(NamedTuple):
     """[batch, in], the inputs in order of visit"""
     factor: Tensor
     """[batch, in, in], upper, in that order; see `inverse_factor`"""
-    damping_used: float
 
 
 def visit(weight: Tensor, H: Tensor, act_order: bool, shrinkage: float, damping: float) -> Visit:
     """Order and factor for `weight` [..., out, in]; parameters as in `solve`."""
     flat, moment = flatten_batch(weight), shrink(flatten_batch(H), shrinkage)
     order = falling_order(moment) if act_order else torch.arange(flat.shape[-1], device=flat.device).expand(len(flat), -1)
-    return Visit(flat, order, *inverse_factor(permute(moment, order), damping))
+    return Visit(flat, order, inverse_factor(permute(moment, order), damping)[0])
 
 
 def solve(
@@ -83,12 +82,12 @@ def solve(
     if H is None:
         return clip.solve(weight, grid, shrinks=shrinks if clipped else (1.0,))
     check(weight, grid, H)
-    flat, order, factor, used = visit(weight, H, act_order, shrinkage, damping)
+    flat, order, factor = visit(weight, H, act_order, shrinkage, damping)
     affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)
     codes = take_columns(_codes(take_columns(flat, order), factor, grid, affine, order, block), order.argsort(-1))
     shape = (*weight.shape[:-1], -1)
     scale, zero = affine.scale.reshape(shape), affine.zero_point.reshape(shape)
-    return Rounded(codes.reshape(weight.shape), Affine(scale, zero), used)
+    return Rounded(codes.reshape(weight.shape), Affine(scale, zero))
 
 
 def _codes(weight: Tensor, factor: Tensor, grid: Grid, affine: Affine, order: Tensor, block: int) -> Tensor:

@@ -66,11 +66,11 @@ def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
     return Rounding(torch.where(wins, one.centred, other.centred), affine)
 
 
-def rounded(problem: Problem, found: Rounding, shape: torch.Size, damping_used: float = 0.0) -> Rounded:
+def rounded(problem: Problem, found: Rounding, shape: torch.Size) -> Rounded:
     """What a solver returns for a weight of `shape` [..., out, in]."""
     codes = problem.grid.codes(found.centred, problem.grid.per_weight(found.affine, shape[-1])[1])
     affine = Affine(*(p.reshape(*shape[:-1], -1) for p in found.affine))
-    return Rounded(codes.reshape(shape), affine, damping_used)
+    return Rounded(codes.reshape(shape), affine)
 
 
 def polish(problem: Problem, start: Rounding, refits: int = 2, sweeps: int = 3) -> Rounding:

@@ -16,8 +16,6 @@ class Rounded:
     """uint8 [..., out, in]; `grid.decode(codes, affine)` is the compressed weight."""
     affine: Affine
     """Scale and zero point, [..., out, groups] each."""
-    damping_used: float = 0.0
-    """Largest damping any matrix needed, as a fraction of the mean diagonal of its curvature."""
 
 
 def check(weight: Tensor, grid: Grid, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:

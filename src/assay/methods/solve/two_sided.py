@@ -75,15 +75,15 @@ def solve(
     flat = flatten_batch(weight)
     inputs = shrink(flatten_batch(H), shrink_inputs)
     outputs = _identity(flat) if G is None else shrink(flatten_batch(G), shrink_outputs)
-    columns, used_inputs = _order(inputs, damping)
-    rows, used_outputs = _order(outputs, damping)
+    columns = _order(inputs, damping)
+    rows = _order(outputs, damping)
     problem = Problem(flat, damp(inputs, damping), damp(outputs, damping), grid)
     del inputs, outputs
     tile = tile or (64 if flat.device.type == "cpu" else 16)
     second = grid.bits == 2 if second_grid is None else second_grid
     best = _feedback(problem, rows, columns, shrinks, second, tile)
     best = polish(problem, best, refits, sweeps)
-    return rounded(problem, best, weight.shape, max(used_inputs, used_outputs))
+    return rounded(problem, best, weight.shape)
 
 
 def _identity(weight: Tensor) -> Tensor:
@@ -92,11 +92,10 @@ def _identity(weight: Tensor) -> Tensor:
     return eye.expand(len(weight), -1, -1)
 
 
-def _order(moment: Tensor, damping: float) -> tuple[_Order, float]:
+def _order(moment: Tensor, damping: float) -> _Order:
     """Largest diagonal first: what is loud is rounded while many others can still make up for it."""
     visit = falling_order(moment)
-    factor, used = inverse_factor(permute(moment, visit), damping)
-    return _Order(visit, visit.argsort(-1), factor), used
+    return _Order(visit, visit.argsort(-1), inverse_factor(permute(moment, visit), damping)[0])
 
 
 def _feedback(
