@@ -71,16 +71,20 @@ RIVALS = (
 )
 
 
-def ours(method: str, uniform: bool) -> Contestant:
-    """Assay with one method: one width everywhere, or a mixed plan of the same total bits."""
+def ours(method: str, uniform: bool, sequential: bool = False) -> Contestant:
+    """Assay with one method: one width everywhere, or a mixed plan of the same total bits; at once or in the model's order."""
     plan = "uniform" if uniform else "mixed"
-    text = ("--text", str(CALIBRATION_TEXT))
-    return Contestant(f"assay {method}, {plan}", "ours.py", options=("--method", method, "--plan", plan, *text))
+    options = ("--method", method, "--plan", plan, "--text", str(CALIBRATION_TEXT))
+    name = f"assay {method}, {plan}"
+    if sequential:
+        name, options = f"{name}, in order", (*options, "--sequential")
+    return Contestant(name, "ours.py", options=options)
 
 
 BEST = ours("best", uniform=False)
+IN_ORDER = ours("best", uniform=False, sequential=True)
 METHODS = ("gptq", "two_sided", "admm")
-OURS = (*(ours(method, uniform) for uniform in (True, False) for method in METHODS), BEST)
+OURS = (*(ours(method, uniform) for uniform in (True, False) for method in METHODS), BEST, IN_ORDER)
 
 
 def chosen(everyone: Iterable[Contestant], words: list[str] | None) -> list[Contestant]:

@@ -115,7 +115,7 @@ def kl_of(runs: Sequence[Row]) -> float:
 
 
 def method_table(run: Sequence[Trial], rows: Rows, seeds: int) -> str:
-    """Least KL first."""
+    """Least KL first. The interval holds those of all seeds."""
     header = ["method", "level", "real bits", "KL [95%]", "perplexity", "seconds"]
     header[4:4] = [f"range of {seeds} seeds"] if seeds > 1 else []
     return table(header, (_cells(t, rows[t], seeds) for t in sorted(run, key=lambda t: kl_of(rows[t]))))
@@ -126,7 +126,7 @@ def _cells(trial: Trial, runs: Sequence[Row], seeds: int) -> list[str]:
     if "failed" in first:
         return [*trial, f"not run: {first['failed']}", *[""] * (3 + (seeds > 1))]
     spread = [f"{min(r['kl'] for r in runs):.5f} to {max(r['kl'] for r in runs):.5f}"] if seeds > 1 else []
-    kl = f"{kl_of(runs):.5f} [{first['low']:.5f}, {first['high']:.5f}]"
+    kl = f"{kl_of(runs):.5f} [{min(r['low'] for r in runs):.5f}, {max(r['high'] for r in runs):.5f}]"
     perplexity, seconds = (mean(r[key] for r in runs) for key in ("perplexity", "seconds"))
     return [*trial, f"{first['bits']:.3f}", kl, *spread, f"{perplexity:.2f}", f"{seconds:.1f}"]
 
@@ -134,6 +134,8 @@ def _cells(trial: Trial, runs: Sequence[Row], seeds: int) -> list[str]:
 def verdict(claim: Claim, bits: int, rows: Rows) -> tuple[str, str]:
     """(yes, no or not measured; the two KLs) of a claim at a width."""
     better, worse = (rows.get(Trial.of(side), []) for side in claim.sides(bits))
+    shared = min(len(better), len(worse))
+    better, worse = better[:shared], worse[:shared]
     if not better or not worse or math.inf in (kl_of(better), kl_of(worse)):
         return "not measured", ""
     held = kl_of(better) < claim.factor * kl_of(worse)
@@ -166,7 +168,10 @@ def report(figures: Mapping[str, Any]) -> str:
         parts.append(f"## {model} (perplexity of the original {original:.2f})")
         for name, planned in part["trials"].items():
             if run := [t for t in map(Trial.of, planned) if t in rows]:
-                parts += [f"### {TITLES.get(name, f'About {name} bits')}", method_table(run, rows, seeds)]
+                parts += [
+                    f"### {TITLES.get(name, f'About {name} bits')}",
+                    method_table(run, rows, seeds if name.isdecimal() else 1),
+                ]
     return "\n\n".join([*parts, "## Claims", claim_table(found, bits)])
 
 
@@ -178,7 +183,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--tokens", type=int, default=8192, help="of the calibration text")
     parser.add_argument("--judge-tokens", type=int, default=8192)
-    parser.add_argument("--seeds", type=int, default=1, help="how many calibration texts")
+    parser.add_argument("--seeds", type=int, default=1, help="how many calibration texts; formats and claims have one")
     parser.add_argument("--sequential", action="store_true", help="compress in the order of the model")
     parser.add_argument("--widths-only", action="store_true", help="no number formats, and nothing for the claims alone")
     parser.add_argument("--threads", type=int, default=1)
@@ -206,7 +211,8 @@ def main() -> None:
         part: dict[str, Any] = {"trials": {k: [" ".join(t) for t in v] for k, v in planned.items()}, "rows": {}}
         figures["models"][Path(model).name] = part
         for seed in range(given.seeds):
-            for trial, row in measure(model, list(dict.fromkeys(chain(*planned.values()))), seed, given):
+            wanted = [k for k in planned if seed == 0 or k.isdecimal()]
+            for trial, row in measure(model, list(dict.fromkeys(chain(*(planned[k] for k in wanted)))), seed, given):
                 part["rows"].setdefault(" ".join(trial), []).append(row)
                 print(Path(model).name, seed, *trial, row, flush=True)
                 figures["machine"] = machine(given.threads)

@@ -1,6 +1,6 @@
 """Seconds to profile and compress to 4 bits: ours beside llm-compressor's GPTQ, and the floor.
 
-python benchmarks/speed.py [--rounds 3] [--threads 4]
+python benchmarks/speed.py [--rounds 3] [--threads 4] [--trellis]     (--trellis: only how fast a trellis is encoded)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from _harness import (
     write,
 )
 from _process import run
+from _viterbi import speeds
 
 GPTQ, DEFAULT = ours("gptq", uniform=True), ours("auto", uniform=False)
 EVERYONE = (GPTQ, DEFAULT, PEER_GPTQ)
@@ -99,17 +100,27 @@ def distances(times: Times, parts: list[Part]) -> str:
     return table(("contestant", "floor of", "floor, s", "median / floor"), rows)
 
 
+def encoding() -> str:
+    """How fast a trellis is encoded on one core."""
+    rows = [[f"{s.bits:g}", s.name, f"{s.weights_a_second:,.0f}", "" if s.error is None else f"{s.error:.4f}"] for s in speeds()]
+    return table(("bits", "trellis of 4,096 states", "weights a second and core", "error on a unit Gaussian"), rows)
+
+
 def main() -> None:
     """Time ours and the peer on the model on the command line."""
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--trellis", action="store_true", help="only how fast a trellis is encoded")
     given = parser.parse_args()
+    if given.trellis:
+        print(encoding())
+        return
     folder = work_folder(given.out)
     ids = token_windows(given.model, CALIBRATION_TEXT, CALIBRATION_WINDOWS)
     times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
     parts = floor(given.model, given.threads, folder)
-    text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts)]
+    text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts), encoding()]
     figures = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
     write(folder, "speed", "\n\n".join(text), figures)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,28 @@ METHODS = (
     Chain("assay", "salient2.4-g32", "pb_llm", (KERNELS,)),
 )
 """Further methods, on llama."""
+_WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 64}
+WIDE = {"llama": _WIDE, "qwen3": _WIDE, "qwen3_moe": _WIDE | {"moe_intermediate_size": 128}}
+BLOCKS = (
+    Chain("transformers", "tile8-g128", "two_sided", (STOCK, KERNELS)),
+    Chain("vllm-w8a8", "tile8-g128", "two_sided", (KERNELS, RULES)),
+    Chain("assay", "tile8-g128", "two_sided", (KERNELS,)),
+)
+"""FP8 with a scale for each block of 128 by 128 weights (`FP8_BLOCK`), for models `WIDE` enough to have a few."""
 LIMITS = {STOCK: 0.0, KERNELS: 1e-5}
 """Largest difference of logits beside the largest logit, float32: decoded weights are exact, kernels sum in another order."""
 
 
-def rows(families: Iterable[str], chains: Iterable[Chain], folder: Path) -> list[tuple[str, ...]]:
-    """One row a chain and reader, by family. Raises RuntimeError where a reader differs by more than its limit."""
+def rows(
+    families: Iterable[str], chains: Iterable[Chain], folder: Path, changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[tuple[str, ...]]:  # fmt: skip
+    """One row a chain and reader, by family; changes: settings by family. Raises RuntimeError where a reader differs by more
+    than its limit."""
     found = []
     for family in families:
         home = folder / family
         home.mkdir(parents=True, exist_ok=True)
-        model = home / "m" if (home / "m").exists() else save(family, home / "m")
+        model = home / "m" if (home / "m").exists() else save(family, home / "m", **(changes or {}).get(family, {}))
         for index, chain in enumerate(chains):
             found += _run(family, model, chain, home / f"{chain.engine}-{chain.method}-{index}")
     return found
@@ -149,10 +160,11 @@ def _reason(error: Exception) -> str:
     return f"refused: {re.sub('; --engine plain simulates it$', '', text)}"
 
 
-def page(main: list[tuple[str, ...]], methods: list[tuple[str, ...]]) -> str:
+def page(main: list[tuple[str, ...]], methods: list[tuple[str, ...]], wide: list[tuple[str, ...]]) -> str:
     """The document."""
-    count = sum(row[-1] == "exact" or row[-1].startswith("below") for row in main + methods)
-    fitting = sum(row[-1] == "fits" for row in main + methods)
+    every = main + methods + wide
+    count = sum(row[-1] == "exact" or row[-1].startswith("below") for row in every)
+    fitting = sum(row[-1] == "fits" for row in every)
     return (
         "# Chains\n\n"
         "Made by `scripts/chains.py`; `tests/test_chains.py` runs a part of it again. Every row was run: a tiny random model\n"
@@ -165,7 +177,8 @@ def page(main: list[tuple[str, ...]], methods: list[tuple[str, ...]]) -> str:
         "(`engines/vllm_rules.py`); vLLM itself was not run.\n"
         "GPTQModel 7.7 has read the layouts gptq, gptq-v2 and awq (`benchmarks/peers/gptqmodel_reads.py`).\n\n"
         f"{count} chains work; {fitting} more fit the rules inferred for vLLM.\n\n"
-        f"## Families\n\n{_table(main)}\n\n## Methods\n\n{_table(methods)}\n"
+        f"## Families\n\n{_table(main)}\n\n## Methods\n\n{_table(methods)}\n\n"
+        f"## FP8 in blocks\n\n`--level FP8_BLOCK`, on models {_WIDE['hidden_size']} wide.\n\n{_table(wide)}\n"
     )
 
 
@@ -184,7 +197,8 @@ def main() -> None:
     quiet()
     with tempfile.TemporaryDirectory() as work:
         found = rows(FAMILIES, CHAINS, Path(work))
-        PAGE.write_text(page(found, rows(["llama"], METHODS, Path(work))), encoding="utf-8")
+        methods = rows(["llama"], METHODS, Path(work))
+        PAGE.write_text(page(found, methods, rows(WIDE, BLOCKS, Path(work, "wide"), WIDE)), encoding="utf-8")
 
 
 if __name__ == "__main__":

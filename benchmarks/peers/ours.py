@@ -54,6 +54,7 @@ def options() -> argparse.Namespace:
         "--text", type=Path, required=True, help="text that the ids are the start of"
     )
     given.add_argument("--method", default="auto", help="gptq, two_sided, auto or best")
+    given.add_argument("--sequential", action="store_true", help="solve in the order of the model")
     given.add_argument("--plan", choices=("uniform", "mixed"), default="uniform")
     return given.parse_args()
 
@@ -75,6 +76,7 @@ def compress(job: Job, given: argparse.Namespace, work: Path, shapes: Shapes) ->
         engine=engine(given),
         uniform=given.plan == "uniform",
         threads=job.threads,
+        sequential=given.sequential,
     )
     recipe = json.loads((work / "packed" / "assay" / "recipe.json").read_text())
     if not hashlib.sha256(ids.numpy().tobytes()).hexdigest().startswith(recipe["calibration"]["digest"]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,13 +32,14 @@ def solve_better(
     if twin is None:
         progress.log(plan.sentence)
         return plan, carry_out(plan)
-    held_out = _probe_windows(model, profile)
     flat = carry_out(twin)
-    flat_kl = _mean_kl(model, flat, held_out, progress)
-    plan = plans.corrected(profile, plan, twin, flat_kl)
-    progress.log(plan.sentence)
-    results = carry_out(plan)
-    kl = _mean_kl(model, results, held_out, progress)
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        held_out = _HeldOut(model, _probe_windows(profile), Path(folder) / "original", progress)
+        flat_kl = held_out.kl(flat)
+        plan = plans.corrected(profile, plan, twin, flat_kl)
+        progress.log(plan.sentence)
+        results = carry_out(plan)
+        kl = held_out.kl(results)
     progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
     if kl <= flat_kl:
         return plan, results
@@ -51,11 +54,21 @@ def blocks_folder(work: Path, plan: Plan, sequential: bool) -> Path:
     return work / f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _mean_kl(model: StreamedModel, results: Results, windows: Windows, progress: Progress) -> float:
-    changed = StreamedModel(model.checkpoint, results.decoded)
-    scores = compare(model, {"plan": Candidate(changed)}, windows, progress)["plan"]
-    return float(torch.cat(scores.kl).double().mean())
+@dataclass(frozen=True)
+class _HeldOut:
+    """Measures results on one text, and runs the original through it once. kept: a folder for that, not there yet."""
+
+    model: StreamedModel
+    windows: Windows
+    kept: Path
+    progress: Progress
+
+    def kl(self, results: Results) -> float:
+        """Nats per token."""
+        changed = {"plan": Candidate(StreamedModel(self.model.checkpoint, results.decoded))}
+        scores = compare(self.model, changed, self.windows, self.progress, kl_only=True, kept=self.kept)
+        return float(torch.cat(scores["plan"].kl).double().mean())
 
 
-def _probe_windows(model: StreamedModel, profile: Profile) -> Windows:
+def _probe_windows(profile: Profile) -> Windows:
     return Windows(torch.tensor(profile.index["held_out"]), "held out of the calibration text")

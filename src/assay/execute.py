@@ -143,10 +143,13 @@ def _solve_block(model: StreamedModel, plan: Plan, profile: Profile, block: int 
         return task.solve(sites)
     tensors: dict[str, Tensor] = {}
     solved: dict[str, Solved] = {}
+    decoded: dict[str, Tensor] = {}
 
     def changed(site: Site, weight: Tensor) -> Tensor:
         name = key_of(site)
-        return _packed(tensors, solved[name]).decode().float() if name in solved else weight
+        if name in solved and name not in decoded:
+            decoded[name] = _packed(tensors, solved[name]).decode().float()
+        return decoded.get(name, weight)
 
     for reads in [*pair.original(block), None]:
         due = [s for s in sites if s.reads == reads or (reads is None and key_of(s) not in solved)]

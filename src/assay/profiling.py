@@ -20,7 +20,7 @@ from assay.budget.spread import spreads
 from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
-from assay.measure.profile import Profile, measure, save_index
+from assay.measure.profile import Profile, measure, save_index, thinned
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -64,26 +64,33 @@ ALL_FIRST = Selection()
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
     progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
-    selection: Selection = ALL_FIRST,
+    selection: Selection = ALL_FIRST, sparing: bool = False,
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
     methods: those whose levels are priced and that are rehearsed;
-    levels: further ones to price; token_weights: see `measure.tokens`.
+    levels: further ones to price; token_weights: see `measure.tokens`;
+    sparing: for these methods only, so that gradients which none of them solves with come from fewer windows.
     """
     token_kinds.check(token_weights)
     target = _target(model, selection, window)
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
     weightwise = base.weightwise(*methods)
-    settings = _settings(model, text, seed, weightwise, token_weights) | {"target": target.digest if target else None}
+    every = thinned(len(text.ids)) if sparing and not model.anatomy.has_experts and not _solving_with_gradients(methods) else 1
+    settings = _settings(model, text, seed, weightwise, token_weights)
+    settings |= {"target": target.digest if target else None} | ({"gradients_every": every} if every > 1 else {})
     if (existing := _existing(folder, settings)) is not None:
         return existing
     with alone(folder) as fresh, unless_refused(folder, fresh):
         if (existing := _existing(folder, settings)) is not None:
             return existing
         _claim(folder, settings)
-        measure(model, text, folder, seed, progress, weightwise, token_weights)
+        measure(model, text, folder, seed, progress, weightwise, token_weights, every)
         return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
+
+
+def _solving_with_gradients(methods: Sequence[str]) -> bool:
+    return any(set(base.get(name).needs) - {"H"} for name in methods)
 
 
 def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:
@@ -99,7 +106,7 @@ def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:
 def stable_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress,
     methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
-    selection: Selection = ALL_FIRST,
+    selection: Selection = ALL_FIRST, sparing: bool = False,
 ) -> Profile:  # fmt: skip
     """Double the calibration tokens until the plan at 3.5 bits stops changing."""
     if (folder / "profile.json").exists():
@@ -107,7 +114,9 @@ def stable_profile(
     count, earlier = TOKENS // 4, None
     while True:
         part = folder.with_name(f"{folder.name}.{count}")
-        found = make_profile(model, part, calibration, count, window, seed, progress, methods, levels, token_weights, selection)
+        found = make_profile(
+            model, part, calibration, count, window, seed, progress, methods, levels, token_weights, selection, sparing
+        )
         plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
         picked = {name: choice.level for name, choice in plan.choices.items()}
         changed = sum(picked[n] != earlier[n] for n in picked) / len(picked) if earlier else 1.0

@@ -162,13 +162,13 @@ def compress(
     model: str | Path, out: str | Path, *, plan: str | Path | Plan | None = None, profile: str | Path | None = None,
     method: str = "auto", calibration: str | Path | None = None, tokens: int | str | None = None, window: int | None = None,
     engine: str | None = None, keep: Sequence[str] = (), uniform: bool = False, threads: int | None = None,
-    sequential: bool | None = None, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
+    sequential: bool = False, polish: float | None = None, planner: str = "lagrange", minutes: float | None = None,
     dry_run: bool = False, progress: Progress | None = None, **budget: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compress a model into the new folder `out`; runs the steps that were not done before.
 
     budget: see `Budget`; none where a plan is given. engine: of the plan, else transformers, where none is named.
-    sequential: solve each matrix for the inputs that the compressed model gives it; None: with the method best only.
+    sequential: solve each matrix for the inputs that the compressed model gives it.
     planner: as for `plan`, or "evolution", which measures candidates for so many `minutes`. dry_run: only rehearse on
     two blocks and say what it will take.
     polish: minutes of tuning scales and norms end to end after rounding; needs memory for the whole model.
@@ -187,7 +187,7 @@ def compress(
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(engine or (given.engine if given else "transformers"))
-    best, method = given is None and method == "best", _method(given.method if given else method, contract.name)
+    method = _method(given.method if given else method, contract.name)
     limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
@@ -223,11 +223,10 @@ def compress(
             chosen = plans.checked(measured, given, contract)
         calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)  # refuses before the hours of solving
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
-        ordered = best if sequential is None else sequential
-        chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, ordered)
+        chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, sequential)
         if polish is not None:
             results = polish_whole(
-                streamed, results, measured, polish, blocks_folder(work, chosen, ordered) / f"polish-{polish:g}", progress
+                streamed, results, measured, polish, blocks_folder(work, chosen, sequential) / f"polish-{polish:g}", progress
             )
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
@@ -343,7 +342,7 @@ def _profile_in(
 ) -> Profile:
     folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [presets.level(budget.level)] if budget.level else []
-    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels)
+    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels, sparing=True)
 
 
 def _unproven(work: Path, destination: Path) -> bool:

@@ -54,10 +54,18 @@ def test_what_an_engine_fuses_shares_a_level_and_the_budget_is_kept(
 
 def test_a_bound_on_the_loss_is_met_by_the_planners_that_can(profiles: list[Profile]) -> None:
     sizes = {}
-    for name in ("lagrange", "bisection"):
+    for name in ("lagrange", "bisection", "uniform"):
         plan = assay.plan(profiles[0].folder, max_loss=0.05, method=METHOD, planner=name)
         assert plan.predicted_high <= 0.05
         sizes[name] = plan.nbytes_tensors
-    assert sizes["lagrange"] <= sizes["bisection"]
-    with pytest.raises(InputError, match="with --max-loss use lagrange or bisection"):
+    assert sizes["lagrange"] <= min(sizes["bisection"], sizes["uniform"])
+    with pytest.raises(InputError, match="with --max-loss use bisection, lagrange or uniform"):
         assay.plan(profiles[0].folder, max_loss=0.05, method=METHOD, planner="dynamic")
+
+
+def test_uniform_takes_the_smallest_single_level_within_a_loss(profiles: list[Profile]) -> None:
+    plan = assay.plan(profiles[0].folder, max_loss=0.05, method=METHOD, uniform=True)
+    (level,) = {c.level for n, c in plan.choices.items() if "layers." in n and c.level}
+    assert plan.uniform["level"] == level
+    smaller = assay.plan(profiles[0].folder, bits=plan.bits - 1e-6, method=METHOD, uniform=True)
+    assert plan.predicted_high <= 0.05 < smaller.predicted_high

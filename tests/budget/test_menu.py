@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.budget.menu import Decision, Option, SiteRow, build
+from assay.budget.planners import lagrange
 from assay.model.errors import InputError
 from assay.model.level import Level
 
@@ -59,6 +60,15 @@ def test_keeping_stays_possible_where_a_level_costs_nothing() -> None:
         Option("int2-g64-asym", Level(2).nbytes(64, 64), 0.0),
         Option(None, 8192, 0.0),
     )
+
+
+def test_a_named_level_stays_where_a_smaller_one_loses_less_and_only_at_its_site() -> None:
+    prices = dict.fromkeys("ab", PRICES | {"int4-g64-asym": 2.0})
+    named = {"a": Level(4)}
+    own, other = build([row("a"), row("b")], prices, lambda r: LEVELS, [], False, nbytes=Level.nbytes, named=named)
+    assert [o.level for o in own.options] == ["int2-g64-asym", "int4-g64-asym", "int8-g64-asym", None]
+    assert [o.level for o in other.options] == ["int2-g64-asym", "int8-g64-asym", None]
+    assert lagrange.plan([own], Level(4).nbytes(64, 64)) == [0], "no planner takes what loses more"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -54,7 +54,7 @@ def test_nothing_heavy_is_imported_for_it() -> None:
     [
         ("assay comp", {"compress"}),
         ("assay compress --method two", {"two_sided"}),
-        ("assay explore p --engine llama.cpp-", {"llama.cpp-fast"}),
+        ("assay explore p --engine llama.cpp-", {"llama.cpp-all"}),
         ("assay plan p --planner lag", {"lagrange"}),
         ("assay transform m --with norm", {"norm_fold"}),
     ],

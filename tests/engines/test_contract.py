@@ -38,7 +38,7 @@ def test_a_contract_has_its_file_s_name_and_a_layout(name: str) -> None:
 def test_an_unknown_engine_names_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean transformers"):
         engines.get("transfomers")
-    with pytest.raises(InputError, match="there are assay, awq, gptq, gptq-v2, llama.cpp, llama.cpp-fast, plain"):
+    with pytest.raises(InputError, match="there are assay, awq, gptq, gptq-v2, llama.cpp, llama.cpp-all, plain"):
         engines.get("xyz")
 
 
@@ -63,6 +63,7 @@ def test_the_page_names_every_limit_of_the_contracts() -> None:
     for name in engines.NAMES:
         contract = engines.get(name)
         assert all(family in limits for family in contract.unreadable)
+        assert all(kind in limits for formats in contract.preferred for kind in formats)
         assert contract.least_outputs == 1 or f"fewer than {contract.least_outputs} outputs" in limits
     first_wrong = re.search(r'"transformers>=[\d.]+,<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert first_wrong and f"below {first_wrong[1]}" in limits

@@ -5,9 +5,13 @@ import torch
 from torch import Tensor
 
 from assay.methods import compiled
-from assay.methods.grid.base import Affine
+from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
-from assay.methods.solve.curvature import inverse_factor
+from assay.methods.grid.table import TableGrid
+from assay.methods.grid.values import quantile_values
+from assay.methods.solve import gptq
+from assay.methods.solve.curvature import inverse_factor, take_columns
+from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.refine import Problem, descend, objective
 from assay.methods.solve.wavefront import wavefront
 
@@ -65,6 +69,34 @@ def test_waves_choose_the_same_codes(monkeypatch: pytest.MonkeyPatch, dtype: tor
     theirs = wavefront(weight, factors[0], factors[1], grid, grid.per_weight(affine, 48), tile=16)
     torch.testing.assert_close(ours.centred, theirs.centred, rtol=0, atol=0)
     torch.testing.assert_close(ours.targets, theirs.targets, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_errors_of_rounding_to_nearest(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, symmetric: bool, bits: int) -> None:
+    grid = IntegerGrid(bits, 16, symmetric, dtype)
+    weight = normal(5, 2, 12, 48)
+    affine = grid.fit_clipped(weight)
+    ours = grid.squared_errors(weight, affine)
+    by_torch(monkeypatch)
+    torch.testing.assert_close(ours.sqrt(), grid.squared_errors(weight, affine).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "grid", [IntegerGrid(b, 16, False, d) for b in (2, 4, 6) for d in DTYPES] + [TableGrid(quantile_values(4), 16)], ids=str
+)
+def test_gptq_chooses_the_same_codes(grid: Grid) -> None:
+    weight, h = normal(3, 2, 40, 96), moment(4, 2, 96)
+    ours = gptq.solve(weight, grid, h)
+    seen = gptq.visit(weight, h, True, gptq.INPUT_SHRINKAGE, gptq.DAMPING)
+    quantizer = gptq.FixedGrid(grid, ours.affine, seen.order)
+    column_feedback(take_columns(weight, seen.order), seen.factor, quantizer)
+    codes = take_columns(quantizer.codes.mT, seen.order.argsort(-1))
+    assert (ours.codes == codes).float().mean() > 0.99  # a tie that last bits decide moves what comes after it
+    changes = [grid.decode(c, ours.affine).float() - weight for c in (ours.codes, codes)]
+    damage = [((d @ h) * d).sum(dtype=torch.float64) for d in changes]
+    torch.testing.assert_close(*damage, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -48,7 +48,8 @@ class Option:
 class Decision:
     """Sites decided together. count: weights; inside: within the blocks; options: by rising bytes.
 
-    The last option always keeps the sites as they are stored, with no damage.
+    The last option always keeps the sites as they are stored, with no damage. Each loses less than the smaller ones, but for
+    one that a plan names.
     """
 
     name: str
@@ -67,17 +68,19 @@ def build(
     keep: Sequence[str] = (),
     experts_by_role: bool = False,
     nbytes: Nbytes = Level.nbytes,
+    named: Mapping[str, Level] | None = None,
 ) -> list[Decision]:
     """The menu. prices: damage by site and level name; fused: roles that must share a level; experts_by_role: whether
-    the experts of a layer share one for each role; nbytes: see `Nbytes`.
+    the experts of a layer share one for each role; nbytes: see `Nbytes`; named: levels by site that somebody chose.
 
-    A level is left out where it has no finite price at one of the sites decided together, or doesn't make
-    them smaller. Raises InputError for a `keep` pattern that matches no site.
+    A level is left out where it has no finite price at one of the sites decided together, or doesn't make them smaller, or
+    where a smaller one loses less and nobody named it. Raises InputError for a `keep` pattern that matches no site.
     """
     rows = list(rows)
     kept = _kept([row.name for row in rows], keep)
     found = together(rows, fused, experts_by_role)
-    return [_decision(group, prices, levels, treat_outside, kept, nbytes) for group in found]
+    chosen = {site: level.name for site, level in (named or {}).items()}
+    return [_decision(group, prices, levels, treat_outside, kept, nbytes, chosen) for group in found]
 
 
 def together(rows: Iterable[SiteRow], fused: Sequence[frozenset[str]], experts_by_role: bool = False) -> list[list[SiteRow]]:
@@ -118,6 +121,7 @@ def _decision(
     treat_outside: bool,
     kept: set[str],
     nbytes: Nbytes,
+    named: Mapping[str, str],
 ) -> Decision:
     inside = group[0].block is not None
     stored = Option(None, sum(r.stored_bytes for r in group), 0.0)
@@ -125,8 +129,10 @@ def _decision(
     if (inside or treat_outside) and not any(r.name in kept for r in group):
         common = set.intersection(*(set(levels(r)) for r in group))
         options = [_option(group, prices, level, nbytes) for level in sorted(common)]
-    useful = (*_useful(o for o in options if o.nbytes < stored.nbytes and math.isfinite(o.damage)), stored)
-    return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, useful)
+    smaller = [o for o in options if o.nbytes < stored.nbytes and math.isfinite(o.damage)]
+    own, useful = {named.get(r.name) for r in group}, _useful(smaller)
+    offered = sorted({*useful, *(o for o in smaller if o.level in own)}, key=lambda o: (o.nbytes, o.damage))
+    return Decision(group[0].name, tuple(r.name for r in group), sum(r.count for r in group), inside, (*offered, stored))
 
 
 def _option(group: list[SiteRow], prices: Mapping[str, Mapping[str, float]], level: Level, nbytes: Nbytes) -> Option:

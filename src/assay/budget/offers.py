@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -20,6 +23,22 @@ from assay.model.level import Level
 from assay.model.sites import Site, key_of
 
 SAMPLED_ROWS = 64
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+
+def preferring(planned: Callable[Concatenate[S, Budget, Contract, P], R]) -> Callable[Concatenate[S, Budget, Contract, P], R]:
+    """A function that plans, tried with what the contract prefers before all that it holds; for a named level with that only."""
+
+    @wraps(planned)
+    def tried(source: S, budget: Budget, contract: Contract, /, *given: P.args, **named: P.kwargs) -> R:
+        for narrow in () if budget.level else contract.narrowed()[:-1]:
+            with suppress(InputError):
+                return planned(source, budget, narrow, *given, **named)
+        return planned(source, budget, contract, *given, **named)
+
+    return tried
 
 
 def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
@@ -52,9 +71,11 @@ def refused(contract: Contract, row: SiteRow | Site) -> str | None:
 
 
 def decisions(
-    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None
-) -> list[Decision]:
-    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer.
+    profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str], only: Level | None = None,
+    named: Mapping[str, Level] | None = None,
+) -> list[Decision]:  # fmt: skip
+    """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer; named: levels
+    that a plan has, by site.
 
     Raises InputError when it has no choice.
     """
@@ -64,7 +85,7 @@ def decisions(
         known, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
         return forecast.damage(method, level, known[wanted]) if known and wanted in known else None
 
-    return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price)
+    return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price, named)
 
 
 def menus_of(
@@ -89,6 +110,15 @@ def menus_of(
     return found
 
 
+def ladder(profile: Profile, contract: Contract, method: str, outside: bool, keep: Sequence[str]) -> list[list[list[Decision]]]:
+    """`menus_of` what the contract prefers, in its order, and at last of all that it holds; a budget takes the first it fits."""
+    found = []
+    for narrow in contract.narrowed()[:-1]:
+        with suppress(InputError):
+            found.append(menus_of(profile, narrow, method, outside, keep))
+    return [*found, menus_of(profile, contract, method, outside, keep)]
+
+
 def only_level(budget: Budget) -> Level | None:
     """The one level that a budget names, if it does."""
     return Level.parse(budget.level) if budget.level else None
@@ -96,7 +126,7 @@ def only_level(budget: Budget) -> Level | None:
 
 def priced(
     found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
-    only: Level | None, price: Callable[[SiteRow, Level], float | None],
+    only: Level | None, price: Callable[[SiteRow, Level], float | None], named: Mapping[str, Level] | None = None,
 ) -> list[Decision]:  # fmt: skip
     """`decisions` of sites whose damage at a level `price` tells, None where it is not known."""
     whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
@@ -109,7 +139,7 @@ def priced(
         offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None, row.shape[0])]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],
-                         contract.fused, outside, keep, contract.experts_by_role, contract.nbytes)  # fmt: skip
+                         contract.fused, outside, keep, contract.experts_by_role, contract.nbytes, named)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
     asked = [row.name for row in found if outside or row.block is not None]

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from assay.budget import joint, planners, serving
+from assay.budget import bounds, joint, planners
+from assay.budget.assembling import assemble, sentence_of, totals
 from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
-from assay.budget.menu import Decision, Option, SiteRow
-from assay.budget.offers import decisions, menus_of, only_level, priced, roughly, rows, rows_of
-from assay.budget.plan import Choice, Plan, validate
-from assay.budget.planners import lagrange
-from assay.budget.size import Budget, parse_size
+from assay.budget.menu import Decision, SiteRow
+from assay.budget.offers import decisions, menus_of, only_level, preferring, priced, roughly, rows, rows_of
+from assay.budget.plan import Plan, validate
+from assay.budget.size import Budget
 from assay.budget.speed import Speeds
+from assay.budget.spending import Request, buy
 from assay.engines.contract import Contract
-from assay.engines.gguf.write import whole_bytes
 from assay.engines.layout import check_alike
-from assay.engines.serving import GIB, server
-from assay.measure.footprint import Footprint, footprint
+from assay.engines.serving import server
+from assay.measure.footprint import footprint
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.model.errors import InputError
@@ -37,6 +37,7 @@ class Outlook:
     stays: list[str]
 
 
+@preferring
 def outlook(
     model: StreamedModel, budget: Budget, contract: Contract, method: str, keep: Sequence[str], uniform: bool = False,
     cache: CacheChoice | None = None,
@@ -49,11 +50,11 @@ def outlook(
     found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
     worth = roughly(model) if uniform else lambda row, level: 0.0
     options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, worth)
-    whole, most = _stored(model, contract), sum(d.options[-1].nbytes for d in options)
-    fixed, taken = _fixed_bytes(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
+    whole, most = bounds.stored(model, contract), sum(d.options[-1].nbytes for d in options)
+    fixed, taken = bounds.fixed(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
     if budget.bounds_bytes:
-        limit = min(_limit(budget, contract, options, whole, footprint(model), cache), most)
-        taken = _totals(options, planners.get("uniform").plan(options, limit))[1] if uniform else limit
+        limit = min(bounds.limit(budget, contract, options, whole, footprint(model), cache), most)
+        taken = totals(options, planners.get("uniform").plan(options, limit))[1] if uniform else limit
     free = {site for d in options if len(d.options) > 1 for site in d.sites}
     return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
 
@@ -64,38 +65,7 @@ def outlook_of(plan: Plan) -> Outlook:
     return Outlook(plan.nbytes_tensors, plan.nbytes_tensors, stays)
 
 
-def _stored(model: StreamedModel, contract: Contract) -> tuple[int, int]:
-    """Bytes of the files and of the tensors in them if every tensor stays. Raises InputError where there are none."""
-    checkpoint = model.checkpoint
-    if contract.layout == "gguf":
-        return whole_bytes(checkpoint)
-    return checkpoint.kept_file_bytes, sum(checkpoint.kept_nbytes(name) for name in checkpoint.names)
-
-
-def _limit(
-    budget: Budget, contract: Contract, options: Sequence[Decision], whole: tuple[int, int], needs: Footprint,
-    cache: CacheChoice | None = None,
-) -> int:  # fmt: skip
-    """Bytes that the decisions may take together. whole: see `_stored`; cache: a planned one."""
-    if budget.memory is None:
-        return budget.limit_for(options, _fixed_bytes(whole[0], options, contract))
-    assert budget.load is not None, "a budget of memory says for what"
-    total = parse_size(budget.memory)
-    beside = total - serving.room(needs, budget.load, contract.name, total, cache)
-    return budget.limit_for(options, whole[1] - sum(d.options[-1].nbytes for d in options), beside)
-
-
-def _limit_of(
-    profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision], cache: CacheChoice | None = None
-) -> int:
-    needs = _footprint(profile) if budget.memory is not None else Footprint((), 0, 0, 0, None, None)
-    return _limit(budget, contract, options, _whole(profile, contract), needs, cache)
-
-
-def _footprint(profile: Profile) -> Footprint:
-    return Footprint.from_json(profile.index.get("footprint"))
-
-
+@preferring
 def make(
     profile: Profile, budget: Budget, contract: Contract, method: str, keep: Sequence[str], planner: str, uniform: bool,
     speeds: Speeds | None = None, cache: CacheChoice | None = None,
@@ -104,10 +74,11 @@ def make(
 
     speeds: what a budget of time is counted by; cache: one that is given, where the budget would leave the choice.
     """
+    asked = Request(profile, budget, contract, method, "uniform" if uniform else planner, speeds, cache)
     found, problems = [], []
     for options in menus_of(profile, contract, method, budget.whole, keep, only_level(budget)):
         try:
-            found.append(_spent(profile, budget, contract, method, options, planner, uniform, speeds, cache))
+            found.append(_made(asked, options))
         except InputError as error:
             problems.append(error)
     if not found:
@@ -115,180 +86,13 @@ def make(
     return min(found, key=lambda p: (joint.loss_of(p), p.nbytes_tensors)[:: 1 if budget.max_loss is None else -1])
 
 
-def _spent(
-    profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision], planner: str, uniform: bool,
-    speeds: Speeds | None, cache: CacheChoice | None,
-) -> Plan:  # fmt: skip
-    """The plan that a planner makes of one menu."""
-    flat, menu = None, joint.menu_of(profile, budget, contract)
-    alone: list[joint.Split] = []
-    forecast = Forecast.from_index(profile.index)
-    if budget.max_loss is not None:
-        search = planners.get("lagrange" if uniform else planner)
-        if not hasattr(search, "plan_for_loss"):
-            raise InputError(f"--planner {planner} spends a size, not a loss; with --max-loss use lagrange or bisection")
-        choice = search.plan_for_loss(options, forecast.damage_for(method, budget.max_loss))
-        limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
-    elif budget.level:
-        choice = [0 if d.inside else len(d.options) - 1 for d in options]
-        limit = sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
-    elif budget.milliseconds is not None:
-        if speeds is None:
-            raise InputError("a budget of time needs --speeds: a file that assay benchmark writes")
-        divide, shapes = planners.get("uniform" if uniform else planner).plan, {row.name: row.shape for row in rows_of(profile)}
-        choice = speeds.plan(options, shapes, budget.milliseconds, divide)
-        flat = speeds.plan(options, shapes, budget.milliseconds, planners.get("uniform").plan)
-        limit = _totals(options, choice)[1]
-    elif budget.memory is not None and (menu or not server(contract.name).embeds):
-        costed = joint.held(options, joint.rows_by_site(profile), contract.name)
-        offered = [] if menu is None else [cache] if cache else joint.choices(menu, budget)
-        room = _room(profile, budget, contract, costed, offered or [None])
-        divide = planners.get("uniform" if uniform else planner).plan
-        if menu is None:
-            choice = divide(costed, room(None))
-        else:
-            best, *others = joint.divide(costed, offered, room, joint.planned_loss(costed, forecast, method), divide)
-            choice, cache, alone = best.choice, best.cache, [best, *others]
-        limit, flat = room(cache), planners.get("uniform").plan(costed, room(cache))
-        if costed != options:
-            choice, flat = joint.back(options, costed, choice), joint.back(options, costed, flat)
-            limit = _totals(options, choice)[1]
-    else:
-        limit = _limit_of(profile, budget, contract, options)
-        choice = planners.get("uniform" if uniform else planner).plan(options, limit)
-    if menu is not None and cache is None:
-        cache = joint.choices(menu, budget)[0]
-    made = _assemble(profile, budget, contract, method, options, choice, limit, flat, cache)
-    return joint.with_cache(made, cache, alone) if cache else made
-
-
-def _room(
-    profile: Profile, budget: Budget, contract: Contract, costed: Sequence[Decision], offered: Sequence[CacheChoice | None]
-) -> Callable[[CacheChoice | None], int]:
-    """Bytes that a cache leaves for the decisions. Raises InputError with the range where even the smallest leaves too few."""
-    needs, load = _footprint(profile), budget.load
-    assert load is not None
-    beside = {id(c): sum(serving.overheads(needs, load, contract.name, c).values()) for c in offered}
-    least = min(offered, key=lambda c: beside[id(c)])
-    limit = _limit_of(profile, budget, contract, costed, least)
-    return lambda c: limit + beside[id(least)] - beside[id(c)]
-
-
-def _whole(profile: Profile, contract: Contract) -> tuple[int, int]:
-    """`_stored` of the model that was profiled. Raises InputError where there is no such file."""
-    if contract.layout != "gguf":
-        return int(profile.index["file_bytes"]), sum(profile.index["names"].values())
-    found = profile.index.get("gguf", {"refused": f"{profile.folder} says nothing about GGUF; run assay profile again"})
-    if "refused" in found:
-        raise InputError(found["refused"])
-    return int(found["file_bytes"]), int(found["tensor_bytes"])
-
-
-def _fixed_bytes(file_bytes: int, options: Sequence[Decision], contract: Contract) -> int:
-    """File bytes that no decision changes: kept tensors, headers, and room for the longer headers to come."""
-    decided = sum(d.options[-1].nbytes for d in options)
-    if contract.layout == "gguf":
-        return file_bytes - decided + ALIGNMENT * sum(len(d.sites) for d in options)
-    names = sum(len(site) for d in options for site in d.sites)
-    return file_bytes - decided + HEADER_PER_SITE * sum(len(d.sites) for d in options) + 4 * names
-
-
-HEADER_PER_SITE = 420
-ALIGNMENT = 32
-"""Of the tensors in a GGUF file, whose headers are as long for any level."""
-
-
-def _assemble(
-    profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], limit: int, flat: list[int] | None = None, cache: CacheChoice | None = None,
-) -> Plan:  # fmt: skip
-    plain, bound = flat or planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
-    forecast = Forecast.from_index(profile.index)
-    damage, nbytes = _totals(options, choice)
-    low, expected, high = forecast.kl(method, forecast.total(_picked(options, choice)))
-    plain_bytes = _totals(options, plain)[1]
-    fixed = _whole(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
-    tensors = fixed + nbytes
-    own = {row.name: row for row in rows_of(profile)}
-    choices = {}
-    for d, c in zip(options, choice, strict=True):
-        option = d.options[c]
-        why = _why(d, c)
-        for site in d.sites:
-            choices[site] = Choice(option.level, _nbytes(contract, own[site], option.level), option.damage / len(d.sites), why)
-    uniform = {
-        "level": _common(options, plain), "nbytes": fixed + plain_bytes, "bits": _bits(options, plain),
-        "predicted": forecast.kl(method, forecast.total(_picked(options, plain)))[1],
-    }  # fmt: skip
-    return Plan(
-        model=profile.index["model"], profile=profile.index["calibration"]["digest"], engine=contract.name, method=method,
-        budget={k: v for k, v in dataclasses.asdict(budget).items() if v is not None}, choices=choices,
-        nbytes_tensors=tensors, bits=_bits(options, choice), bits_all=8 * tensors / int(profile.index["parameters"]),
-        predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
-        gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=_sentence(expected, low, high, uniform),
-        serving=_serving(profile, budget, contract, fixed + joint.held_bytes(profile, contract.name, options, choice), cache),
-        more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
-    )  # fmt: skip
-
-
-def _nbytes(contract: Contract, row: SiteRow, level: str | None) -> int:
-    return row.stored_bytes if level is None else contract.nbytes(Level.parse(level), *row.shape, row.scale_itemsize)
-
-
-def _serving(profile: Profile, budget: Budget, contract: Contract, weights: int, cache: CacheChoice | None) -> dict[str, Any]:
-    """Memory of the result at the context that the budget names; empty where it names none."""
-    if budget.load is None:
-        return {}
-    decoded = sum(profile.index["names"].values())
-    return serving.summary(_footprint(profile), budget.load, contract.name, weights, decoded, cache)
-
-
-def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
-    """What a GiB more would buy, or an eighth more where the weights take less than 8 GiB; empty when nothing is left to buy."""
-    step = min(GIB, tensors // 8)
-    most = sum(d.options[-1].nbytes for d in options)
-    if limit >= most:
-        return {}
-    bought = _picked(options, lagrange.plan(options, min(limit + step, most)))
-    return {"bytes": step, "predicted": forecast.kl(method, forecast.total(bought))[1]}
-
-
-def _picked(options: Sequence[Decision], choice: Sequence[int]) -> list[Option]:
-    return [d.options[c] for d, c in zip(options, choice, strict=True)]
-
-
-def _totals(options: Sequence[Decision], choice: Sequence[int]) -> tuple[float, int]:
-    picked = _picked(options, choice)
-    return sum(o.damage for o in picked), sum(o.nbytes for o in picked)
-
-
-def _bits(options: Sequence[Decision], choice: Sequence[int]) -> float:
-    inside = [(d.options[c].nbytes, d.count) for d, c in zip(options, choice, strict=True) if d.inside]
-    return 8 * sum(b for b, _ in inside) / max(1, sum(n for _, n in inside))
-
-
-def _common(options: Sequence[Decision], choice: Sequence[int]) -> str | None:
-    levels = [d.options[c].level for d, c in zip(options, choice, strict=True) if d.inside]
-    return max(set(levels), key=lambda x: (levels.count(x), str(x))) if levels else None
-
-
-def _why(decision: Decision, index: int) -> str:
-    option = decision.options[index]
-    if option.level is None:
-        return "kept: no smaller choice was worth its loss" if len(decision.options) > 1 else "kept: no level allowed"
-    if index == 0:
-        return "smallest choice"
-    smaller = decision.options[index - 1]
-    saved, cost = option.nbytes - smaller.nbytes, smaller.damage - option.damage
-    return f"{smaller.level} would save {saved} bytes for {cost:.2g} nats more"
-
-
-def _sentence(expected: float, low: float, high: float, uniform: Mapping[str, Any]) -> str:
-    text = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})"
-    other = uniform["predicted"]
-    if 0.9 * other < expected < other / 0.9:
-        return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
-    return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"
+def _made(asked: Request, options: list[Decision]) -> Plan:
+    """The plan from one menu."""
+    got = buy(asked, options)
+    made = assemble(
+        asked.profile, asked.budget, asked.contract, asked.method, options, got.choice, got.limit, got.flat, got.cache
+    )
+    return joint.with_cache(made, got.cache, got.tried) if got.cache else made
 
 
 def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
@@ -298,19 +102,18 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     """
     check_origin(plan, profile.index["model"], profile.index["calibration"]["digest"])
     known = {row.name: row for row in rows_of(profile)}
-    for name, chosen in plan.choices.items():
-        if name in known and chosen.level:
-            _check_group_size(known[name], chosen.level)
+    for name in [n for n in plan.levels if n in known]:
+        _check_group_size(known[name], plan.levels[name])
     if contract.one_level:
-        check_alike({n: Level.parse(c.level) for n, c in plan.choices.items() if c.level}, contract.name)
-    budget = Budget(**plan.budget)
-    outside = budget.whole or any(c.level for n, c in plan.choices.items() if n in known and known[n].block is None)
-    options = decisions(profile, contract, plan.method, outside, (), only_level(budget))
+        check_alike(plan.levels, contract.name)
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    outside = budget.whole or any(known[n].block is None for n in plan.levels if n in known)
+    options = decisions(profile, contract, plan.method, outside, (), only_level(budget), plan.levels)
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     cache = joint.cache_of(profile, plan, contract)
     limit = _bound(profile, budget, contract, options, choice, cache)
-    made = _assemble(profile, budget, contract, plan.method, options, choice, limit, None, cache)
+    made = assemble(profile, budget, contract, plan.method, options, choice, limit, None, cache)
     return joint.with_cache(made, cache) if cache else made
 
 
@@ -319,10 +122,10 @@ def _bound(
     cache: CacheChoice | None,
 ) -> int:  # fmt: skip
     """Bytes of the budget, or those of the choice where it needs more, or where the engine holds other bytes than the files."""
-    taken = _totals(options, choice)[1]
+    taken = totals(options, choice)[1]
     if not budget.bounds_bytes or (budget.memory is not None and not server(contract.name).embeds):
         return taken
-    return max(taken, _limit_of(profile, budget, contract, options, cache))
+    return max(taken, bounds.limit_of(profile, budget, contract, options, cache))
 
 
 Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
@@ -331,18 +134,18 @@ Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, .
 
 def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str], search: Search) -> Plan:
     """The plan with other options that `search` finds in the same budget, its promise scaled by their measured KL."""
-    budget, levels = Budget(**plan.budget), {Level.parse(c.level) for c in plan.choices.values() if c.level}
-    only = max(levels) if contract.one_level and levels else None
+    budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
+    only = max(plan.levels.values()) if contract.one_level and plan.levels else None
     options = decisions(profile, contract, plan.method, budget.whole, keep, only)
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     cache = joint.cache_of(profile, plan, contract)
     limit = _bound(profile, budget, contract, options, choice, cache)
     found, ratio = search(options, limit, choice)
-    made = _assemble(profile, budget, contract, plan.method, options, list(found), limit, None, cache)
+    made = assemble(profile, budget, contract, plan.method, options, list(found), limit, None, cache)
     made = joint.with_cache(made, cache) if cache else made
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
     return joint.joined(dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,
-                                            sentence=_sentence(expected, low, high, made.uniform)))  # fmt: skip
+                                            sentence=sentence_of(expected, low, high, made.uniform)))  # fmt: skip
 
 
 def check_origin(plan: Plan, model: str, text: str | None) -> None:
@@ -353,9 +156,9 @@ def check_origin(plan: Plan, model: str, text: str | None) -> None:
         raise InputError("the plan was made from another profile; give that one with --profile, or run assay plan on this one")
 
 
-def _check_group_size(row: SiteRow, level: str) -> None:
+def _check_group_size(row: SiteRow, level: Level) -> None:
     try:
-        Level.parse(level).groups(row.shape[1])
+        level.groups(row.shape[1])
     except InputError as error:
         raise InputError(f"{row.name}: {error}") from None
 
@@ -376,7 +179,7 @@ def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan
     forecast = Forecast.from_index(profile.index)
     low, expected, high = forecast.corrected(plan.predicted, twin.predicted, measured)
     uniform = dict(plan.uniform) | {"measured": measured}
-    sentence = _sentence(expected, low, high, uniform | {"predicted": measured})
+    sentence = sentence_of(expected, low, high, uniform | {"predicted": measured})
     ratio = expected / plan.predicted if plan.predicted else 1.0
     more = plan.more and dict(plan.more) | {"predicted": plan.more["predicted"] * ratio}
     return dataclasses.replace(

@@ -25,7 +25,7 @@ from assay.model import memory
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
-from assay.model.threads import threads_for
+from assay.model.threads import side_by_side
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -41,23 +41,32 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     blocks: list[int | None] = [*range(len(model.blocks)), None]
     with progress.task("pricing levels", len(blocks)) as advance:
         for block in blocks:
-            curvatures = Curvatures(folder, block, total)
-            sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
-            costs: dict[str, InputCosts] = {}
-            typical = Typical.of(curvatures, sites)
-            for site in sites:
-                levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
-                with threads_for(math.prod(site.shape)):
-                    curvature, reads = curvatures[key_of(site)], curvatures.reads(key_of(site))
-                    if (stand_in := typical.standing_in(site, curvature)) is not None:
-                        prices[key_of(site)] = _unsolved(price(read_weight(model, site), stand_in, levels))
-                        continue
-                    if reads not in costs:
-                        costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
-                    prices[key_of(site)] = price(read_weight(model, site), curvature, levels, costs[reads])
+            prices |= _price_block(model, block, Curvatures(folder, block, total), menus)
             memory.release()
             advance()
     return prices
+
+
+def _price_block(
+    model: StreamedModel, block: int | None, curvatures: Curvatures, menus: Sequence[Callable[[int], list[Level]]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
+    typical, largest = Typical.of(curvatures, sites), max((math.prod(s.shape) for s in sites), default=0)
+    levels = {n: sorted({x.base for menu in menus for x in menu(n)}) for n in {s.shape[1] for s in sites}}
+    own = (s for s in sites if s.expert is None or typical.standing_in(s, curvatures[key_of(s)]) is None)
+    readers = {curvatures.reads(key_of(s)): s for s in own}
+
+    def cost(site: Site) -> InputCosts:
+        return InputCosts.of(curvatures[key_of(site)].h, any(map(rotates, levels[site.shape[1]])))
+
+    def listed(site: Site) -> dict[str, dict[str, float]]:
+        weight, curvature = read_weight(model, site), curvatures[key_of(site)]
+        if (stand_in := typical.standing_in(site, curvature)) is not None:
+            return _unsolved(price(weight, stand_in, levels[site.shape[1]]))
+        return price(weight, curvature, levels[site.shape[1]], costs[curvatures.reads(key_of(site))])
+
+    costs = dict(zip(readers, side_by_side(cost, list(readers.values()), largest), strict=True))
+    return dict(zip(map(key_of, sites), side_by_side(listed, sites, largest), strict=True))
 
 
 def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -73,25 +82,28 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
     known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
     met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
     sites = met[:REHEARSED_SITES]
-    priced, done = ({name: dict.fromkeys(PROBED_BITS, 0.0) for name in methods} for _ in range(2))
+    tries = list(itertools.product(methods, PROBED_BITS))
+
+    def solved(site: Site) -> list[tuple[float, float]]:
+        listed, found = prices[key_of(site)], []
+        weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
+        for name, bits in tries:
+            method = base.get(name)()
+            if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in listed]):
+                found.append((0.0, 0.0))
+                continue
+            level = _nearest_level(levels, bits)
+            packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
+            costs = listed if len(weight) == site.shape[0] else price(weight, curvature, [level.base])
+            found.append((curvature.damage(packed.decode().float() - weight), costs[level.base.name][method.prices]))
+        memory.release()
+        advance()
+        return found
+
     with progress.task("rehearsing on one block", len(sites)) as advance:
-        for site in sites:
-            listed = prices[key_of(site)]
-            weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
-            with threads_for(weight.numel()):
-                for name, bits in itertools.product(methods, PROBED_BITS):
-                    method = base.get(name)()
-                    if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in listed]):
-                        continue
-                    level = _nearest_level(levels, bits)
-                    packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
-                    done[name][bits] += curvature.damage(packed.decode().float() - weight)
-                    whole = len(weight) == site.shape[0]
-                    costs = listed if whole else price(weight, curvature, [level.base])
-                    priced[name][bits] += costs[level.base.name][method.prices]
-            memory.release()
-            advance()
-    return {name: {bits: done[name][bits] / p if p else 1.0 for bits, p in row.items()} for name, row in priced.items()}
+        rows = side_by_side(solved, sites, max((min(s.shape[0], REHEARSED_ROWS) * s.shape[1] for s in sites), default=0))
+    sums = {key: [sum(row[i][side] for row in rows) for side in (0, 1)] for i, key in enumerate(tries)}
+    return {m: {b: d / p if p else 1.0 for b in PROBED_BITS for d, p in [sums[m, b]]} for m in methods}
 
 
 def _some_rows(weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
@@ -129,7 +141,7 @@ def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[s
     """(damage, KL) of the whole model rounded to nearest at a few widths, and the KL's relative standard error over windows."""
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     with stored_precision(model.checkpoint):
-        scores = compare(model, candidates, windows, progress)
+        scores = compare(model, candidates, windows, progress, kl_only=True)
     points, spread = [], 0.0
     for bits in PROBED_BITS:
         blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]

@@ -9,7 +9,7 @@ from typing import Any
 from assay.budget import planners
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision
-from assay.budget.offers import menus_of
+from assay.budget.offers import ladder
 from assay.budget.size import bits_to_bytes
 from assay.engines.contract import Contract
 from assay.measure.profile import Profile
@@ -38,13 +38,12 @@ def frontier(
     Each point: target, bits, bytes of all tensors, KL in nats with its interval, and the best uniform level that fits.
     Raises InputError where no point can be reached.
     """
-    menus = [[d for d in menu if d.inside] for menu in menus_of(profile, contract, method, False, keep)]
+    rungs = [[[d for d in m if d.inside] for m in menus] for menus in ladder(profile, contract, method, False, keep)]
+    menus = rungs[-1]
     forecast, divide, flatten = Forecast.from_index(profile.index), planners.get(planner).plan, planners.get("uniform").plan
     count, most = sum(d.count for d in menus[0]), sum(d.options[-1].nbytes for d in menus[0])
     rest = sum(profile.index["names"].values()) - most
-    leasts = [sum(d.options[0].nbytes for d in menu) for menu in menus]
-    least = min(leasts)
-    reach = [8 * n / count for n in (least, most)]
+    reach = [8 * n / count for n in (min(map(_least, menus)), most)]
     targets = [t for i in range(int((high - low) / step + 1e-9) + 1) if reach[0] <= (t := round(low + i * step, 9)) <= reach[1]]
     if not targets:
         raise InputError(f"--sweep: nothing between {low:g} and {high:g} bits; this model and engine allow "
@@ -52,7 +51,7 @@ def frontier(
     points = []
     for target in targets:
         limit = bits_to_bytes(target, count)
-        fitting = [menu for menu, nbytes in zip(menus, leasts, strict=True) if nbytes <= limit]
+        fitting = next(fit for menus in rungs if (fit := [menu for menu in menus if _least(menu) <= limit]))
         best, flat = (
             min((_facts(m, plan(m, limit), forecast, method, rest, count) for m in fitting), key=lambda f: f["predicted"])
             for plan in (divide, flatten)
@@ -62,6 +61,10 @@ def frontier(
         "profile": str(profile.folder), "profile_bytes": profile.nbytes, "engine": contract.name, "method": method,
         "achievable_bits": reach, "source_bytes": int(profile.index["file_bytes"]), "points": points,
     }  # fmt: skip
+
+
+def _least(options: Sequence[Decision]) -> int:
+    return sum(d.options[0].nbytes for d in options)
 
 
 def _facts(

@@ -41,7 +41,7 @@ Polish = Annotated[
     typer.Option("--polish", metavar="MINUTES", help="After rounding, tune scales and norms end to end for so long."),
 ]
 Sequential = Annotated[
-    bool | None,
+    bool,
     typer.Option("--sequential/--at-once", help="Solve for the inputs that the compressed blocks before give; see the docs."),
 ]
 Minutes = Annotated[float | None, typer.Option("--minutes", metavar="N", help="How long evolution may search; 10 by default.")]
@@ -60,7 +60,7 @@ def run(
     context: Context = None, batch: Batch = None, cache: Cache = None, evict: Evict = None, max_loss: MaxLoss = None,
     level: Level = None, method: Method = "auto", calibration: Calibration = None, tokens: Tokens = None, window: Window = None,
     engine: EngineOf = None, keep: Keep = None, profile: ProfileFolder = None, uniform: Uniform = False,
-    sequential: Sequential = None, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
+    sequential: Sequential = False, polish: Polish = None, planner: Planner = "lagrange", minutes: Minutes = None,
     threads: Threads = None, dry_run: DryRun = False, progress: Shown = ProgressKind.bars, as_json: Json = False,
 ) -> Answer:  # fmt: skip
     """Compress by a plan, or straight to a budget. A call that was cut off continues where it stopped."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from assay.engines.contract import Contract
 
 NAMES = (
-    "assay", "awq", "gptq", "gptq-v2", "llama.cpp", "llama.cpp-fast", "plain", "transformers", "vllm", "vllm-w8a8",
+    "assay", "awq", "gptq", "gptq-v2", "llama.cpp", "llama.cpp-all", "plain", "transformers", "vllm", "vllm-w8a8",
     "vllm-w8a8-static",
 )  # fmt: skip
 ALIASES = {"gguf": "llama.cpp"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
@@ -21,7 +21,8 @@ class Contract:
     least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; expert_names: the
     only names of experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, ()
     for all; rules: what the engine would refuse in a written checkpoint, one sentence each; readable: families that it
-    can open, () for all; experts_by_role: whether a layer's experts of one role share one level.
+    can open, () for all; experts_by_role: whether a layer's experts of one role share one level; preferred: formats that plans
+    keep to, the first of these with which the budget can be met, before all are offered.
     """
 
     name: str
@@ -48,6 +49,16 @@ class Contract:
     rules: Callable[[Checkpoint], list[str]] | None = None
     readable: tuple[str, ...] = ()
     experts_by_role: bool = False
+    preferred: tuple[tuple[str, ...], ...] = ()
+
+    def narrowed(self) -> tuple[Contract, ...]:
+        """The contract with its preferred formats only, for each choice of them, and at last as it is."""
+        return (*(replace(self, formats=formats, preferred=()) for formats in self.preferred), self)
+
+    def narrowest(self, levels: Iterable[Level]) -> Contract:
+        """The first of `narrowed` that has the formats of these levels."""
+        wanted = {level.format for level in levels}
+        return next((c for c in self.narrowed() if wanted <= set(c.formats)), self)
 
     def refusal(self, family: str, has_experts: bool) -> str | None:
         """Why nothing of this family may be compressed for the engine; None when it may."""

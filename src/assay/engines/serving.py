@@ -92,7 +92,7 @@ SERVERS: Mapping[str, Server] = {
 }  # fmt: skip
 """llama.cpp's q8_0 and q4_0 keep a 16-bit scale for 32 elements; quanto's int4 a 16-bit scale and shift for 64."""
 ALIASES = {
-    "plain": "transformers", "gguf": "llama.cpp", "llama.cpp-fast": "llama.cpp",
+    "plain": "transformers", "gguf": "llama.cpp", "llama.cpp-all": "llama.cpp",
     "awq": "vllm", "gptq": "vllm", "gptq-v2": "vllm", "vllm-w8a8": "vllm", "vllm-w8a8-static": "vllm",
 }  # fmt: skip
 

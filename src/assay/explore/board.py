@@ -74,7 +74,7 @@ class Menu:
     def of(cls, profile: Profile, cells: Cells, contract: Contract, method: str) -> Menu:
         """Raises InputError where nothing can be made smaller."""
         whole = _tensor_bytes(profile, contract)
-        decisions = offers.decisions(profile, contract, method, False, ())
+        decisions = offers.decisions(profile, contract.narrowed()[0], method, False, ())
         table = Table.of(decisions)
         owners = {site: i for i, d in enumerate(decisions) for site in d.sites}
         owner = np.array([owners[row.name] for row in cells.rows], dtype=np.int64)

@@ -15,16 +15,21 @@ from assay.model.sites import Site
 OnProduct = Callable[[list[Site], Tensor, Tensor], None]
 
 
+class Enough(Exception):
+    """Raised by an `OnProduct` that needs no more of a run."""
+
+
 class Capture(TorchFunctionMode):
     """Calls `on_product(sites, x, y)` for y = x Wᵀ of each site's weight W.
 
     x: [..., in], y: [..., out of all the sites together]. Weights are known by their address, so
     linear layers, Conv1D and experts cut from one 3-D parameter are all seen the same way.
+    early: called before y is computed, with an empty one in its place; raising `Enough` then spares the product.
     """
 
-    def __init__(self, block: nn.Module, prefix: str, sites: Iterable[Site], on_product: OnProduct) -> None:
+    def __init__(self, block: nn.Module, prefix: str, sites: Iterable[Site], on_product: OnProduct, early: bool = False) -> None:
         super().__init__()
-        self.on_product = on_product
+        self.on_product, self.early = on_product, early
         self.by_address: dict[int, list[Site]] = {}
         for site in sites:
             weight: Tensor = block.get_parameter(site.parameter.removeprefix(prefix + "."))
@@ -33,13 +38,17 @@ class Capture(TorchFunctionMode):
             self.by_address.setdefault(weight.data_ptr(), []).append(site)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        operands = _OPERANDS.get(func)
+        found, operands = None, _OPERANDS.get(func)
         if operands is not None and len(args) > operands[1]:
             x, weight = args[operands[0]], args[operands[1]]
-            if isinstance(weight, Tensor) and (sites := self.by_address.get(weight.data_ptr())):
-                with torch._C.DisableTorchFunction():
-                    self.on_product(sites, x, result)
+            found = self.by_address.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
+        if found and self.early:
+            with torch._C.DisableTorchFunction():
+                self.on_product(found, x, x.new_empty(0))
+        result = func(*args, **(kwargs or {}))
+        if found and not self.early:
+            with torch._C.DisableTorchFunction():
+                self.on_product(found, x, result)
         return result
 
 

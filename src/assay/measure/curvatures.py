@@ -81,8 +81,7 @@ class Curvatures(Mapping[str, Curvature]):
         if parts and outputs:
             if len(parts[0]) != len(outputs[0]):
                 raise damaged(self._gradients, f"other parts of the text than in {self._inputs.name}")
-            counts = parts[0][:, None]
-            more["parts"] = (parts[0], parts[1] / counts, outputs[1] / counts)
+            more["parts"] = (parts[0], parts[1] / parts[0][:, None], outputs[1] / outputs[0][:, None])
         for kind, path in self._weightwise.items():
             with open_tensors(path) as file:
                 more[kind] = file[site].clone()

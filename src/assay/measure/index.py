@@ -25,6 +25,7 @@ class Settings(TypedDict):
     weightwise: list[str]
     token_weights: str
     target: str | None
+    gradients_every: NotRequired[Size]
 
 
 @with_config({"extra": "forbid"})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from assay.measure import tokens
-from assay.measure.capture import Capture, OnProduct
+from assay.measure.capture import Capture, Enough, OnProduct
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, Override, StreamedModel, batches
 from assay.model.files import save_text
@@ -33,10 +33,6 @@ class Met:
 
     h: Tensor
     cross: Tensor
-
-
-class _Enough(Exception):
-    pass
 
 
 class Pair:
@@ -93,11 +89,11 @@ class Pair:
             before = self._work.get(f"x{self._places[reads]}", b)
             sums[0], sums[1] = sums[0] + rows.T @ weighted, sums[1] + (before - rows).T @ weighted
             count += len(rows)
-            raise _Enough
+            raise Enough
 
         with self._precise(), self.model.block(index, changed):
             for b in range(len(self._parts)):
-                with suppress(_Enough), self._capture(index, add):
+                with suppress(Enough), self._capture(index, add, early=True):
                     self.model.run_block(index, self._work.get(f"changed{index}", b), b)
         return Met(sums[0] / count, sums[1] / count)
 
@@ -139,9 +135,9 @@ class Pair:
         with self._capture(index, keep):
             return self.model.run_block(index, hidden, b)
 
-    def _capture(self, index: int, on_product: OnProduct) -> Capture:
+    def _capture(self, index: int, on_product: OnProduct, early: bool = False) -> Capture:
         anatomy = self.model.anatomy
-        return Capture(self.model.blocks[index], anatomy.block_names[index], anatomy.block_sites(index), on_product)
+        return Capture(self.model.blocks[index], anatomy.block_names[index], anatomy.block_sites(index), on_product, early)
 
     def _precise(self) -> AbstractContextManager[None]:
         return stored_precision(self.model.checkpoint)

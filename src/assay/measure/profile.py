@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from assay.measure import tokens
-from assay.measure.capture import Capture, OnProduct
-from assay.measure.curvatures import EMPTY, Curvatures, block_name
+from assay.measure.capture import Capture, Enough, OnProduct
+from assay.measure.curvatures import EMPTY, LARGEST, Curvatures, block_name
 from assay.measure.index import check
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
@@ -30,6 +31,8 @@ from assay.model.sites import Site
 VERSION = 4
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
+THINNED = 4
+"""G on every fourth window leaves prices and predictions as good: see `thinned` and RESULTS.md (Prediction)."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +70,14 @@ class Profile:
 
 def measure(
     model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress,
-    weightwise: Sequence[str] = (), token_weights: str = "none",
+    weightwise: Sequence[str] = (), token_weights: str = "none", every: int = 1,
 ) -> None:  # fmt: skip
     """Two sweeps over the model: inputs (H) forwards, output gradients (G) backwards.
 
     weightwise: further statistics with a number for every weight of the blocks: "fisher", the mean over tokens of
     squared gradients, labels sampled from the model as for G; "gradient", of the mean loss on the text itself.
     token_weights: how much the tokens count in the H of the blocks, see `tokens`.
+    every: G comes from every so-many-th window, and stands for all (see `thinned`).
     Every finished block is durable, and a second call continues where the first was cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,33 +85,87 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    parts = batches(windows.ids, work.batch_tokens(model.batch_tokens))
+    text = Batches.of(windows.ids, work.batch_tokens(model.batch_tokens), every)
     with stored_precision(model.checkpoint):
-        _sweep(model, parts, folder, work, seed, progress, weightwise, token_weights)
+        _sweep(model, text, folder, work, seed, progress, weightwise, token_weights)
     (folder / "head.partial.safetensors").unlink()
     shutil.rmtree(work.folder)
 
 
+def thinned(windows: int) -> int:
+    """`every` for `measure` where only prices need G: at most `THINNED`, and two windows or more for each part of the text."""
+    return max(1, min(THINNED, windows // (2 * PARTS)))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A text in batches of windows, and the windows of it that gradients are taken on in batches of their own.
+
+    whole, some: ids [windows, length] of each batch; picked: which windows are in each of `some`; places: the part of
+    the text, of `PARTS` or fewer, that each window is in. What a block is called with is noted for `whole`, then for `some`.
+    """
+
+    whole: list[Tensor]
+    some: list[Tensor]
+    picked: list[Tensor]
+    places: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, tokens: int, every: int) -> Batches:
+        places = torch.arange(len(ids)) * min(PARTS, len(ids)) // len(ids)
+        picked = torch.arange(0, len(ids), every)
+        return cls(batches(ids, tokens), batches(ids[picked], tokens), list(picked.split(max(1, tokens // ids.shape[1]))), places)
+
+    @property
+    def all_picked(self) -> bool:
+        return self.windows == sum(map(len, self.picked))
+
+    @property
+    def windows(self) -> int:
+        return len(self.places)
+
+    @property
+    def share(self) -> float:
+        """Of all windows, those in `some`."""
+        return sum(map(len, self.picked)) / self.windows
+
+    def note(self, b: int) -> int:
+        """Number of the noted call of batch `b` of `some`."""
+        return b if self.all_picked else len(self.whole) + b
+
+    def states(self, work: Activations, name: str, b: int) -> Tensor:
+        """Hidden states of batch `b` of `some`, from the files of `whole`."""
+        if self.all_picked:
+            return work.get(name, b)
+        size = len(self.whole[0])
+        homes = self.picked[b] // size
+        return torch.cat([work.get(name, int(w))[self.picked[b][homes == w] % size] for w in homes.unique()])
+
+    def to_all(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over `some` raised to what they would be over `whole`; magnitudes stay."""
+        return {k: v if k.startswith(LARGEST) or self.all_picked else v / self.share for k, v in values.items()}
+
+
 def _sweep(
-    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, progress: Progress,
+    model: StreamedModel, text: Batches, folder: Path, work: Activations, seed: int, progress: Progress,
     weightwise: Sequence[str], token_weights: str,
 ) -> None:  # fmt: skip
     with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
-        _forward(model, parts, folder, work, advance, token_weights)
+        _forward(model, text, folder, work, advance, token_weights)
     with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
-        _tail(model, parts, folder, work, seed, weightwise)
+        _tail(model, text, folder, work, seed, weightwise)
         advance()
-        _backward(model, parts, folder, work, advance, weightwise)
+        _backward(model, text, folder, work, advance, weightwise)
 
 
-def _forward(
-    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, token_weights: str
-) -> None:
-    places = _places(parts)
+def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, token_weights: str) -> None:
+    parts, places = text.whole, text.places.split([len(ids) for ids in text.whole])
     model.forget()
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
             work.put("h0", b, model.embed(ids))
+        for ids in () if text.all_picked else text.some:
+            model.embed(ids)
     advance()
     for index in range(len(model.blocks)):
         target = folder / f"{block_name(index)}.H.safetensors"
@@ -127,31 +185,23 @@ def _forward(
         advance()
 
 
-def _places(parts: list[Tensor]) -> list[Tensor]:
-    """The part of the text, of `PARTS` or fewer, that each window of each batch is in."""
-    windows = sum(len(p) for p in parts)
-    return list((torch.arange(windows) * min(PARTS, windows) // windows).split([len(p) for p in parts]))
-
-
-def _tail(
-    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, seed: int, weightwise: Sequence[str]
-) -> None:
+def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, seed: int, weightwise: Sequence[str]) -> None:
     """Gradients of the sampled-label loss at the last block's output, and the head's statistics."""
     depth = len(model.blocks)
     target = folder / "head.partial.safetensors"
     if target.exists():
         return
     if "gradient" in weightwise:
-        _text_tail(model, parts, work)
+        _text_tail(model, text.some, work)
     head = [s for s in model.anatomy.sites.values() if s.role == "head"]
     inputs, outputs = Sums(), torch.zeros(model.vocabulary)
     with model.outside(tail=True):
-        for b in range(len(parts)):
+        for b in range(len(text.some)):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + b)
             gradients: list[Tensor] = []
-            for hidden in micro(work.get(f"h{depth}", b), model.vocabulary):
+            for hidden in micro(text.states(work, f"h{depth}", b), model.vocabulary):
                 hidden.requires_grad_(True)
-                with Capture(model.model, "", head, inputs.inputs):
+                with Capture(model.model, "", head if text.all_picked else (), inputs.inputs):
                     logits = model.logits(hidden).flatten(0, 1)
                 p = logits.detach().softmax(-1)
                 labels = _sampled(p, generator)
@@ -159,9 +209,23 @@ def _tail(
                 gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
                 outputs += (p - p.square()).sum(0)
             work.put(f"g{depth}", b, torch.cat(gradients))
+        if head and not text.all_picked:
+            _head_inputs(model, head, (work.get(f"h{depth}", b) for b in range(len(text.whole))), inputs)
     if head:
-        inputs.values[f"{head[0].name}|{head[0].reads}"] = outputs
+        inputs.values[f"{head[0].name}|{head[0].reads}"] = text.to_all({"": outputs})[""]
     save_tensors(target, inputs.values or {EMPTY: torch.zeros(1)})
+
+
+def _head_inputs(model: StreamedModel, head: list[Site], states: Iterable[Tensor], sums: Sums) -> None:
+    """The head's H, of the last block's outputs [windows, length, hidden]. Call inside `outside()`."""
+
+    def add(sites: list[Site], x: Tensor, y: Tensor) -> None:
+        sums.inputs(sites, x, y)
+        raise Enough
+
+    for hidden in states:
+        with torch.no_grad(), suppress(Enough), Capture(model.model, "", head, add, early=True):
+            model.logits(hidden)
 
 
 def _text_tail(model: StreamedModel, parts: list[Tensor], work: Activations) -> None:
@@ -187,10 +251,10 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _backward(
-    model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
+    model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
 ) -> None:
-    total, places = sum(p.numel() for p in parts), _places(parts)
-    counts = {"fisher": total, "gradient": total - sum(len(p) for p in parts)}
+    total, windows = sum(p.numel() for p in text.some), text.windows
+    counts = {"fisher": total, "gradient": total - windows}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{block_name(index)}.G.safetensors"
         if not target.exists():
@@ -202,48 +266,50 @@ def _backward(
             if "gradient" in more:
                 flows["t"] = [more["gradient"].gradient]
             with model.block(index):
-                for b in range(len(parts)):
-                    sums.places = places[b]
+                for b in range(len(text.some)):
+                    sums.places = text.places[text.picked[b]]
                     for flow, watchers in flows.items():
-                        _descend(model, index, b, work, flow, watchers)
+                        _descend(model, index, b, text, work, flow, watchers)
             sums.unreached(sites)
             for kind, found in more.items():
                 found.untouched(sites)
                 save_tensors(folder / f"{block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
-            save_tensors(target, sums.values)
+            save_tensors(target, text.to_all(sums.values))
         for flow in ("h", "g", "t"):
             work.drop(f"{flow}{index + 1}")
         advance()
-    _outside(model, parts, folder, work)
+    _outside(model, text, folder, work)
 
 
-def _descend(model: StreamedModel, index: int, b: int, work: Activations, flow: str, watchers: Sequence[OnProduct]) -> None:
+def _descend(
+    model: StreamedModel, index: int, b: int, text: Batches, work: Activations, flow: str, watchers: Sequence[OnProduct]
+) -> None:
     """One batch's gradients through a loaded block: from its output to its input."""
 
     def watch(sites: list[Site], x: Tensor, y: Tensor) -> None:
         for watcher in watchers:
             watcher(sites, x, y)
 
-    hidden = work.get(f"h{index}", b).requires_grad_(True)
+    hidden = text.states(work, f"h{index}", b).requires_grad_(True)
     with Capture(model.blocks[index], model.anatomy.block_names[index], model.anatomy.block_sites(index), watch):
-        out = model.run_block(index, hidden, b)
+        out = model.run_block(index, hidden, text.note(b))
     out.backward(work.get(f"{flow}{index + 1}", b))
     work.put(f"{flow}{index}", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
 
 
-def _outside(model: StreamedModel, parts: list[Tensor], folder: Path, work: Activations) -> None:
+def _outside(model: StreamedModel, text: Batches, folder: Path, work: Activations) -> None:
     """Statistics of the embedding (token counts and the gradient at its output) and of the head."""
     head = load_tensors(folder / "head.partial.safetensors")
     forward = {k: v for k, v in head.items() if "|" not in k or k.startswith("n|")}
     backward = {k: v for k, v in head.items() if k not in forward}
     embedding = next((s for s in model.anatomy.sites.values() if s.role == "embedding"), None)
     if embedding is not None:
-        counts = torch.bincount(torch.cat(parts).flatten(), minlength=embedding.shape[0]).float()
-        total = sum(p.numel() for p in parts)
+        counts = torch.bincount(torch.cat(text.whole).flatten(), minlength=embedding.shape[0]).float()
+        total = sum(p.numel() for p in text.whole)
         sums = Sums()
-        for b in range(len(parts)):
+        for b in range(len(text.some)):
             sums.add(embedding.reads, work.get("g0", b))
-        forward[embedding.reads] = sums.values[embedding.reads]
+        forward[embedding.reads] = text.to_all(sums.values)[embedding.reads]
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
     save_tensors(folder / "outside.H.safetensors", forward or {EMPTY: torch.zeros(1)})

@@ -23,7 +23,7 @@ from assay.model.sites import Anatomy, Site, empty_model, survey
 
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
-LOGITS_AT_ONCE = 1 << 22
+LOGITS_AT_ONCE = 1 << 20
 BATCH_TOKENS = 2048
 CACHES = ("past_key_values", "layer_past")
 """What blocks call the cache."""

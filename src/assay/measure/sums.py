@@ -36,10 +36,14 @@ class Sums:
         if key not in self.values:
             self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
+        before = self.values[key].diagonal().clone()
         self.values[key].addmm_(flat.T, weighted)
         if self.places is not None:
-            squares, places = weighted * flat, self.places if rows.ndim == 3 else self.places[:1]
-            squares = squares.view(len(places), -1, flat.shape[1]).sum(1)
+            places = self.places if rows.ndim == 3 else self.places[:1]
+            if bool((places == places[0]).all()):  # the sums of squares are made already
+                places, squares = places[:1], (self.values[key].diagonal() - before).clamp_min(0)[None]
+            else:
+                squares = (weighted * flat).view(len(places), -1, flat.shape[1]).sum(1)
             counts = torch.full((len(places),), len(flat) / len(places))
             self.values.setdefault(f"{PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
             self.values.setdefault(f"{PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
@@ -98,5 +102,5 @@ class LargestCached(DynamicCache):
 
 def keep_largest(values: dict[str, Tensor], key: str, met: Tensor) -> None:
     """Keep the largest magnitude met so far."""
-    largest = met.detach().abs().amax().float() if met.numel() else torch.tensor(0.0)
+    largest = torch.stack(met.detach().aminmax()).abs().amax().float() if met.numel() else torch.tensor(0.0)
     values[f"{LARGEST}{key}"] = torch.maximum(values.get(f"{LARGEST}{key}", torch.tensor(0.0)), largest)

@@ -156,6 +156,36 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def feed_rows(fine: bool, mode: int, table: Any, upper: Any, values: Any, scale: Any, low: Any, high: Any, errors: Any,
+              steps: Any) -> None:  # fmt: skip
+    """Error feedback along rows [rows, columns] of one block of columns, see `column_feedback`; `values` end as the targets.
+
+    upper: U of the block [columns, columns]; table: None or see `look_up`.
+    """
+    rows, width = values.shape
+    for r in range(rows):
+        for k in range(width):
+            present = values[r, k]
+            code = _step(present, scale[r, k], low[r, k], high[r, k], fine, mode, table)
+            error = (present - _stored(code * scale[r, k], mode)) / upper[k, k]
+            errors[r, k], steps[r, k] = error, code
+            for j in range(k + 1, width):
+                values[r, j] -= error * upper[k, j]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, zeros: Any, errors: Any) -> None:
+    """`IntegerGrid.squared_errors` of rows of weights [rows, in]; scales and zeros [rows, groups]."""
+    size = weight.shape[1] // scales.shape[1]
+    for r in range(len(weight)):
+        for g in range(scales.shape[1]):
+            scale, low = scales[r, g], -zeros[r, g]
+            for k in range(g * size, (g + 1) * size):
+                away = _snap(weight[r, k], scale, low, top + low, fine, mode) * scale - weight[r, k]
+                errors[r, k] = away * away
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
 def clip_search(top: float, symmetric: bool, fine: bool, mode: int, tiny: float, huge: float, shrinks: Any, cost: Any,
                 groups: int, weight: Any, costs: Any, scales: Any, zeros: Any) -> None:  # fmt: skip
     """`IntegerGrid.fit_clipped` of rows of weights [rows, in]; fills scales and zeros [rows, groups].

@@ -49,14 +49,16 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
         torch.set_num_threads(threads)
 
 
-def spread(kernel: Callable[..., None], count: int, shared: tuple[Any, ...], split: tuple[Tensor, ...]) -> None:
-    """Run `kernel(*shared, *split)` with `split` cut along its first axis over torch's threads.
+def spread(
+    kernel: Callable[..., None], count: int, shared: tuple[Any, ...], split: tuple[Tensor, ...], worth: bool = True
+) -> None:
+    """Run `kernel(*shared, *split)` with `split` cut along its first axis over torch's threads, if the work is worth it.
 
     The kernel is compiled without the GIL and treats every entry of that axis alone, so the number of threads
     doesn't change the result.
     """
     arrays = [t.numpy() for t in split]
-    parts = min(torch.get_num_threads(), count)
+    parts = min(torch.get_num_threads(), count) if worth else 1
     edges = [count * i // parts for i in range(parts + 1)]
     if parts <= 1:
         kernel(*shared, *arrays)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from assay.measure.stream import Activations, Override, StreamedModel, batches, micro, token_divergences, token_losses
+from assay.measure.stream import Activations, Override, StreamedModel, batches, micro
 from assay.measure.text import Windows
 from assay.model.progress import Progress
 
@@ -23,6 +25,28 @@ class Candidate:
 
     model: StreamedModel
     override: Override | None = None
+
+
+class Predictions:
+    """What logits [b, t, v] for ids [b, t] say of each token to come, made when it is asked for.
+
+    log_p, p: [b, t - 1, v]; loss: nats, and top: the likeliest token, [b, t - 1].
+    """
+
+    def __init__(self, logits: Tensor, ids: Tensor) -> None:
+        self.log_p, self._ids = logits[:, :-1].log_softmax(-1), ids
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self.log_p.exp()
+
+    @cached_property
+    def loss(self) -> Tensor:
+        return -self.log_p.gather(-1, self._ids[:, 1:, None])[..., 0]
+
+    @cached_property
+    def top(self) -> Tensor:
+        return self.log_p.argmax(-1).int()
 
 
 @dataclass
@@ -38,13 +62,15 @@ class Scores:
     agrees: list[Tensor] = field(default_factory=list)
     top: list[Tensor] = field(default_factory=list)
 
-    def add(self, reference: Tensor, candidate: Tensor, ids: Tensor) -> None:
-        """Logits [b, t, v] of both for ids [b, t]."""
-        self.kl.append(token_divergences(reference, candidate))
-        self.loss.append(token_losses(candidate, ids))
-        self.reference_loss.append(token_losses(reference, ids))
-        self.top.append(candidate[:, :-1].argmax(-1).int())
-        self.agrees.append((reference[:, :-1].argmax(-1) == self.top[-1]).float())
+    def add(self, reference: Predictions, candidate: Predictions, kl_only: bool = False) -> None:
+        """What both predict for the same tokens."""
+        self.kl.append((reference.p * (reference.log_p - candidate.log_p)).sum(-1).clamp_min(0))
+        if kl_only:
+            return
+        self.loss.append(candidate.loss)
+        self.reference_loss.append(reference.loss)
+        self.top.append(candidate.top)
+        self.agrees.append((reference.top == candidate.top).float())
 
     def summary(self) -> dict[str, dict[str, float] | float]:
         """Means with 95% bootstrap intervals over windows, and the KL's median and 99th percentile."""
@@ -79,10 +105,16 @@ def interval(per_window: Tensor, seed: int = 0) -> tuple[float, float]:
 
 @torch.no_grad()
 def compare(
-    reference: StreamedModel, candidates: Mapping[str, Candidate], windows: Windows, progress: Progress
-) -> dict[str, Scores]:
-    """Run the windows through the reference and every candidate, one block in memory at a time."""
-    runs = {"": Candidate(reference)} | dict(candidates)
+    reference: StreamedModel, candidates: Mapping[str, Candidate], windows: Windows, progress: Progress, kl_only: bool = False,
+    kept: Path | None = None,
+) -> dict[str, Scores]:  # fmt: skip
+    """Run the windows through the reference and every candidate, one block in memory at a time.
+
+    kl_only: leave the other scores empty; kept: a folder where the reference's outputs stay for the next call with the same
+    windows, which then need not run it.
+    """
+    known = kept is not None and kept.exists()
+    runs = dict(candidates) if known else {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
     parts = batches(windows.ids, reference.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
@@ -103,26 +135,26 @@ def compare(
                         for b in range(len(parts)):
                             work.put(name, b, run.model.run_block(index, work.get(name, b), b))
                 advance()
-        return {name: _score(reference, run.model, name, parts, work) for name, run in candidates.items()}
+        originals = work if kept is None else Activations(kept)
+        for b in range(0 if known or kept is None else len(parts)):
+            originals.put("", b, work.get("", b))
+        return _scores(reference, candidates, parts, originals, work, kl_only)
 
 
-def _score(reference: StreamedModel, model: StreamedModel, name: str, parts: list[Tensor], work: Activations) -> Scores:
-    scores = Scores()
-    with reference.outside(tail=True):
-        if model is reference:
-            _add(scores, reference, model, name, parts, work)
-        else:
-            with model.outside(tail=True):
-                _add(scores, reference, model, name, parts, work)
+def _scores(
+    reference: StreamedModel, candidates: Mapping[str, Candidate], parts: list[Tensor], originals: Activations, work: Activations,
+    kl_only: bool,
+) -> dict[str, Scores]:  # fmt: skip
+    """By candidate; those of one model are scored together, beside predictions of the reference that are made once."""
+    scores = {name: Scores() for name in candidates}
+    for model in {id(run.model): run.model for run in candidates.values()}.values():
+        names = [name for name, run in candidates.items() if run.model is model]
+        with reference.outside(tail=True), nullcontext() if model is reference else model.outside(tail=True):
+            for b, ids in enumerate(parts):
+                hidden = micro(originals.get("", b), reference.vocabulary)
+                changed = [micro(work.get(name, b), reference.vocabulary) for name in names]
+                for i, labels in enumerate(ids.split([len(piece) for piece in hidden])):
+                    meant = Predictions(reference.logits(hidden[i]), labels)
+                    for name, pieces in zip(names, changed, strict=True):
+                        scores[name].add(meant, Predictions(model.logits(pieces[i]), labels), kl_only)
     return scores
-
-
-def _add(
-    scores: Scores, reference: StreamedModel, model: StreamedModel, name: str, parts: list[Tensor], work: Activations
-) -> None:
-    for b, ids in enumerate(parts):
-        pieces = [micro(work.get(run, b), reference.vocabulary) for run in ("", name)]
-        start = 0
-        for ours, theirs in zip(*pieces, strict=True):
-            scores.add(reference.logits(ours), model.logits(theirs), ids[start : start + len(ours)])
-            start += len(ours)

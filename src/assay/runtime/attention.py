@@ -128,6 +128,7 @@ class Step:
     newest: int = 0
     found: Tensor | None = None
     attention: Tensor | None = None
+    whole: bool = False
 
     def rows(self, last: int | None = None, temperature: float = 1.0, noise: Noise | None = None
              ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
@@ -142,7 +143,7 @@ class Step:
             return
         for part in chunks(length - start, self.query.shape[0] * self.query.shape[1] * slots):
             rows = slice(part.start + start, part.stop + start)
-            seen = visible(self.positions, self.queries[:, rows], self.rule.window)
+            seen = None if self.whole else visible(self.positions, self.queries[:, rows], self.rule.window)
             found = logits(self.query[:, :, rows], self.keys, self.rule) if self.found is None else self.found
             if noise is not None:
                 found = found + noise(self, rows)

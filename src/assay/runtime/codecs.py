@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from assay.runtime import unpacking
+from assay.runtime import packing, single, unpacking
 from assay.runtime.attention import Step
 
 Tensors = dict[str, Tensor]
@@ -22,8 +22,11 @@ class Map(Protocol):
     positional: whether it reads `where`; joint: whether it stores all heads as one.
     """
 
-    positional: ClassVar[bool]
-    joint: ClassVar[bool]
+    @property
+    def positional(self) -> bool: ...
+
+    @property
+    def joint(self) -> bool: ...
 
     def fit(self, x: Tensor, step: Step) -> Tensors:
         """What it needs to know, from all tokens [B, H, S, D] at the end of the first prompt."""
@@ -44,9 +47,29 @@ class Map(Protocol):
         """
         ...
 
+    def products(self, query: Tensor, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """Queries [B, H, g, D] times what `backward` gives: [B, H, g, n]."""
+        ...
+
+    def summed(self, y: Tensor, shared: Tensors) -> Tensor:
+        """What `backward` makes of weighted sums of what is stored, [B, H, g, r] -> [B, H, g, D].
+
+        Asked of maps only that aren't positional.
+        """
+        ...
+
 
 class Codec(Protocol):
-    """Stores a tensor [B, H, n, D] in few bits; what it has written never changes."""
+    """Stores a tensor [B, H, n, D] in few bits; what it has written never changes.
+
+    kind: how the kernel for single queries reads it (`single`), `single.NONE` where it can't; bits: of a number.
+    """
+
+    @property
+    def kind(self) -> int: ...
+
+    @property
+    def bits(self) -> int: ...
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """Tensors of the tokens, and the shared ones with what these tokens add."""
@@ -82,6 +105,9 @@ class Side:
 class Plain:
     """Stores as it is; for maps without a codec."""
 
+    kind: ClassVar[int] = single.PLAIN
+    bits: ClassVar[int] = 0
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
         return {"x": x}, shared
@@ -98,9 +124,13 @@ class PerToken:
     bits: int
     group: int
 
+    kind: ClassVar[int] = single.TOKEN
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
         size = fitting(self.group, x.shape[-1])
+        if packing.runs_on(x):
+            return dict(zip(("codes", "scale", "low"), packing.affine(x, self.bits, 1, size), strict=True)), shared
         parts = x.unflatten(-1, (-1, size))
         scale, low = affine(parts, -1, self.bits)
         return {"codes": pack(quantized(parts, scale, low, self.bits).flatten(-2), self.bits),
@@ -121,17 +151,23 @@ class PerChannel:
     bits: int
     group: int
 
+    kind: ClassVar[int] = single.CHANNEL
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`; n must be a multiple of the group."""
-        parts = x.unflatten(2, (-1, self.group))
-        scale, low = affine(parts, 3, self.bits)
-        codes = pack(quantized(parts, scale, low, self.bits).flatten(2, 3), self.bits)
-        before = shared["scale"].shape[2] if "scale" in shared else 0
-        ids = before + torch.arange(parts.shape[2], device=x.device).repeat_interleave(self.group)
-        grown = {"scale": scale[:, :, :, 0], "low": low[:, :, :, 0]}
+        if packing.runs_on(x):
+            codes, scale, low = packing.affine(x, self.bits, self.group, 1)
+        else:
+            parts = x.unflatten(2, (-1, self.group))
+            scale, low = affine(parts, 3, self.bits)
+            codes = pack(quantized(parts, scale, low, self.bits).flatten(2, 3), self.bits)
+            scale, low = scale[:, :, :, 0], low[:, :, :, 0]
+        before, count = shared["scale"].shape[2] if "scale" in shared else 0, scale.shape[2]
+        ids = before + torch.arange(count, device=x.device).repeat_interleave(self.group)
+        grown = {"scale": scale, "low": low}
         if before:
             grown = {name: torch.cat([shared[name], part], 2) for name, part in grown.items()}
-        members = ids.to(torch.int16 if before + parts.shape[2] < 1 << 15 else torch.int32)
+        members = ids.to(torch.int16 if before + count < 1 << 15 else torch.int32)
         return {"codes": codes, "group": members[None, None, :, None].expand(*x.shape[:3], 1).contiguous()}, shared | grown
 
     def decode(self, tokens: Tensors, shared: Tensors, width: int, dtype: torch.dtype) -> Tensor:
@@ -150,8 +186,17 @@ class Float8:
 
     dtype: torch.dtype = field(default=torch.float8_e4m3fn)
 
+    bits: ClassVar[int] = 8
+
+    @property
+    def kind(self) -> int:
+        """See `Codec`."""
+        return single.FLOAT if self.dtype == torch.float8_e4m3fn else single.NONE
+
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
+        if packing.runs_on(x) and self.dtype == torch.float8_e4m3fn:
+            return dict(zip(("codes", "scale"), packing.floats(x), strict=True)), shared
         largest = torch.finfo(self.dtype).max
         scale = storable(x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest, x.dtype)
         return {
@@ -174,6 +219,8 @@ class BlockFloat:
 
     bits: int
     block: int
+
+    kind: ClassVar[int] = single.BLOCK
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`."""
@@ -205,6 +252,8 @@ class GgmlBlocks:
 
     bits: int
     block: int = 32
+
+    kind: ClassVar[int] = single.NONE
 
     def encode(self, x: Tensor, shared: Tensors) -> tuple[Tensors, Tensors]:
         """See `Codec`. Four bits reach one step further on the side of the largest number."""

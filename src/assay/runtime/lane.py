@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from assay.runtime.attention import EMPTY, Rule, Step, attend, capped, grouped, softmaxed, visible
 from assay.runtime.grown import Grown, gather
+from assay.runtime.picked import attend_picked
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
+from assay.runtime.single import ALL, Sight, attend_one
+from assay.runtime.slots import lowest
 from assay.runtime.tape import Tape
 
 
@@ -68,19 +72,35 @@ class Lane:
 
         query [B, Hq, L, D]; keys, values [B, H, L, D] after RoPE.
         """
-        fresh = len(self) == 0
-        keys, values = self._append(keys, values, new)
+        fresh, one = len(self) == 0, query.shape[2] == 1
+        if new.padded:
+            pads = (new.positions < 0)[:, None, :, None]
+            keys, values = keys.masked_fill(pads, 0), values.masked_fill(pads, 0)
+            self.holes = True
+        compiled = one and not fresh and self._compiled(query, keys, values)
+        newest = new.newest if compiled and self.labels is None and not new.padded else EMPTY
+        self._note(keys, new, newest)
+        picked = self._picked(query) if one else None
         found = attention = None
-        causal = (fresh or query.shape[2] == 1) and not self.holes
+        causal = (fresh or one) and not self.holes
         inside = rule.window is None or len(self) <= rule.window
-        seen = None if causal and inside else visible(self.positions, new.positions, rule.window)
-        if query.shape[2] == 1:
-            out, found, attention = self._single(query, keys, seen, rule)
+        if compiled and picked is None:
+            out, found, attention = self._at_once(query, keys, values, new, newest, rule, causal and inside)
+        elif compiled and picked is not None and not (self.stack.evictor or self.keys.old or self.values.old):
+            sight = self._sight(new, newest, rule, causal and inside)
+            read = self.keys.extended(), self.values.extended(True)
+            out = attend_picked(query.float().contiguous(), picked, sight, keys, values, *read, len(self)).to(query.dtype)
         else:
-            keys, values = self.keys.read(self._places), self.values.read(self._places)
-            out = attend(query, keys, values, seen, rule)
+            self.keys.append(keys)
+            self.values.append(values)
+            seen = None if causal and inside else visible(self.positions, new.positions, rule.window)
+            if one:
+                out, found, attention = self._single(query, seen, rule, picked)
+            else:
+                keys, values = self.keys.read(self._places), self.values.read(self._places)
+                out = attend(query, keys, values, seen, rule)
         step = Step(self.layer, self.head, query, keys, values, self.positions, new.positions, new.where, new.first, rule,
-                    new.prefill, new.decoded, new.newest, found, attention)  # fmt: skip
+                    new.prefill, new.decoded, new.newest, found, attention, one and causal and inside)  # fmt: skip
         if self.stack.evictor and self._counted:
             for held, now in zip(self._counted, self.stack.evictor.observe(step, self.statistics), strict=True):
                 held.view.copy_(now)
@@ -124,12 +144,10 @@ class Lane:
         """Give back empty slots; store what is old enough in the form that the policies give it."""
         if self.holes:
             self._compact()
-        if not self._coded():
-            return
-        step = replace(step, positions=self.positions)
-        empty = self.positions < 0 if self.holes else None
         for tape in (self.keys, self.values):
-            tape.store(step, self._places, empty)
+            if tape.due(step):
+                empty = self.positions < 0 if self.holes else None
+                tape.store(replace(step, positions=self.positions), self._places, empty)
 
     def crop(self, count: int) -> None:
         """Forget the last tokens, where nothing was dropped or stored."""
@@ -159,12 +177,45 @@ class Lane:
         """Positions for RoPE, int [B, S], where a map reads them; else none."""
         return self._where.view[:, 0] if self._positional else self.positions[:, 0, :0]
 
-    def _single(self, query: Tensor, new: Tensor, seen: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [B, Hq, 1, D] of one query, its logits and its attention; what it doesn't read gets none. new: its keys."""
-        folded = grouped(query, new.shape[1])[:, :, :, 0] * rule.scaling
-        picked = None
-        if self.labels is not None and self.stack.reader is not None:
-            picked = self.stack.reader.pick(query, self.labels.exact, self.positions, self.layer, self.head)
+    def _compiled(self, query: Tensor, keys: Tensor, values: Tensor) -> bool:
+        free = not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad or values.requires_grad))
+        return free and self.keys.takes(keys) and self.values.takes(values)
+
+    def _at_once(self, query: Tensor, keys: Tensor, values: Tensor, new: Arrival, newest: int, rule: Rule, seen: bool
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Append and attend as `_single`, compiled; logits and attention only where a policy may ask. seen: all slots are."""
+        (rows, heads), group, old = values.shape[:2], query.shape[1] // values.shape[1], self.keys.old
+        asked, inside = query.float().contiguous(), None
+        attention = np.empty((rows, heads, group, len(self)), np.float32)
+        found = np.empty(attention.shape if self._counted else (rows, heads, group, 0), np.float32)
+        if old:
+            folded = asked.view(rows, heads, group, -1)
+            if not self.keys.readable():
+                attention[..., :old] = self.keys.old_dots(folded.to(query.dtype), self._places).float().numpy()
+            elif self.keys.mapped:
+                inside = self.keys.inside(folded).view(rows, query.shape[1], 1, -1)
+        sight, read = self._sight(new, newest, rule, seen), (self.keys.extended(), self.values.extended(True))
+        out = attend_one(asked, inside, sight, keys, values, *read, attention, found)
+        if self.values.old and not self.values.readable(True):
+            weights = torch.from_numpy(attention[..., : self.values.old]).to(query.dtype)
+            out += self.values.old_mix(weights, self._places).view_as(out)
+        if not self.stack.evictor:
+            return out.to(query.dtype), None, None
+        logits, weights = (torch.from_numpy(x)[:, :, :, None] for x in (found, attention))
+        return out.to(query.dtype), logits if self._counted else None, weights
+
+    def _sight(self, new: Arrival, newest: int, rule: Rule, seen: bool) -> Sight:
+        asked = ALL if seen else new.positions[:, 0].contiguous().numpy()
+        return Sight(asked, self._positions.array, newest, rule.window or 0, rule.scaling, rule.softcap or 0.0)
+
+    def _picked(self, query: Tensor) -> Tensor | None:
+        if self.labels is None or self.stack.reader is None:
+            return None
+        return self.stack.reader.pick(query, self.labels.exact, self.positions, self.layer, self.head)
+
+    def _single(self, query: Tensor, seen: Tensor | None, rule: Rule, picked: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, Hq, 1, D] of one query, its logits and its attention; what it doesn't read gets none."""
+        folded = grouped(query, self.keys.exact.shape[1])[:, :, :, 0] * rule.scaling
         if picked is None:
             found = capped(self.keys.dots(folded, self._places).float(), rule)[:, :, :, None]
             attention = softmaxed(found, seen)
@@ -182,28 +233,38 @@ class Lane:
             found, attention = whole.scatter(4, place, found), torch.zeros_like(whole).scatter_(4, place, attention)
         return out.flatten(1, 2)[:, :, None], found, attention
 
-    def _append(self, keys: Tensor, values: Tensor, new: Arrival) -> tuple[Tensor, Tensor]:
-        if new.padded:
-            pads = (new.positions < 0)[:, None, :, None]
-            keys, values = keys.masked_fill(pads, 0), values.masked_fill(pads, 0)
-            self.holes = True
-        self.keys.append(keys)
-        self.values.append(values)
+    def _note(self, keys: Tensor, new: Arrival, newest: int) -> None:
+        """Append all that is known of new tokens besides their keys and values; of the newest the kernel writes the position."""
         if self.labels is not None and self.stack.reader:
             self.labels.append(self.stack.reader.labels(keys, self.layer, self.head))
-        positions = new.positions[:, None].to(torch.int32)
-        self._positions.append(positions.expand(-1, self.positions.shape[1], -1) if len(self) else positions)
-        if self._positional:
+        one = len(self) and keys.shape[2] == 1
+        if newest >= 0:
+            self._positions.extend()
+        elif one and not new.padded:
+            self._positions.fill(new.newest)
+        else:
+            positions = new.positions[:, None].to(torch.int32)
+            self._positions.append(positions.expand(-1, self.positions.shape[1], -1) if len(self) else positions)
+        if self._positional and one and keys.device.type == "cpu":
+            self._where.extend()
+            self._where.array[:, 0, len(self._where) - 1] = new.where[:, 0].numpy()
+        elif self._positional:
             self._where.append(new.where[:, None].to(torch.int32))
         for grown in self._counted:
-            grown.append(keys.new_zeros(*keys.shape[:3], dtype=torch.float32))
-        return keys, values
+            if one:
+                grown.fill(0)
+            else:
+                grown.append(keys.new_zeros(*keys.shape[:3], dtype=torch.float32))
 
     def _replace(self, evictor: Evictor, step: Step, target: int) -> None:
         """Put the newest token where the one that goes was; every row and head holds one too many."""
         score = evictor.score(step, self.statistics)
         self._widen(score.shape[1])
-        score = protect(score, self.positions, step.first, evictor.sinks, step.newest - _recent(evictor, target), False)
+        after = step.newest - _recent(evictor, target)
+        if score.device.type == "cpu":
+            self._move_last(lowest(score, self._positions.array, step.first, evictor.sinks, after))
+            return
+        score = protect(score, self.positions, step.first, evictor.sinks, after, False)
         self._move_last(score.argmin(-1, keepdim=True))
 
     def _move_last(self, slot: Tensor) -> None:

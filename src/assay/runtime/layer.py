@@ -50,6 +50,7 @@ class Layer(CacheLayerMixin):
         self.capacity: list[list[int]] = []
         self.waiting: list[Step] = []
         self.window: int | None = None
+        self.arrived: Arrival | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the lanes: one for all heads, or one for each where heads have budgets of their own."""
@@ -156,8 +157,16 @@ class Layer(CacheLayerMixin):
         return [lane.positions for lane in self.lanes]
 
     def _arrival(self, query: Tensor, padding: Tensor | None, where: Tensor | None) -> Arrival:
-        """Count new tokens in. Raises InputError for padding that isn't on the left."""
+        """Count new tokens in. Raises InputError for padding that isn't on the left.
+
+        What the first layer has found out about them holds for all.
+        """
         batch, length, device, seen = query.shape[0], query.shape[2], query.device, self.seen
+        leader = self.siblings[0]
+        if leader is not self and leader.arrived is not None and leader.seen == seen + length:
+            self.seen, self.decoded, self.prompt = leader.seen, leader.decoded, leader.prompt
+            self.first, self.begun, self.arrived = leader.first, leader.begun, leader.arrived
+            return self.arrived
         real = None if padding is None else self._real(batch, length, padding)
         if self.begun and (real is None or bool(real.all())):
             real = None
@@ -176,7 +185,8 @@ class Layer(CacheLayerMixin):
         else:
             self.decoded += 1
         places = (positions - self.first[:, None]).clamp_min(0) if where is None else where.expand(batch, -1)
-        return Arrival(positions, places, self.first, real is not None, self.seen - 1, prefill, self.decoded)
+        self.arrived = Arrival(positions, places, self.first, real is not None, self.seen - 1, prefill, self.decoded)
+        return self.arrived
 
     def _real(self, batch: int, length: int, padding: Tensor) -> Tensor:
         real = padding[:, self.seen : self.seen + length]

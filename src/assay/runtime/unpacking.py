@@ -14,8 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from assay.model.threads import spread
-
-HALVES = {torch.float16: 0, torch.bfloat16: 1}
+from assay.runtime.grown import HALVES
 
 
 def runs_on(*tensors: Tensor) -> bool:
@@ -26,7 +25,7 @@ def runs_on(*tensors: Tensor) -> bool:
 def per_token(codes: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) -> Tensor:
     """float32 [B, H, n, width] = low + code * scale; codes uint8 [B, H, n, bytes], scale and low 16-bit [B, H, n, groups]."""
     out = torch.empty(*codes.shape[:3], width)
-    shared = (*_flat(codes), *_flat(scale), *_flat(low), bits, HALVES[scale.dtype], scale.shape[-1])
+    shared = (*flat(codes), *flat(scale), *flat(low), bits, HALVES[scale.dtype], scale.shape[-1])
     _spread(_per_token, out, shared)
     return out
 
@@ -34,7 +33,7 @@ def per_token(codes: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) 
 def per_channel(codes: Tensor, group: Tensor, scale: Tensor, low: Tensor, bits: int, width: int) -> Tensor:
     """float32 [B, H, n, width]; group int [B, H, n, 1]: which of scale and low, 16-bit [B, H, groups, width]."""
     out = torch.empty(*codes.shape[:3], width)
-    shared = (*_flat(codes), *_flat(group), *_flat(scale), *_flat(low), bits, HALVES[scale.dtype])
+    shared = (*flat(codes), *flat(group), *flat(scale), *flat(low), bits, HALVES[scale.dtype])
     _spread(_per_channel, out, shared)
     return out
 
@@ -42,7 +41,7 @@ def per_channel(codes: Tensor, group: Tensor, scale: Tensor, low: Tensor, bits: 
 def by_table(codes: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """float32 [B, H, n, width] = table[code] * scale; codes uint8, scale 16-bit [B, H, n, 1], table float32 [256]."""
     out = torch.empty(codes.shape)
-    _spread(_by_table, out, (*_flat(codes), *_flat(scale), HALVES[scale.dtype], table.numpy()))
+    _spread(_by_table, out, (*flat(codes), *flat(scale), HALVES[scale.dtype], table.numpy()))
     return out
 
 
@@ -52,7 +51,7 @@ def _spread(kernel: Any, out: Tensor, shared: tuple[Any, ...]) -> None:
     spread(kernel, rows * heads, (*shared, heads), (order, out.view(rows * heads, *out.shape[2:])))
 
 
-def _flat(x: Tensor) -> tuple[Any, Any]:
+def flat(x: Tensor) -> tuple[Any, Any]:
     """The storage as one row of numbers, and where [b, h, t] begins: offset and three strides."""
     bits = x.view(torch.int16) if x.dtype in HALVES else x
     offset = bits.storage_offset()
@@ -61,7 +60,7 @@ def _flat(x: Tensor) -> tuple[Any, Any]:
 
 
 @njit(inline="always")
-def _number(half: Any, kind: Any) -> Any:
+def number(half: Any, kind: Any) -> Any:
     """float32 from the 16 bits of a float16 (0) or bfloat16 (1), finite."""
     bits = np.uint32(half) & np.uint32(0xFFFF)
     if kind == 1:
@@ -72,7 +71,7 @@ def _number(half: Any, kind: Any) -> Any:
 
 
 @njit(inline="always")
-def _unpack(codes: Any, bits: Any, to: Any) -> None:
+def unpack_row(codes: Any, bits: Any, to: Any) -> None:
     """Codes of one token, run after run; slices that begin at 0 let the compiler use vectors."""
     count = len(codes)
     for j in range(8 // bits):
@@ -82,7 +81,7 @@ def _unpack(codes: Any, bits: Any, to: Any) -> None:
 
 
 @njit(inline="always")
-def _place(layout: Any, b: Any, h: Any, t: Any) -> Any:
+def place(layout: Any, b: Any, h: Any, t: Any) -> Any:
     return layout[0] + b * layout[1] + h * layout[2] + t * layout[3]
 
 
@@ -95,10 +94,10 @@ def _per_token(codes: Any, cp: Any, scale: Any, sp: Any, low: Any, lp: Any, bits
     for k in range(len(order)):
         b, h = order[k] // heads, order[k] % heads
         for t in range(out.shape[1]):
-            start, s, z = _place(cp, b, h, t), _place(sp, b, h, t), _place(lp, b, h, t)
-            _unpack(codes[start : start + count], bits, numbers)
+            start, s, z = place(cp, b, h, t), place(sp, b, h, t), place(lp, b, h, t)
+            unpack_row(codes[start : start + count], bits, numbers)
             for g in range(groups):
-                factor, first = _number(scale[s + g], kind), _number(low[z + g], kind)
+                factor, first = number(scale[s + g], kind), number(low[z + g], kind)
                 part, to = numbers[g * size : (g + 1) * size], out[k, t, g * size : (g + 1) * size]
                 for i in range(size):
                     to[i] = first + part[i] * factor
@@ -113,14 +112,14 @@ def _per_channel(codes: Any, cp: Any, group: Any, gp: Any, scale: Any, sp: Any, 
     for k in range(len(order)):
         b, h, known = order[k] // heads, order[k] % heads, -1
         for t in range(out.shape[1]):
-            member = np.int64(group[_place(gp, b, h, t)])
+            member = np.int64(group[place(gp, b, h, t)])
             if member != known:
-                s, z = _place(sp, b, h, member), _place(lp, b, h, member)
+                s, z = place(sp, b, h, member), place(lp, b, h, member)
                 for i in range(width):
-                    factor[i], first[i] = _number(scale[s + i], kind), _number(low[z + i], kind)
+                    factor[i], first[i] = number(scale[s + i], kind), number(low[z + i], kind)
                 known = member
-            start = _place(cp, b, h, t)
-            _unpack(codes[start : start + count], bits, numbers)
+            start = place(cp, b, h, t)
+            unpack_row(codes[start : start + count], bits, numbers)
             to = out[k, t]
             for i in range(width):
                 to[i] = first[i] + numbers[i] * factor[i]
@@ -132,7 +131,7 @@ def _by_table(codes: Any, cp: Any, scale: Any, sp: Any, kind: Any, table: Any, h
     for k in range(len(order)):
         b, h = order[k] // heads, order[k] % heads
         for t in range(out.shape[1]):
-            start = _place(cp, b, h, t)
-            part, factor, to = codes[start : start + width], _number(scale[_place(sp, b, h, t)], kind), out[k, t]
+            start = place(cp, b, h, t)
+            part, factor, to = codes[start : start + width], number(scale[place(sp, b, h, t)], kind), out[k, t]
             for i in range(width):
                 to[i] = table[part[i]] * factor

@@ -10,6 +10,7 @@ import numpy as np
 from assay.budget.menu import Decision
 from assay.budget.planners import refuse_impossible
 from assay.budget.table import Floats, Ints, Table
+from assay.model.errors import InputError
 
 
 def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
@@ -20,6 +21,15 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     """
     refuse_impossible(decisions, budget)
     return best(Table.of(decisions), budget).tolist()
+
+
+def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
+    """The single level of fewest bytes with a damage of at most `max_damage` nats per token. Raises InputError."""
+    flats = Flats.of(Table.of(decisions))
+    held = np.flatnonzero(flats.damage <= max_damage)
+    if not len(held):
+        raise InputError(f"a damage of {max_damage} nats per token is out of reach; the least is {flats.damage.min()}")
+    return [int(option) for option in flats.choices[held[flats.nbytes[held].argmin()]]]
 
 
 def best(table: Table, budget: int) -> Ints:

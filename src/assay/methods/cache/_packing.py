@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from assay.methods.cache._channels import at_channels
 from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.codecs import WIDTHS, Tensors
@@ -44,6 +45,22 @@ class InHeads:
     positional: ClassVar[bool] = False
     joint: ClassVar[bool] = False
 
+    def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """Left to each map."""
+        raise NotImplementedError
+
+    def dual(self, query: Tensor, shared: Tensors) -> Tensor:
+        """Left to each map."""
+        raise NotImplementedError
+
+    def products(self, query: Tensor, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """See `Map`."""
+        return self.dual(query, shared) @ y.mT
+
+    def summed(self, y: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`."""
+        return self.backward(y, shared, y)
+
 
 @dataclass(frozen=True)
 class SortedChannels(InHeads):
@@ -63,7 +80,7 @@ class SortedChannels(InHeads):
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
-        return query.gather(3, _channels(shared["order"], query.shape[2]))
+        return at_channels(query, shared["order"])
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class KeptChannels(InHeads):
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
-        return query.gather(3, _channels(shared["channels"], query.shape[2]))
+        return at_channels(query, shared["channels"])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from assay.methods.cache._packing import Packed, check_bits
 from assay.methods.cache._rope import Rope
+from assay.methods.cache._turning import turned_dots
 from assay.methods.cache._watch import watch
 from assay.model.errors import InputError
 from assay.runtime.attention import Step
@@ -24,8 +25,12 @@ class Basis:
 
     vectors: Tensor
     rope: Rope | None
-    positional: ClassVar[bool] = True
     joint: ClassVar[bool] = True
+
+    @property
+    def positional(self) -> bool:
+        """See `Map`: keys are."""
+        return self.rope is not None
 
     def fit(self, x: Tensor, step: Step) -> Tensors:
         """See `Map`."""
@@ -33,7 +38,10 @@ class Basis:
 
     def forward(self, x: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`: [B, H, n, D] -> [B, 1, n, r]."""
-        still = x if self.rope is None else self.rope.turn(x, where, back=True)
+        still = x
+        if self.rope is not None:
+            self.rope.met(where)
+            still = self.rope.turn(x, where, back=True)
         return still.transpose(1, 2).flatten(2)[:, None] @ self.vectors.to(x.dtype)
 
     def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
@@ -44,6 +52,18 @@ class Basis:
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """Never asked for."""
         raise NotImplementedError
+
+    def products(self, query: Tensor, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
+        """See `Map`: keys are rebuilt, turned and multiplied a few at a time."""
+        known = None if self.rope is None else self.rope.known()
+        if known is None or y.requires_grad or query.requires_grad:
+            return query @ self.backward(y, shared, where).to(query.dtype).mT
+        still = y[:, 0] @ self.vectors.to(y.dtype).mT
+        return turned_dots(query.float(), still.float(), where, *known).to(query.dtype)
+
+    def summed(self, y: Tensor, shared: Tensors) -> Tensor:
+        """See `Map`: each head takes its own channels of the basis."""
+        return y @ self.vectors.to(y.dtype).unflatten(0, (y.shape[1], -1)).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +103,8 @@ class CSKV(Packed):
 
         watch(model, ids, see)
         layers = 1 + max(layer for layer, _ in moments)
-        pairs = [(self._basis(moments[i, 0], Rope(model, i)), self._basis(moments[i, 1], None)) for i in range(layers)]
+        ropes = Rope.of(model)
+        pairs = [(self._basis(moments[i, 0], ropes[i]), self._basis(moments[i, 1], None)) for i in range(layers)]
         return replace(self, bases=tuple(pairs))
 
     def sides(self, layer: int) -> tuple[Side, Side]:

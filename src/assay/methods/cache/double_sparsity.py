@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from assay.methods.cache._channels import at_channels
 from assay.methods.cache._watch import watch
 from assay.model.errors import InputError
 from assay.runtime.attention import Step, group_reduce, grouped
+from assay.runtime.picked import guesses
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class DoubleSparsity:
         """See `Reader`."""
         if layer < self.dense:
             return keys[..., :0]
-        return keys.gather(3, self._index(layer, head, keys))
+        return at_channels(keys, self.channels[layer][head : head + keys.shape[1]][None])
 
     def pick(self, query: Tensor, labels: Tensor, positions: Tensor, layer: int, head: int) -> Tensor | None:
         """See `Reader`."""
@@ -66,13 +68,12 @@ class DoubleSparsity:
         count = min(max(int(self.read * slots), self.least), slots)
         if layer < self.dense or count == slots:
             return None
+        if labels.device.type == "cpu" and labels.dtype == query.dtype == torch.float32 and not query.requires_grad:
+            channels = self.channels[layer][head : head + labels.shape[1]]
+            return guesses(query, channels, labels, positions).topk(count, -1)[1]
         asked = group_reduce(grouped(query, labels.shape[1]))
-        guess = asked.gather(3, self._index(layer, head, asked)) @ labels.mT
+        guess = at_channels(asked, self.channels[layer][head : head + labels.shape[1]][None]) @ labels.mT
         return guess[:, :, 0].masked_fill(positions < 0, -torch.inf).topk(count, -1)[1].sort(-1)[0]
-
-    def _index(self, layer: int, head: int, x: Tensor) -> Tensor:
-        index = self.channels[layer][head : head + x.shape[1]]
-        return index[None, :, None].expand(len(x), -1, x.shape[2], -1)
 
 
 METHOD = DoubleSparsity

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.cache._evict import Evict, hashed, heads
+from assay.methods.cache._noise import gumbel, noisy_sums
 from assay.runtime.attention import Step
 
 
@@ -32,6 +33,8 @@ class Keyformer(Evict):
     def observe(self, step: Step, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add the noisy attention of the new queries."""
         temperature = self.start + (self.end - self.start) * min(step.decoded / self.horizon, 1)
+        if self.noise and step.whole and step.found is not None and step.found.device.type == "cpu":
+            return (past[0] + noisy_sums(step, self.noise, self.seed, temperature),)
         return (past[0] + step.column_sums(None, temperature, self._gumbel if self.noise else None),)
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
@@ -43,6 +46,8 @@ class Keyformer(Evict):
         return int(capacity * self.recent_share)
 
     def _gumbel(self, step: Step, rows: slice) -> Tensor:
+        if step.positions.device.type == "cpu":
+            return gumbel(step, rows, self.noise, self.seed)
         group = step.query.shape[1] // step.keys.shape[1]
         asked = (step.queries[:, rows] - step.first[:, None]).clamp_min(0)[:, None, None, :, None]
         slots = (step.positions - step.first[:, None, None]).clamp_min(0)[:, :, None, None, :]

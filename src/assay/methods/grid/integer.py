@@ -143,7 +143,14 @@ class IntegerGrid:
 
     def squared_errors(self, weight: Tensor, affine: Affine) -> Tensor:
         """What rounding `weight` to nearest costs at each weight, [..., out, in], float32."""
-        return self._squared_errors(self._grouped(weight), affine).reshape(weight.shape)
+        if not compiled.runs_on(weight):
+            return self._squared_errors(self._grouped(weight), affine).reshape(weight.shape)
+        flat = weight.detach().float().reshape(-1, weight.shape[-1]).contiguous()
+        parameters = (p.float().reshape(len(flat), -1).contiguous() for p in affine)
+        errors = torch.empty_like(flat)
+        facts = (np.float32(self.top), self.fine, compiled.ROUNDING[self.scale_dtype])
+        spread(compiled.nearest_errors, len(flat), facts, (flat, *parameters, errors))
+        return errors.view(weight.shape)
 
     def _squared_errors(self, grouped: Tensor, affine: Affine) -> Tensor:
         scale, low, high = (p[..., None] for p in self.centred(affine))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from assay.methods import compiled
 from assay.methods.grid.base import SHRINKS, Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import (
@@ -20,6 +21,7 @@ from assay.methods.solve.curvature import (
 )
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
+from assay.model.threads import spread
 
 
 class FixedGrid:
@@ -82,8 +84,33 @@ def solve(
     check(weight, grid, H)
     flat, order, factor = visit(weight, H, act_order, shrinkage, damping)
     affine = grid.fit_clipped(flat, conditional_importance(factor, order), shrinks) if clipped else grid.fit(flat)
-    quantizer = FixedGrid(grid, affine, order)
-    column_feedback(take_columns(flat, order), factor, quantizer, block)
-    codes = take_columns(quantizer.codes.mT, order.argsort(-1)).reshape(weight.shape)
+    codes = take_columns(_codes(take_columns(flat, order), factor, grid, affine, order, block), order.argsort(-1))
     shape = (*weight.shape[:-1], -1)
-    return Rounded(codes, Affine(affine.scale.reshape(shape), affine.zero_point.reshape(shape)))
+    scale, zero = affine.scale.reshape(shape), affine.zero_point.reshape(shape)
+    return Rounded(codes.reshape(weight.shape), Affine(scale, zero))
+
+
+def _codes(weight: Tensor, factor: Tensor, grid: Grid, affine: Affine, order: Tensor, block: int) -> Tensor:
+    """Codes (uint8) of `weight` [batch, out, in], whose columns are in order of visit."""
+    if compiled.runs_on(weight):
+        return codes_compiled(weight, factor, grid, affine, order, block)
+    quantizer = FixedGrid(grid, affine, order)
+    column_feedback(weight, factor, quantizer, block)
+    return quantizer.codes.mT
+
+
+def codes_compiled(weight: Tensor, factor: Tensor, grid: Grid, affine: Affine, order: Tensor, block: int = 32) -> Tensor:
+    """`column_feedback` with a `FixedGrid` by `compiled.feed_rows`: the codes, as `FixedGrid.codes` but [batch, out, in]."""
+    columns, values = weight.shape[-1], weight.clone()
+    scale, low, high = (take_columns(p, order) for p in grid.per_weight(affine, columns))
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    for start in range(0, columns, block):
+        here, rest = slice(start, start + block), slice(start + block, columns)
+        cells = tuple(p[..., here].contiguous() for p in (values, scale, low, high))
+        errors, steps = torch.empty_like(cells[0]), torch.empty_like(cells[0])
+        for m in range(len(weight)):
+            facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], grid.table, factor[m, here, here].contiguous().numpy())
+            spread(compiled.feed_rows, weight.shape[1], facts, tuple(c[m] for c in (*cells, errors, steps)))
+        codes[..., here] = grid.codes(steps, cells[2])
+        values[..., rest] -= errors @ factor[:, here, rest]
+    return codes
