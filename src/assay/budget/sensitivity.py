@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from assay.budget.probe import PROBED_BITS, probed_level
@@ -162,6 +161,8 @@ def _load(name: str) -> Sensitivity:
 def _spearman(x: Any, y: Any) -> float | None:
     if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
         return None
+    from scipy.stats import spearmanr  # takes a third of a second to import, which few runs need
+
     return float(spearmanr(x, y).statistic)
 
 
