@@ -42,12 +42,20 @@ def test_a_part_of_the_page_run_again_says_the_same(
     assert found and set(found) <= set(table(script)), "run: PYTHONPATH=src:tests python scripts/chains.py"
 
 
+def test_blocks_of_fp8_run_again_say_the_same(script: ModuleType, tmp_path: Path) -> None:
+    found = script.rows(["llama"], script.BLOCKS, tmp_path, script.WIDE)
+    assert len(found) == 5 and set(found) <= set(table(script)), "run: PYTHONPATH=src:tests python scripts/chains.py"
+    assert {row[-1] for row in found} == {"exact", "below 1e-05", "fits"}
+
+
 def test_the_page_has_every_family_engine_and_reader(script: ModuleType) -> None:
     rows = [row for row in table(script) if len(row) == len(script.HEADER)]
     assert set(script.FAMILIES) <= {row[0] for row in rows}
     pairs = {(row[0], row[1]) for row in rows}
     assert {(f, chain.engine) for f in script.FAMILIES for chain in script.CHAINS} <= pairs
     assert all(row[-1].startswith("refused: ") == (row[4] == "-") for row in rows if row[0] in script.FAMILIES)
+    wide = {(row[0], row[1]) for row in rows if row[2] == "tile8-g128"}
+    assert wide == {(f, chain.engine) for f in script.WIDE for chain in script.BLOCKS}
     wrong = [row for row in rows if row[4] == script.RULES and row[-1] != "fits"]
     assert not wrong
 

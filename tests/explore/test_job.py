@@ -34,7 +34,7 @@ def same_source() -> Iterator[None]:
 def slow(tmp_path_factory: pytest.TempPathFactory, serve: Callable[..., Server]) -> tuple[Server, Path]:
     """A server and a plan that takes seconds for each of two blocks of trained weights."""
     folder = tmp_path_factory.mktemp("slow")
-    measured = assay.profile(short.save(folder / "m", blocks=2), folder / "p", tokens=512, window=64)
+    measured = assay.profile(short.save(folder / "m", blocks=2), folder / "p", tokens=512, window=64, methods=["two_sided"])
     assay.plan(measured.folder, bits=4.25, method="admm").save(folder / "plan.yaml")
     return serve(measured.folder), folder
 
@@ -99,7 +99,10 @@ def test_closing_the_server_ends_it(slow: tuple[Server, Path]) -> None:
     desk = Desk()
     desk.start(Order(**order(folder, "left"), profile=folder / "p"))
     assert desk.job is not None
-    (child,) = [p for p in psutil.Process().children() if str(folder / "left") in " ".join(p.cmdline())]
+    ends, found = time.monotonic() + 20, []
+    while not found and time.monotonic() < ends:  # a new process has no command line for a moment
+        found = [p for p in psutil.Process().children() if str(folder / "left") in " ".join(p.cmdline())]
+    (child,) = found
     desk.close()
     assert not child.is_running()
     assert desk.to_json()["state"] == "cancelled"

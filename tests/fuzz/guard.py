@@ -16,6 +16,9 @@ from assay.model.errors import AssayError
 
 SECONDS = 10
 MEMORY = 1 << 28
+WAITING = 6
+"""Times as many seconds may pass on the clock as of the processor: the machine may be busy with other work."""
+LATE = (signal.SIGPROF, signal.SIGALRM)
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "pickle.find_class")
 _CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate", "shutil.rmtree")
 _READ = tuple(
@@ -37,16 +40,17 @@ class TooSlow(BaseException):
 def guarded(folder: Path, also: Sequence[Path] = (), seconds: int = SECONDS, extra: int = MEMORY) -> Iterator[None]:
     """Watches this process: files opened and changed, programs started, address space and seconds.
 
-    folder: where anything may happen; also: what may be read; seconds: of one input; extra: bytes of address space that may
+    folder: where anything may happen; also: what may be read; seconds: of the processor; extra: bytes of address space that may
     be taken beyond those taken now. Raises Escaped, TooSlow and MemoryError, the last also where it was caught on its way.
     """
     if not _state["installed"]:
         sys.addaudithook(_watch)
         _state["installed"] = True
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, _late)
+    before = [signal.signal(number, _late) for number in LATE]
     resource.setrlimit(resource.RLIMIT_AS, (_taken() + extra, hard))
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.alarm(WAITING * seconds)
     _state.update(inside=os.path.realpath(folder), also=tuple(map(os.path.realpath, also)), seen=[])
     try:
         yield
@@ -56,8 +60,10 @@ def guarded(folder: Path, also: Sequence[Path] = (), seconds: int = SECONDS, ext
         raise
     finally:
         _state["inside"] = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in zip(LATE, before, strict=True):
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if _state["seen"]:
             raise Escaped(", ".join(_state["seen"]))

@@ -181,7 +181,8 @@ def in_tensors(random: Random, data: bytes) -> bytes:
         elif kind == 3:
             tensors[name] = tensor.to(random.choice((torch.bool, torch.uint8, torch.float16, torch.int64, torch.float64)))
         elif kind == 4:
-            tensors[name] = torch.full_like(tensor, random.choice((*FLOATS[:3], 3e38, 0.0, -1.0)))
+            filled = torch.full(tensor.shape, random.choice((*FLOATS[:3], 3e38, 0.0, -1.0)), dtype=torch.float64)
+            tensors[name] = filled.to(tensor.dtype)
         elif kind == 5:
             tensors[name] = tensor[None].clone()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from assay.methods.cache._evict import hashed
 from assay.methods.cache._noise import gumbel, noisy_sums
 from assay.methods.cache._packing import KeptChannels, SmoothedPairs, SortedChannels
 from assay.methods.cache._turning import turned_dots
+from assay.methods.cache.scissorhands import Scissorhands
 from assay.runtime import packing, picked, single, slots
 from assay.runtime.attention import Rule, Step, softmaxed, visible
 from assay.runtime.codecs import BlockFloat, Float8, PerChannel, PerToken, Side
@@ -168,6 +170,31 @@ def test_the_slot_that_goes_is_the_lowest_unprotected_one() -> None:
     wanted = protect(score, positions, first, 4, 40, False)
     found = lowest(score, positions.numpy(), first, 4, 40)
     assert torch.equal(wanted.gather(2, found)[..., 0], wanted.amin(-1))
+
+
+def test_the_last_token_takes_the_place_of_the_lowest() -> None:
+    """In keys, values and positions alike, whether each head keeps its own or all the same."""
+    for heads in (1, 3):
+        score, positions = tensor(2, heads, 50), torch.arange(50, dtype=torch.int32).repeat(2, heads, 1)
+        keys, values, first = tensor(2, 3, 60, 4, seed=1), tensor(2, 3, 60, 4, seed=2), torch.zeros(2, dtype=torch.long)
+        gone, before = lowest(score, positions.numpy(), first, 2, 44), (keys.clone(), values.clone())
+        found = slots.replace_lowest(score, positions.numpy(), first, 2, 44, keys.numpy(), values.numpy())
+        assert torch.equal(found, gone)
+        assert (positions.gather(2, gone) == 49).all()
+        index = gone.expand(2, 3, 1)[..., None].expand(-1, -1, -1, 4)
+        for now, then in zip((keys, values), before, strict=True):
+            assert torch.equal(now, then.scatter(2, index, then[:, :, 49:50]))
+
+
+def test_one_query_counts_as_many_do() -> None:
+    attention = tensor(2, 2, 4, 1, 30).mul(3).softmax(-1).masked_fill(tensor(2, 2, 1, 1, 30) > 1, 0)
+    step = dataclasses.replace(noisy(1, 30), attention=attention)
+    past = [torch.full((2, 2, 30), float(i)) for i in (2, 5)]
+    seen = attention > 0
+    wanted = [past[0] + ((attention * seen.sum(-1, keepdim=True) < 1) & seen).float().mean(2)[:, :, 0],
+              past[1] + seen.float().mean(2)[:, :, 0]]  # fmt: skip
+    found = Scissorhands().observe(step, (past[0], past[1]))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("codec", [*(PerToken(b, 16) for b in (1, 2, 4, 8)), *(PerChannel(b, 8) for b in (1, 2, 4, 8)), Float8()])

@@ -164,7 +164,7 @@ function build() {
   $("map").style.width = `${4.5 + roles.reduce((sum, name) => sum + columnOf(name), 0)}rem`;
   [...head.cells].forEach((th, k) => { th.style.width = `${k ? columnOf(roles[k - 1]) : 4.5}rem`; });
 }
-const columnOf = (role) => Math.max(4.8, 1.6 + 0.5 * role.length);
+const columnOf = (role) => Math.max(4.8, 1.6 + 0.58 * role.length);
 const cellOf = (event) => { const td = event.target.closest("td[data-cell]"); return td ? +td.dataset.cell : null; };
 $("map").addEventListener("focusin", (event) => {
   const i = cellOf(event);

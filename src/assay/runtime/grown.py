@@ -96,7 +96,7 @@ class Grown:
         """Put the last slot where `slot` [B, H or 1, 1] is, and forget the last."""
         self._count -= 1
         if self.data.device.type == "cpu":
-            slots.move(self.array, slot.numpy(), self._count)
+            slots.move(self.array, slot.cpu().numpy(), self._count)
             return
         last = self.data.narrow(2, self._count, 1)
         place = slot.view(*slot.shape, *[1] * (last.ndim - slot.ndim)).expand_as(last)

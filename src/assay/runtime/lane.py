@@ -15,7 +15,7 @@ from assay.runtime.picked import attend_picked
 from assay.runtime.policy import Evictor, Stack
 from assay.runtime.select import drop_lowest, protect
 from assay.runtime.single import ALL, Sight, attend_one
-from assay.runtime.slots import lowest
+from assay.runtime.slots import lowest, replace_lowest
 from assay.runtime.tape import Tape
 
 
@@ -102,8 +102,10 @@ class Lane:
         step = Step(self.layer, self.head, query, keys, values, self.positions, new.positions, new.where, new.first, rule,
                     new.prefill, new.decoded, new.newest, found, attention, one and causal and inside)  # fmt: skip
         if self.stack.evictor and self._counted:
-            for held, now in zip(self._counted, self.stack.evictor.observe(step, self.statistics), strict=True):
-                held.view.copy_(now)
+            past = self.statistics
+            for held, now in zip(past, self.stack.evictor.observe(step, past), strict=True):
+                if now is not held:
+                    held.copy_(now)
         elif self.stack.evictor:
             self.stack.evictor.observe(step, ())
         return out, step
@@ -261,8 +263,16 @@ class Lane:
         score = evictor.score(step, self.statistics)
         self._widen(score.shape[1])
         after = step.newest - _recent(evictor, target)
+        place = self._positions.array, step.first, evictor.sinks, after
+        if score.device.type == "cpu" and self.labels is None and not self._positional:
+            slot = replace_lowest(score, *place, self.keys.array, self.values.array)
+            for held in (self.keys, self.values, self._positions):
+                held.crop(1)
+            for grown in self._counted:
+                grown.move_last(slot)
+            return
         if score.device.type == "cpu":
-            self._move_last(lowest(score, self._positions.array, step.first, evictor.sinks, after))
+            self._move_last(lowest(score, *place))
             return
         score = protect(score, self.positions, step.first, evictor.sinks, after, False)
         self._move_last(score.argmin(-1, keepdim=True))

@@ -46,7 +46,7 @@ class Evictor(Protocol):
     def shape(self) -> Shape: ...
 
     def observe(self, step: Step, past: Statistics) -> Statistics:
-        """The running numbers after this step; new slots come with zeros."""
+        """The running numbers after this step, `past` itself where it was changed in place; new slots come with zeros."""
         ...
 
     def score(self, step: Step, past: Statistics) -> Tensor:

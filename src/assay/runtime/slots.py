@@ -20,6 +20,25 @@ def lowest(score: Tensor, positions: Any, first: Tensor, sinks: int, after: int)
     return found
 
 
+def replace_lowest(score: Tensor, positions: Any, first: Tensor, sinks: int, after: int, keys: Any, values: Any) -> Tensor:
+    """`lowest`, and the last slot of positions, keys and values [B, H, room, D] put there."""
+    found = torch.empty(*score.shape[:2], 1, dtype=torch.long)
+    _replace_lowest(score.detach().contiguous().numpy(), positions, first.numpy(), sinks, after, keys, values, found.numpy())
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _replace_lowest(score: Any, positions: Any, first: Any, sinks: Any, after: Any, keys: Any, values: Any, to: Any) -> None:
+    last = score.shape[2] - 1
+    _lowest(score, positions, first, sinks, after, to)
+    for b in range(keys.shape[0]):
+        for h in range(keys.shape[1]):
+            slot = to[b, min(h, to.shape[1] - 1), 0]
+            keys[b, h, slot], values[b, h, slot] = keys[b, h, last], values[b, h, last]
+        for h in range(positions.shape[1]):
+            positions[b, h, to[b, h, 0]] = positions[b, h, last]
+
+
 @njit(nogil=True, cache=True)
 def _lowest(score: Any, positions: Any, first: Any, sinks: Any, after: Any, to: Any) -> None:
     for b in range(score.shape[0]):

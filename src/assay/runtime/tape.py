@@ -38,6 +38,11 @@ class Tape:
         """The latest slots, stored as they came: [B, H, n, D]."""
         return self._exact.whole()
 
+    @property
+    def array(self) -> Any:
+        """The latest slots and the room behind them, see `Grown.array`."""
+        return self._exact.array
+
     def append(self, x: Tensor) -> None:
         """Add new tokens, exact."""
         self._exact.append(x)

@@ -82,6 +82,7 @@ def unpack_row(codes: Any, bits: Any, to: Any) -> None:
 
 @njit(inline="always")
 def place(layout: Any, b: Any, h: Any, t: Any) -> Any:
+    """Where [b, h, t] begins in what `flat` gives."""
     return layout[0] + b * layout[1] + h * layout[2] + t * layout[3]
 
 

@@ -32,7 +32,7 @@ def noisy_sums(step: Step, factor: float, seed: int, temperature: float) -> Tens
     batch, heads = step.keys.shape[:2]
     group, slots = step.query.shape[1] // heads, step.positions.shape[2]
     out = torch.empty(batch, heads, slots)
-    found = step.found.numpy() if step.found is not None else None
+    found = step.found.detach().numpy() if step.found is not None else None
     queries, positions, first = (x.contiguous().numpy() for x in (step.queries, step.positions, step.first))
     head, cooled = (step.layer * 4096 + step.head) * 64, np.float32(1 / temperature)
     _noisy_sums(head, group, queries, positions, first, np.float32(factor), seed, cooled, found, out.numpy())

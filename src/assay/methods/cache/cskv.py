@@ -73,6 +73,9 @@ class CSKV(Packed):
     The paper trains factors of the projections from an SVD start, layer by layer, to reproduce keys and values. Both
     are linear in the input, so the least squares that training approaches has a closed form: the leading directions of
     their second moment on the calibration text. That is what is used. bits: quantize the coordinates, 0 for not.
+
+    Keys are rebuilt for every new token: 2 * density * (H * D)^2 operations a stored token. Beside the bases the policy keeps
+    cosines and sines of the positions met, 4 * D bytes each, once for all layers that turn alike.
     """
 
     paper: ClassVar[str] = (

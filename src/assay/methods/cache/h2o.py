@@ -21,7 +21,7 @@ class H2O(Evict):
 
     def observe(self, step: Step, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add the attention of the new queries."""
-        return (past[0] + step.column_sums(),)
+        return (past[0].add_(step.column_sums()),)
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
         """The sum."""

@@ -34,8 +34,8 @@ class Keyformer(Evict):
         """Add the noisy attention of the new queries."""
         temperature = self.start + (self.end - self.start) * min(step.decoded / self.horizon, 1)
         if self.noise and step.whole and step.found is not None and step.found.device.type == "cpu":
-            return (past[0] + noisy_sums(step, self.noise, self.seed, temperature),)
-        return (past[0] + step.column_sums(None, temperature, self._gumbel if self.noise else None),)
+            return (past[0].add_(noisy_sums(step, self.noise, self.seed, temperature)),)
+        return (past[0].add_(step.column_sums(None, temperature, self._gumbel if self.noise else None)),)
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
         """The sum."""

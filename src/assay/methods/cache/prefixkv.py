@@ -29,7 +29,7 @@ class PrefixKV(Evict):
 
     def observe(self, step: Step, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add the attention of the prompt."""
-        return (past[0] + step.column_sums(),) if step.prefill else past
+        return (past[0].add_(step.column_sums()),) if step.prefill else past
 
     def score(self, step: Step, past: tuple[Tensor, ...]) -> Tensor:
         """The sum over heads; once tokens are generated, how far they are from the place that is given up."""

@@ -84,7 +84,7 @@ function draw() {
     marker: { size: i > 1 ? 13 : 6, symbol: ["circle", "square", "diamond", "star"][i],
       color: [colour("--accent"), colour("--quiet"), colour("--accent"), colour("--good")][i] },
   }));
-  Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false });
+  Plotly.react("plot", traces, layout, { responsive: true, displayModeBar: false });
 }
 if (document.getElementById("plot")) library().then(() => {
   draw();
