@@ -25,12 +25,14 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.methods.menus import stand_in
+from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import read_note, save_note, unless_refused
 from assay.model.level import Level
 from assay.model.lock import alone
 from assay.model.progress import Progress
+from assay.model.threads import threads_for
 
 TOKENS = 16_384
 WINDOW = 256
@@ -81,7 +83,7 @@ def make_profile(
     settings |= {"target": target.digest if target else None} | ({"gradients_every": every} if every > 1 else {})
     if (existing := _existing(folder, settings)) is not None:
         return existing
-    with alone(folder) as fresh, unless_refused(folder, fresh):
+    with alone(folder) as fresh, unless_refused(folder, fresh), alike():
         if (existing := _existing(folder, settings)) is not None:
             return existing
         _claim(folder, settings)
@@ -145,7 +147,8 @@ def _finish(
     menus.append(lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0])
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
-    spread = spreads(model, folder, text.tokens)
+    with threads_for(0):  # products with vectors, which MKL divides by threads in any case
+        spread = spreads(model, folder, text.tokens)
     points, probe_spread = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
