@@ -56,7 +56,7 @@ CLAIMS = (
     Claim("lut_gptq", "tables beat even steps under feedback", "lut_gptq lut{b}-channel", f"gptq {ROWS}"),
     Claim("sparse_gptq", "exact weights pay under feedback", f"sparse_gptq {ROWS}+sparse0.005", f"gptq {ROWS}"),
     Claim("nupes", "a searched power law beats even steps", "nupes power{b}-g64", "clip int{b}-g64-sym",
-          why="without data its levels are symmetric with 0 in the middle, one fewer than integers have, which counts at few bits"),
+          why="without data its levels are symmetric with 0 in the middle, one fewer than integers have"),
     Claim("llm_fp4", "a searched float beats the fixed one", "llm_fp4 fp{b}-channel", "nearest fp{b}-channel", (4,)),
     Claim("adadim", "groups along the better axis beat those along rows", "adadim axis{b}-g64-asym", f"gptq {GROUPS}"),
     Claim("quip_sharp", "a lattice beats even steps", "quip_sharp lattice{b}-channel", f"gptq {GROUPS}", (2,)),
