@@ -123,7 +123,7 @@ def test_searched_scales_are_never_worse_than_plain_ones(kind: str, seed: int) -
 
     plain, searched = error(blocks.fit(kind, weight)), error(blocks.fit_searched(kind, weight, price))
     assert (searched <= plain * (1 + 1e-5)).all()
-    assert searched.sum() < plain.sum()
+    assert searched.sum() < plain.sum() or kind == "mxfp4"  # whose scales are powers of two: at times none is better
 
 
 @pytest.mark.parametrize("kind", GRIDS)
