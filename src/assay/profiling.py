@@ -25,7 +25,6 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.methods.menus import stand_in
-from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import read_note, save_note, unless_refused
@@ -83,7 +82,7 @@ def make_profile(
     settings |= {"target": target.digest if target else None} | ({"gradients_every": every} if every > 1 else {})
     if (existing := _existing(folder, settings)) is not None:
         return existing
-    with alone(folder) as fresh, unless_refused(folder, fresh), alike():
+    with alone(folder) as fresh, unless_refused(folder, fresh):
         if (existing := _existing(folder, settings)) is not None:
             return existing
         _claim(folder, settings)

@@ -25,7 +25,7 @@ from assay.model import memory
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
-from assay.model.threads import side_by_side
+from assay.model.threads import one_by_one, side_by_side
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -65,8 +65,8 @@ def _price_block(
             return _unsolved(price(weight, stand_in, levels[site.shape[1]]))
         return price(weight, curvature, levels[site.shape[1]], costs[curvatures.reads(key_of(site))])
 
-    costs = dict(zip(readers, side_by_side(cost, list(readers.values()), largest), strict=True))
-    return dict(zip(map(key_of, sites), side_by_side(listed, sites, largest), strict=True))
+    costs = dict(zip(readers, one_by_one(cost, readers.values(), largest), strict=True))
+    return dict(zip(map(key_of, sites), one_by_one(listed, sites, largest), strict=True))
 
 
 def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from assay.model.alike import alike
 
 WORTH_SHARING = 1 << 20
 Item = TypeVar("Item")
@@ -28,15 +30,21 @@ def threads_for(weights: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def one_by_one(function: Callable[[Item], Result], items: Iterable[Item], weights: int) -> list[Result]:
+    """`function` of each item, in all threads where matrices of `weights` are worth it, with the same result as in one."""
+    with threads_for(weights), alike():
+        return [function(item) for item in items]
+
+
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weights: int) -> list[Result]:
     """`function` of each item: one after another where matrices of `weights` use all threads, else a thread for each.
 
+    That pays where an item is mostly compiled loops and products; many small operations only wait for one another.
     Either way every item is treated alone, so the number of threads doesn't change the results.
     """
     threads = torch.get_num_threads()
     if weights >= WORTH_SHARING or threads == 1 or len(items) < 2:
-        with threads_for(weights):
-            return [function(item) for item in items]
+        return one_by_one(function, items, weights)
 
     def alone(item: Item) -> Result:
         torch.set_num_threads(1)
