@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock, Thread, Timer
+from threading import Lock, Thread
 from time import perf_counter
 from typing import Any
 
@@ -19,8 +19,8 @@ from assay.model.errors import InputError
 from assay.model.progress import remaining
 
 LINES, MOST_LETTERS = 200, 4096
-GRACE = 10.0
-"""Seconds after an interrupt before a process that doesn't listen is ended; what it finished is kept either way."""
+GRACE, AGAIN = 10.0, 0.5
+"""Seconds after an interrupt before a process that doesn't listen is ended, and between interrupts; what it finished is kept either way."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,16 @@ class Job:
         """Interrupt it, as Ctrl-C would; finished blocks stay. Returns at once."""
         self.cancelled = True
         if self.runs:
+            Thread(target=self._interrupt, daemon=True).start()
+
+    def _interrupt(self) -> None:
+        """Until it has ended, since libraries swallow an interrupt that meets them in a callback."""
+        for _ in range(round(GRACE / AGAIN)):
             self._process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-            timer = Timer(GRACE, self._process.kill)
-            timer.daemon = True
-            timer.start()
+            self._reader.join(AGAIN)
+            if not self.runs:
+                return
+        self._process.kill()
 
     def close(self) -> None:
         """Cancel it and wait until it has ended."""
