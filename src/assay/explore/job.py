@@ -20,7 +20,7 @@ from assay.model.progress import remaining
 
 LINES, MOST_LETTERS = 200, 4096
 GRACE, AGAIN = 10.0, 0.5
-"""Seconds after an interrupt before a process that doesn't listen is ended, and between interrupts; what it finished is kept either way."""
+"""Seconds after an interrupt before a process that doesn't listen is ended, and between interrupts; what is finished stays."""
 
 
 @dataclass(frozen=True)
