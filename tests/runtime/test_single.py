@@ -220,7 +220,7 @@ def test_kernels_meet_dense_arrays_only() -> None:
         with assay.attach(found, name, calibration=text(4), **options):
             run(found, ids, prompt=40)
             run(found, ids, mask, prompt=40)
-    for kernel in (single._attend, picked._attend, picked._guesses, slots._lowest, slots.move, _turning._turned_dots):
+    for kernel in (single._attend, picked._attend, picked._guesses, slots._replace_lowest, slots.move, _turning._turned_dots):
         assert kernel.signatures
         assert not any("A)" in str(s) or "'A'" in str(s) for s in kernel.signatures)
 

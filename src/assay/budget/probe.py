@@ -22,10 +22,11 @@ from assay.measure.text import Windows
 from assay.methods import base
 from assay.methods.grid.integer import IntegerGrid
 from assay.model import memory
+from assay.model.alike import alike
 from assay.model.level import Level
 from assay.model.progress import Progress
 from assay.model.sites import Site, key_of
-from assay.model.threads import one_by_one, side_by_side
+from assay.model.threads import side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -41,32 +42,23 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     blocks: list[int | None] = [*range(len(model.blocks)), None]
     with progress.task("pricing levels", len(blocks)) as advance:
         for block in blocks:
-            prices |= _price_block(model, block, Curvatures(folder, block, total), menus)
+            curvatures = Curvatures(folder, block, total)
+            sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
+            costs: dict[str, InputCosts] = {}
+            typical = Typical.of(curvatures, sites)
+            for site in sites:
+                levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
+                with threads_for(math.prod(site.shape)), alike():
+                    curvature, reads = curvatures[key_of(site)], curvatures.reads(key_of(site))
+                    if (stand_in := typical.standing_in(site, curvature)) is not None:
+                        prices[key_of(site)] = _unsolved(price(read_weight(model, site), stand_in, levels))
+                        continue
+                    if reads not in costs:
+                        costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
+                    prices[key_of(site)] = price(read_weight(model, site), curvature, levels, costs[reads])
             memory.release()
             advance()
     return prices
-
-
-def _price_block(
-    model: StreamedModel, block: int | None, curvatures: Curvatures, menus: Sequence[Callable[[int], list[Level]]]
-) -> dict[str, dict[str, dict[str, float]]]:
-    sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
-    typical, largest = Typical.of(curvatures, sites), max((math.prod(s.shape) for s in sites), default=0)
-    levels = {n: sorted({x.base for menu in menus for x in menu(n)}) for n in {s.shape[1] for s in sites}}
-    own = (s for s in sites if s.expert is None or typical.standing_in(s, curvatures[key_of(s)]) is None)
-    readers = {curvatures.reads(key_of(s)): s for s in own}
-
-    def cost(site: Site) -> InputCosts:
-        return InputCosts.of(curvatures[key_of(site)].h, any(map(rotates, levels[site.shape[1]])))
-
-    def listed(site: Site) -> dict[str, dict[str, float]]:
-        weight, curvature = read_weight(model, site), curvatures[key_of(site)]
-        if (stand_in := typical.standing_in(site, curvature)) is not None:
-            return _unsolved(price(weight, stand_in, levels[site.shape[1]]))
-        return price(weight, curvature, levels[site.shape[1]], costs[curvatures.reads(key_of(site))])
-
-    costs = dict(zip(readers, one_by_one(cost, readers.values(), largest), strict=True))
-    return dict(zip(map(key_of, sites), one_by_one(listed, sites, largest), strict=True))
 
 
 def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from assay.budget import bounds, joint, planners
+from assay.budget.assembling import totals
 from assay.budget.caches import CacheChoice, CacheMenu
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision
@@ -63,7 +64,7 @@ def buy(asked: Request, options: Sequence[Decision]) -> Purchase:
         return _for_loss(asked, options, budget.max_loss, cache)
     if budget.level:
         choice = [0 if d.inside else len(d.options) - 1 for d in options]
-        return Purchase(choice, _bytes(options, choice), cache=cache)
+        return Purchase(choice, totals(options, choice)[1], cache=cache)
     if budget.milliseconds is not None:
         return _for_time(asked, options, budget.milliseconds, cache)
     if budget.memory is not None and not server(asked.contract.name).embeds:
@@ -72,17 +73,13 @@ def buy(asked: Request, options: Sequence[Decision]) -> Purchase:
     return Purchase(asked.divide(options, limit), limit, cache=cache)
 
 
-def _bytes(options: Sequence[Decision], choice: Sequence[int]) -> int:
-    return sum(d.options[c].nbytes for d, c in zip(options, choice, strict=True))
-
-
 def _for_loss(asked: Request, options: Sequence[Decision], loss: float, cache: CacheChoice | None) -> Purchase:
     planner = planners.get(asked.planner)
     if not hasattr(planner, "plan_for_loss"):
         *able, last = (name for name in planners.names() if hasattr(planners.get(name), "plan_for_loss"))
         raise InputError(f"--planner {asked.planner} spends a size, not a loss; with --max-loss use {', '.join(able)} or {last}")
     choice = planner.plan_for_loss(options, Forecast.from_index(asked.profile.index).damage_for(asked.method, loss))
-    return Purchase(choice, _bytes(options, choice), cache=cache)
+    return Purchase(choice, totals(options, choice)[1], cache=cache)
 
 
 def _for_time(asked: Request, options: Sequence[Decision], milliseconds: float, cache: CacheChoice | None) -> Purchase:
@@ -91,7 +88,7 @@ def _for_time(asked: Request, options: Sequence[Decision], milliseconds: float, 
     shapes = {row.name: row.shape for row in rows_of(asked.profile)}
     choice = asked.speeds.plan(options, shapes, milliseconds, asked.divide)
     flat = asked.speeds.plan(options, shapes, milliseconds, planners.get("uniform").plan)
-    return Purchase(choice, _bytes(options, choice), flat, cache)
+    return Purchase(choice, totals(options, choice)[1], flat, cache)
 
 
 def _held(asked: Request, options: Sequence[Decision], cache: CacheChoice | None) -> Purchase:
@@ -120,4 +117,4 @@ def _in_files(
     if costed == options:
         return Purchase(choice, room, flat, cache, tried)
     choice, flat = joint.back(options, costed, choice), joint.back(options, costed, flat)
-    return Purchase(choice, _bytes(options, choice), flat, cache, tried)
+    return Purchase(choice, totals(options, choice)[1], flat, cache, tried)

@@ -143,7 +143,11 @@ class Batches:
 
     def to_all(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over `some` raised to what they would be over `whole`; magnitudes stay."""
-        return {k: v if k.startswith(LARGEST) or self.all_picked else v / self.share for k, v in values.items()}
+        return {k: v if k.startswith(LARGEST) else self.raised(v) for k, v in values.items()}
+
+    def raised(self, total: Tensor) -> Tensor:
+        """A sum over `some` raised to what it would be over `whole`."""
+        return total if self.all_picked else total / self.share
 
 
 def _sweep(
@@ -212,7 +216,7 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
         if head and not text.all_picked:
             _head_inputs(model, head, (work.get(f"h{depth}", b) for b in range(len(text.whole))), inputs)
     if head:
-        inputs.values[f"{head[0].name}|{head[0].reads}"] = text.to_all({"": outputs})[""]
+        inputs.values[f"{head[0].name}|{head[0].reads}"] = text.raised(outputs)
     save_tensors(target, inputs.values or {EMPTY: torch.zeros(1)})
 
 
@@ -309,7 +313,7 @@ def _outside(model: StreamedModel, text: Batches, folder: Path, work: Activation
         sums = Sums()
         for b in range(len(text.some)):
             sums.add(embedding.reads, work.get("g0", b))
-        forward[embedding.reads] = text.to_all(sums.values)[embedding.reads]
+        forward[embedding.reads] = text.raised(sums.values[embedding.reads])
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
     save_tensors(folder / "outside.H.safetensors", forward or {EMPTY: torch.zeros(1)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -30,12 +30,6 @@ def threads_for(weights: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def one_by_one(function: Callable[[Item], Result], items: Iterable[Item], weights: int) -> list[Result]:
-    """`function` of each item, in all threads where matrices of `weights` are worth it, with the same result as in one."""
-    with threads_for(weights), alike():
-        return [function(item) for item in items]
-
-
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weights: int) -> list[Result]:
     """`function` of each item: one after another where matrices of `weights` use all threads, else a thread for each.
 
@@ -44,7 +38,8 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
     """
     threads = torch.get_num_threads()
     if weights >= WORTH_SHARING or threads == 1 or len(items) < 2:
-        return one_by_one(function, items, weights)
+        with threads_for(weights), alike():
+            return [function(item) for item in items]
 
     def alone(item: Item) -> Result:
         torch.set_num_threads(1)

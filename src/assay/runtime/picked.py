@@ -11,8 +11,8 @@ from torch import Tensor
 
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
-from assay.runtime.single import AT_ONCE, LOOSE, Sight, Source, add_dots, add_rows, hide, softmax
-from assay.runtime.unpacking import flat, number, place
+from assay.runtime.single import AT_ONCE, LOOSE, Sight, Source, add_dots, add_rows, weigh
+from assay.runtime.unpacking import flat, place, read_row
 
 
 def attend_picked(query: Tensor, picked: Tensor, sight: Sight, key: Tensor, value: Tensor, keys: Source, values: Source,
@@ -68,10 +68,7 @@ def _attend(query: Any, picked: Any, sight: Any, key: Any, value: Any, keys: Any
             if sight.softcap > 0:
                 for n in range(count):
                     weights[j, n] = np.float32(np.tanh(weights[j, n] / sight.softcap) * sight.softcap)
-            if not len(sight.asked) or hide(weights[j], spots, sight.asked[b], sight.window):
-                softmax(weights[j])
-            else:
-                weights[j] = 0
+            weigh(weights[j], spots, sight, b)
         sums[:] = 0
         for start in range(0, count, AT_ONCE):
             end = min(start + AT_ONCE, count)
@@ -83,13 +80,7 @@ def _attend(query: Any, picked: Any, sight: Any, key: Any, value: Any, keys: Any
 @njit(nogil=True, cache=True)
 def _fetch(x: Any, places: Any, half: Any, rows: Any) -> None:
     for n in range(len(places)):
-        part, to = x[places[n]], rows[n]
-        if half < 0:
-            for i in range(len(part)):
-                to[i] = part[i]
-        else:
-            for i in range(len(part)):
-                to[i] = number(part[i], half)
+        read_row(x[places[n]], half, rows[n])
 
 
 @njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
-from assay.runtime.unpacking import number, unpack_row
+from assay.runtime.unpacking import number, read_row, unpack_row
 
 NONE, PLAIN, TOKEN, CHANNEL, FLOAT, BLOCK = range(6)
 """How stored slots are read: as they are, or as `PerToken`, `PerChannel`, `Float8` (E4M3) and `BlockFloat` write them."""
@@ -125,10 +125,7 @@ def _attend(query: Any, inside: Any, sight: Any, key: Any, value: Any, keys: Any
                     found[j, t] = np.float32(np.tanh(found[j, t] / softcap)) * softcap
             if logits.shape[3]:
                 logits[b, h, j] = found[j]
-            if not len(sight.asked) or hide(found[j], place, sight.asked[b], sight.window):
-                softmax(found[j])
-            else:
-                found[j] = 0
+            weigh(found[j], place, sight, b)
         sums[:] = 0
         for start in range(0, values.old if values.kind else 0, AT_ONCE):
             count = min(AT_ONCE, values.old - start)
@@ -207,13 +204,7 @@ def _read(side: Any, b: Any, h: Any, start: Any, count: Any, rows: Any) -> None:
 @njit(nogil=True, cache=True)
 def _numbers(x: Any, half: Any, rows: Any) -> None:
     for n in range(len(x)):
-        part, to = x[n], rows[n]
-        if half < 0:
-            for i in range(len(part)):
-                to[i] = part[i]
-        else:
-            for i in range(len(part)):
-                to[i] = number(part[i], half)
+        read_row(x[n], half, rows[n])
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
@@ -263,6 +254,15 @@ def _blocks(codes: Any, exponent: Any, bits: Any, width: Any, rows: Any) -> None
             factor = np.int32((power + 127) << 23).view(np.float32) if power > -127 else np.float32(2.0**-127)
             for i in range(size):
                 part[i] = (part[i] - middle) * factor
+
+
+@njit(nogil=True, cache=True)
+def weigh(x: Any, positions: Any, sight: Any, b: Any) -> None:
+    """Logits of row `b` to shares, in place: of the slots at `positions` that its query sees, 0 where it sees none."""
+    if not len(sight.asked) or hide(x, positions, sight.asked[b], sight.window):
+        softmax(x)
+    else:
+        x[:] = 0
 
 
 @njit(nogil=True, cache=True)

@@ -71,6 +71,17 @@ def number(half: Any, kind: Any) -> Any:
 
 
 @njit(inline="always")
+def read_row(part: Any, half: Any, to: Any) -> None:
+    """to[i] = part[i], float32, or 16-bit floats by their bits: half 0 or 1 as in `number`, -1 for float32."""
+    if half < 0:
+        for i in range(len(part)):
+            to[i] = part[i]
+    else:
+        for i in range(len(part)):
+            to[i] = number(part[i], half)
+
+
+@njit(inline="always")
 def unpack_row(codes: Any, bits: Any, to: Any) -> None:
     """Codes of one token, run after run; slices that begin at 0 let the compiler use vectors."""
     count = len(codes)

@@ -9,10 +9,15 @@ from numba import njit
 from torch import Tensor
 
 
+def along(index: Tensor, x: Tensor) -> Tensor:
+    """index int [B or 1, H, r] for every token of x [B, H, n, D], as torch gathers and scatters: int64 [B, H, n, r]."""
+    return index.long()[:, :, None].expand(len(x), -1, x.shape[2], -1)
+
+
 def at_channels(query: Tensor, index: Tensor) -> Tensor:
     """[B, H, g, D] at index int [B or 1, H, r] of each head -> [B, H, g, r]."""
     if query.device.type != "cpu" or query.dtype != torch.float32 or query.requires_grad:
-        return query.gather(3, index.long()[:, :, None].expand(len(query), -1, query.shape[2], -1))
+        return query.gather(3, along(index, query))
     out = torch.empty(*query.shape[:3], index.shape[2])
     _take(query.contiguous().numpy(), index.contiguous().numpy(), out.numpy())
     return out

@@ -20,8 +20,7 @@ def gumbel(step: Step, rows: slice, factor: float, seed: int) -> Tensor:
     group = step.query.shape[1] // heads
     queries = step.queries[:, rows]
     out = torch.empty(batch, heads * group, queries.shape[1], step.positions.shape[2])
-    numbers = (x.contiguous().numpy() for x in (queries, step.positions, step.first))
-    shared = ((step.layer * 4096 + step.head) * 64, group, *numbers, np.float32(factor), seed, out.numpy())
+    shared = (*_facts(step, group, queries), np.float32(factor), seed, out.numpy())
     order = torch.arange(batch * heads * group)
     spread(_gumbel, len(order), shared, (order,), out.numel() >= WORTH_SHARING)
     return out.unflatten(1, (heads, group))
@@ -33,10 +32,16 @@ def noisy_sums(step: Step, factor: float, seed: int, temperature: float) -> Tens
     group, slots = step.query.shape[1] // heads, step.positions.shape[2]
     out = torch.empty(batch, heads, slots)
     found = step.found.detach().numpy() if step.found is not None else None
-    queries, positions, first = (x.contiguous().numpy() for x in (step.queries, step.positions, step.first))
-    head, cooled = (step.layer * 4096 + step.head) * 64, np.float32(1 / temperature)
+    cooled = np.float32(1 / temperature)
+    head, group, queries, positions, first = _facts(step, group, step.queries)
     _noisy_sums(head, group, queries, positions, first, np.float32(factor), seed, cooled, found, out.numpy())
     return out
+
+
+def _facts(step: Step, group: int, queries: Tensor) -> tuple[Any, ...]:
+    """Number of the first query head, heads of a group, places of queries and slots, and where each text begins."""
+    numbers = (x.contiguous().numpy() for x in (queries, step.positions, step.first))
+    return ((step.layer * 4096 + step.head) * 64, group, *numbers)
 
 
 @njit(inline="always")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from assay.methods.cache._channels import at_channels
+from assay.methods.cache._channels import along, at_channels
 from assay.model.errors import InputError
 from assay.runtime.attention import Step
 from assay.runtime.codecs import WIDTHS, Tensors
@@ -72,11 +72,11 @@ class SortedChannels(InHeads):
 
     def forward(self, x: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`."""
-        return x.gather(3, _channels(shared["order"], x.shape[2]))
+        return x.gather(3, along(shared["order"], x))
 
     def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`."""
-        return torch.empty_like(y).scatter_(3, _channels(shared["order"], y.shape[2]), y)
+        return torch.empty_like(y).scatter_(3, along(shared["order"], y), y)
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
@@ -101,12 +101,12 @@ class KeptChannels(InHeads):
 
     def forward(self, x: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`."""
-        return x.gather(3, _channels(shared["channels"], x.shape[2]))
+        return x.gather(3, along(shared["channels"], x))
 
     def backward(self, y: Tensor, shared: Tensors, where: Tensor) -> Tensor:
         """See `Map`."""
         whole = y.new_zeros(*y.shape[:3], shared["width"].shape[1])
-        return whole.scatter_(3, _channels(shared["channels"], y.shape[2]), y)
+        return whole.scatter_(3, along(shared["channels"], y), y)
 
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
@@ -145,7 +145,3 @@ class SmoothedPairs(InHeads):
     def dual(self, query: Tensor, shared: Tensors) -> Tensor:
         """See `Map`."""
         return query * shared["scale"][:, :, None]
-
-
-def _channels(index: Tensor, count: int) -> Tensor:
-    return index.long()[:, :, None].expand(-1, -1, count, -1)
