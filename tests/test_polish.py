@@ -53,7 +53,7 @@ def test_tunable_scales_decode_to_what_is_stored_and_come_back_bit_for_bit(metho
     assert isinstance(found, TunablePacked)
     tunable = found.tunable()
     assert tunable is not None
-    scales, unit, decode = tunable
+    scales, unit, decode, _ = tunable
     assert unit.shape == scales.shape and (unit != 0).all()
     assert scales.dtype is torch.float32
     again = found.with_numbers(scales).tensors()
@@ -71,7 +71,7 @@ def test_tunable_scales_decode_to_what_is_stored_and_come_back_bit_for_bit(metho
 def test_the_gradient_reaches_every_scale(method: str, level: str) -> None:
     found = packed(method, level)
     assert isinstance(found, TunablePacked)
-    scales, _, decode = found.tunable() or pytest.fail("not tunable")
+    scales, _, decode, _ = found.tunable() or pytest.fail("not tunable")
     leaf = scales.clone().requires_grad_()
     decode(leaf).square().sum().backward()
     assert leaf.grad is not None

@@ -170,7 +170,7 @@ class Tuning:
             self.fixed[site.parameter] = self.model.value(site.parameter, results.decoded)
             return
         turned = (lambda x: found.decode(x).mT) if site.transposed else found.decode
-        dtype = results.solved[site.name].scale_dtype
+        dtype = found.dtype or results.solved[site.name].scale_dtype
         self.knobs.append(Knob(site.name, site.parameter, found.numbers, found.unit, turned, dtype))
 
     def _add_plain(self, path: str, name: str) -> None:

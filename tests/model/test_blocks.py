@@ -88,17 +88,23 @@ def test_stored_tensors_restore_the_weight(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tunable_scales_make_the_same_weight(kind: str) -> None:
+def test_tunable_scales_and_minima_make_the_same_weight(kind: str) -> None:
     made = packed(kind, random_rows(kind, 2) if kind != "tq1_0" else ggml.pack(kind, ggml.unpack(kind, random_rows(kind, 2))))
     found = made.tunable()
     if found is None:
         assert kind in ("f16", "bf16", "mxfp4")
         return
-    scales, _, weight = found
-    torch.testing.assert_close(weight(scales), made.decode(), rtol=1e-6, atol=1e-6 * float(made.decode().abs().max()))
-    assert torch.equal(made.with_numbers(scales).rows, made.rows)
-    doubled = made.with_numbers(scales.double() / 2).decode()
-    torch.testing.assert_close(doubled, weight(scales / 2), rtol=1e-3, atol=1e-3 * float(doubled.abs().max()))
+    numbers, _, weight, dtype = found
+    assert dtype is torch.float16
+    assert numbers.shape[-1] == (1 if made.parts().m is None else 2)
+    torch.testing.assert_close(weight(numbers), made.decode(), rtol=1e-6, atol=1e-6 * float(made.decode().abs().max()))
+    assert torch.equal(made.with_numbers(numbers).rows, made.rows)
+    for i in range(numbers.shape[-1]):
+        halved = numbers.clone()
+        halved[..., i] /= 2
+        stored = made.with_numbers(halved).decode()
+        torch.testing.assert_close(stored, weight(halved), rtol=1e-3, atol=1e-3 * float(stored.abs().max()))
+        assert not torch.equal(stored, made.decode())
 
 
 def test_rows_that_are_not_whole_blocks_are_refused() -> None:

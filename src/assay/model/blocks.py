@@ -56,17 +56,21 @@ class PackedBlocks:
         return ggml.values(self.kind, self.parts())
 
     def tunable(self) -> Tunable | None:
-        """See `TunablePacked`; scales [out, blocks], where they are fp16."""
+        """See `TunablePacked`; scales [out, blocks, 1], or [out, blocks, 2] with minima, where they are fp16."""
         parts = self.parts()
         if self.kind in ("f16", "bf16", "mxfp4"):
             return None
-        share = ggml.values(self.kind, parts._replace(d=torch.ones_like(parts.d), m=None)).unflatten(1, (parts.d.shape[1], -1))
-        added = ggml.values(self.kind, parts._replace(d=torch.zeros_like(parts.d)))
-        return Tunable(parts.d, parts.d, lambda scales: (share * scales[..., None]).flatten(1) + added)
+        one, none = torch.ones_like(parts.d), torch.zeros_like(parts.d)
+        alone = [parts._replace(d=one, m=None if parts.m is None else none)]
+        alone += [] if parts.m is None else [parts._replace(d=none, m=one)]
+        shares = torch.stack([ggml.values(self.kind, p).unflatten(1, (parts.d.shape[1], -1)) for p in alone], -1)
+        numbers = torch.stack([parts.d] if parts.m is None else [parts.d, parts.m], -1)
+        return Tunable(numbers, numbers, lambda x: (shares * x[..., None, :]).sum(-1).flatten(1), torch.float16)
 
     def with_numbers(self, numbers: Tensor) -> PackedBlocks:
         """See `TunablePacked`."""
-        return replace(self, rows=ggml.pack(self.kind, self.parts()._replace(d=numbers)))
+        d, *m = numbers.unbind(-1)
+        return replace(self, rows=ggml.pack(self.kind, self.parts()._replace(d=d, m=m[0] if m else None)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.rows.contiguous()}

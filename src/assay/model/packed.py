@@ -34,15 +34,16 @@ class Packed(Protocol):
 
 
 class Tunable(NamedTuple):
-    """What of a compressed weight is in floating point: scales and low-rank factors.
+    """What of a compressed weight is in floating point: scales, minima and low-rank factors.
 
     numbers: float32; unit: of the same shape, the size in which a change of each is measured; decode: the differentiable
-    function from such numbers to the weight [out, in], float32.
+    function from such numbers to the weight [out, in], float32; dtype: in which they are stored, None for the model's.
     """
 
     numbers: Tensor
     unit: Tensor
     decode: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | None = None
 
 
 @runtime_checkable
