@@ -16,6 +16,7 @@ from torch import Tensor
 
 from assay.budget import offers, plans
 from assay.budget.agreement import Reference
+from assay.budget.forecast import Forecast
 from assay.budget.plan import Plan
 from assay.budget.sweep import frontier
 from assay.calibrated import calibrated
@@ -59,7 +60,7 @@ def hand_over(
         "sequential": results.sequential, "polish": results.polish,
         "frontier": _frontier(profile, plan, contract),
         "seed": profile.index["settings"]["seed"],
-        "reference": asdict(Reference.of(profile)), "damage": {s.site: s.damage for s in results.solved.values()},
+        "reference": asdict(Reference.of(profile)), "damage": _damage(model, profile, results),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }  # fmt: skip
     extra = {
@@ -117,6 +118,13 @@ def _ledger(
     for name, tensor in added.items():
         ledger.add(Entry(name, None, "done", "measured on the calibration text", 0, tensor.nbytes))
     return ledger
+
+
+def _damage(model: StreamedModel, profile: Profile, results: Results) -> dict[str, float]:
+    """Nats per token of each compressed site, as a plan counts them."""
+    forecast = Forecast.from_index(profile.index)
+    blocks = {key_of(site): site.block for site in model.anatomy.sites.values()}
+    return {name: s.damage * forecast.excess(blocks[name]) for name, s in results.solved.items()}
 
 
 def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str, Any]]:

@@ -148,7 +148,7 @@ def _finish(
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     with threads_for(0):  # products with vectors, which MKL divides by threads in any case
         spread = spreads(model, folder, text.tokens)
-    points, probe_spread = probe.probe(model, held_out, prices, progress)
+    probes = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
@@ -161,7 +161,8 @@ def _finish(
         "names": names, "footprint": footprint(model).to_json(),
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
-        "prices": prices, "ratios": ratios, "probes": points, "spread": spread, "probe_spread": probe_spread, "target": None,
+        "prices": prices, "ratios": ratios, "probes": probes.points, "first": probes.first, "spread": spread,
+        "probe_spread": probes.spread, "target": None,
     }  # fmt: skip
     if target is not None:
         index["target"] = compared(model, Reference.of(Profile(folder, index)), target, progress)

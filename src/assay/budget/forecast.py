@@ -49,25 +49,44 @@ def _strain(level: Level) -> float:
 class Forecast:
     """Corrections of one profile.
 
-    ratios: method -> bits -> damage of the solver over its price, rehearsed on one block.
+    ratios: method -> block -> bits -> damage of the solver over its price, rehearsed on some blocks.
     probes: (damage, KL) of whole-model probes by round to nearest, falling; probe_spread: standard error of
-    their KL as a share of it, over the windows that were probed.
+    their KL as a share of it, over the windows that were probed; first: how much more than elsewhere a nat of damage
+    in the first block costs.
     """
 
-    ratios: Mapping[str, Mapping[int, float]]
+    ratios: Mapping[str, Mapping[int, Mapping[int, float]]]
     probes: Sequence[tuple[float, float]]
     probe_spread: float = 0.0
+    first: float = 1.0
 
     @classmethod
     def from_index(cls, index: Mapping[str, Any]) -> Forecast:
-        ratios = {m: {int(b): float(r) for b, r in row.items()} for m, row in index["ratios"].items()}
-        return cls(ratios, [(float(d), float(k)) for d, k in index["probes"]], float(index.get("probe_spread", 0.0)))
+        ratios = {
+            m: {int(block): {int(b): float(r) for b, r in row.items()} for block, row in rows.items()}
+            for m, rows in index["ratios"].items()
+        }
+        points = [(float(d), float(k)) for d, k in index["probes"]]
+        return cls(ratios, points, float(index["probe_spread"]), float(index["first"]))
 
-    def damage(self, method: str, level: Level, price: float) -> float:
-        """Damage that `method` is expected to leave at `level`, nats per token."""
-        rehearsed = self.ratios.get(method) or {MEASURED_BITS: 1.0}
-        ratio = rehearsed[min(rehearsed, key=lambda bits: abs(bits - level.bits))]
-        return price * ratio * _strain(level)
+    def damage(self, method: str, level: Level, price: float, block: int | None) -> float:
+        """Damage that `method` is expected to leave at `level` in a block, or outside them all (None), nats per token."""
+        return price * self._ratio(method, level.bits, block) * self.excess(block) * _strain(level)
+
+    def excess(self, block: int | None) -> float:
+        """How much more than its second-order price a change in a block costs, beside the other blocks."""
+        return self.first if block == 0 else 1.0
+
+    def _ratio(self, method: str, bits: float, block: int | None) -> float:
+        """Of the nearest width; between rehearsed blocks linear in its logarithm, constant outside them."""
+        rows = sorted((self.ratios.get(method) or {0: {MEASURED_BITS: 1.0}}).items())
+        points = [(number, row[min(row, key=lambda b: abs(b - bits))]) for number, row in rows]
+        if block is None:
+            return points[-1][1]
+        for (low, before), (high, after) in pairwise(points):
+            if low <= block < high and before > 0 < after:
+                return before * (after / before) ** ((block - low) / (high - low))
+        return points[0 if block < points[0][0] else -1][1]
 
     def total(self, options: Iterable[Option]) -> float:
         """Damage that a plan's options are expected to leave together, nats per token: without what keeps planners from

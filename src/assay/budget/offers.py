@@ -83,7 +83,7 @@ def decisions(
 
     def price(row: SiteRow, level: Level) -> float | None:
         known, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
-        return forecast.damage(method, level, known[wanted]) if known and wanted in known else None
+        return forecast.damage(method, level, known[wanted], row.block) if known and wanted in known else None
 
     return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price, named)
 

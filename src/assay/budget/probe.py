@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ from assay.model.threads import side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
+FIRST_BITS = 3
+REST = "all but the first block"
+FIRST_LIMITS = (0.5, 2.0)
+"""What `Probes.first` is cut to: beyond is noise of a model that hardly loses anything."""
 GROUP = 64
 REHEARSED_SITES = 16
 REHEARSED_ROWS = 1024
@@ -67,13 +72,27 @@ def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
 
 
 def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-             methods: Sequence[str], progress: Progress) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Solve the middle block with each method and compare with its price."""
-    block = len(model.blocks) // 2
-    curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
+             methods: Sequence[str], progress: Progress) -> dict[str, dict[int, dict[int, float]]]:  # fmt: skip
+    """Solve the first and the middle block with each method: method -> block -> bits -> damage over price."""
+    blocks, found = sorted({0, len(model.blocks) // 2}), {}
+    sites = {block: _rehearsed(model, Curvatures(folder, block, total), block) for block in blocks}
+    with progress.task("rehearsing on two blocks", sum(map(len, sites.values()))) as advance:
+        for block in blocks:
+            curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
+            found[block] = _rehearse(model, curvatures, sites[block], prices, methods, advance)
+    return {m: {block: found[block][m] for block in blocks} for m in methods}
+
+
+def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
     known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
     met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
-    sites = met[:REHEARSED_SITES]
+    return met[:REHEARSED_SITES]
+
+
+def _rehearse(
+    model: StreamedModel, curvatures: Curvatures, sites: Sequence[Site],
+    prices: Mapping[str, Mapping[str, Mapping[str, float]]], methods: Sequence[str], advance: Callable[[], None],
+) -> dict[str, dict[int, float]]:  # fmt: skip
     tries = list(itertools.product(methods, PROBED_BITS))
 
     def solved(site: Site) -> list[tuple[float, float]]:
@@ -92,8 +111,7 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
         advance()
         return found
 
-    with progress.task("rehearsing on one block", len(sites)) as advance:
-        rows = side_by_side(solved, sites, max((min(s.shape[0], REHEARSED_ROWS) * s.shape[1] for s in sites), default=0))
+    rows = side_by_side(solved, sites, max((min(s.shape[0], REHEARSED_ROWS) * s.shape[1] for s in sites), default=0))
     sums = {key: [sum(row[i][side] for row in rows) for side in (0, 1)] for i, key in enumerate(tries)}
     return {m: {b: d / p if p else 1.0 for b in PROBED_BITS for d, p in [sums[m, b]]} for m in methods}
 
@@ -128,20 +146,50 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
     return min(levels, key=lambda x: (abs(x.bits - bits), abs((x.group_size or 1 << 20) - GROUP), x.symmetric))
 
 
-def probe(model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-          progress: Progress) -> tuple[list[tuple[float, float]], float]:  # fmt: skip
-    """(damage, KL) of the whole model rounded to nearest at a few widths, and the KL's relative standard error over windows."""
+class Probes(NamedTuple):
+    """KL in nats per token of the whole model rounded to nearest.
+
+    points: (damage, KL) at each of `PROBED_BITS`; spread: the KL's relative standard error over windows; first: how much more
+    than the others' a nat of damage in the first block costs, by which its damage counts in `points` as well.
+    """
+
+    points: list[tuple[float, float]]
+    spread: float
+    first: float
+
+
+def probe(
+    model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]], progress: Progress
+) -> Probes:
+    """Measure the model at a few widths, and at one of them with its first block as it is.
+
+    Prices take inputs and gradients to be independent, also from token to token. They are least so in the first block, where
+    every occurrence of a token has the same input.
+    """
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
+    candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, range(1, len(model.blocks))))
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress, kl_only=True)
-    points, spread = [], 0.0
-    for bits in PROBED_BITS:
-        blocks = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
-        damage = sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in blocks)
-        per_window = torch.cat(scores[str(bits)].kl).double().mean(1)
-        points.append((damage, float(per_window.mean())))
-        spread = max(spread, _relative_error(per_window))
-    return points, spread
+    per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
+    kl = {name: float(found.mean()) for name, found in per_window.items()}
+    sites = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
+
+    def damage(bits: int, first: bool) -> float:
+        own = (s for s in sites if (s.block == 0) == first)
+        return sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in own)
+
+    wanted = str(FIRST_BITS)
+    first = _excess(kl[wanted] - kl[REST], damage(FIRST_BITS, True), kl[REST], damage(FIRST_BITS, False))
+    points = [(damage(bits, True) * first + damage(bits, False), kl[str(bits)]) for bits in PROBED_BITS]
+    return Probes(points, max(_relative_error(per_window[str(bits)]) for bits in PROBED_BITS), first)
+
+
+def _excess(kl: float, damage: float, rest_kl: float, rest_damage: float) -> float:
+    """KL per damage of one part of a model over that of the rest, within `FIRST_LIMITS`; 1 where there is no other part."""
+    if min(damage, rest_kl, rest_damage) <= 0:
+        return 1.0
+    least, most = FIRST_LIMITS
+    return min(max(kl / damage / (rest_kl / rest_damage), least), most)
 
 
 def _relative_error(values: Tensor) -> float:
@@ -151,8 +199,8 @@ def _relative_error(values: Tensor) -> float:
     return float(values.std() / values.mean().clamp_min(1e-12) / len(values) ** 0.5)
 
 
-def _rounded_to(bits: int) -> Override:
-    return nearest(lambda site: probed_level(site.shape[1], bits))
+def _rounded_to(bits: int, blocks: Container[int] | None = None) -> Override:
+    return nearest(lambda site: probed_level(site.shape[1], bits) if blocks is None or site.block in blocks else None)
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:

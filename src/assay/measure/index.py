@@ -13,6 +13,7 @@ from assay.model.schema import Calibration, Count, Finite, Shape, Size, conform
 
 Nats = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Layer = Annotated[int, Field(ge=0, le=1 << 20)]
+Number = Annotated[str, Field(pattern=r"^[0-9]{1,7}$")]
 
 
 class Settings(TypedDict):
@@ -91,8 +92,9 @@ class Index(TypedDict):
     file_bytes: Count
     gguf: dict[str, str | Count]
     prices: dict[str, dict[str, dict[str, Nats]]]
-    ratios: dict[str, Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,3}$")], Nats], Field(min_length=1)]]
+    ratios: dict[str, Annotated[dict[Number, Annotated[dict[Number, Nats], Field(min_length=1)]], Field(min_length=1)]]
     probes: list[Annotated[list[Nats], Field(min_length=2, max_length=2)]]
+    first: Annotated[float, Field(gt=0, le=10)]
     spread: dict[str, Annotated[list[Finite], Field(min_length=1, max_length=64)]]
     probe_spread: Annotated[float, Field(ge=0, le=10)]
     target: Target | None

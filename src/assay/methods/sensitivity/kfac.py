@@ -13,7 +13,7 @@ from assay.model.errors import InputError
 
 @dataclass(frozen=True)
 class Kfac:
-    """½ tr(G D H Dᵀ) of the rounding error D, as the profile priced it."""
+    """½ tr(G D H Dᵀ) of the rounding error D, as the profile priced it; more in the first block, as measured, see `Probes`."""
 
     verb: ClassVar[str] = "score"
     needs: ClassVar[tuple[str, ...]] = ("H", "G")
@@ -33,7 +33,8 @@ class Kfac:
                 level = subject.level_of(row["shape"][1]).name
                 if level not in priced:
                     raise InputError(f"{subject.profile.folder} has no price of {row['name']} at {level}; measure again")
-                found[row["name"]] = priced[level]["nearest"] * torch.tensor(parts, dtype=torch.float64)
+                price = priced[level]["nearest"] * (index["first"] if row["block"] == 0 else 1.0)
+                found[row["name"]] = price * torch.tensor(parts, dtype=torch.float64)
         return found
 
 
