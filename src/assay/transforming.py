@@ -21,6 +21,7 @@ from assay.methods.transform._subject import Subject, Transform
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import save_json
+from assay.model.finite import finite
 from assay.model.notes import TRANSFORM, read_transform
 from assay.model.progress import Progress
 from assay.model.sites import empty_model, load_config, survey
@@ -146,7 +147,7 @@ def _tensors(weights: Weights, progress: Progress) -> Iterator[dict[str, Tensor]
                 (tensor,) = output_tensors(weights.source, home, {}, CONTRACT, frozenset()).values()
             else:
                 tensor = weights.read(name)
-                if not torch.isfinite(tensor).all():
+                if not finite(tensor):
                     raise InputError(f"{name} would hold NaN or infinite weights; the source model is damaged")
                 tensor = _rounded(name, tensor, _dtype(weights.source, home))
             yield {name: tensor.contiguous()}

@@ -98,15 +98,17 @@ def _rehearse(
     def solved(site: Site) -> list[tuple[float, float]]:
         listed, found = prices[key_of(site)], []
         weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
+        menus = {name: [x for x in base.get(name)().levels(site.shape[1]) if x.base.name in listed] for name in methods}
+        picked = {(name, bits): _nearest_level(menus[name], bits) for name, bits in tries if menus[name]}
+        if len(weight) < site.shape[0]:
+            listed = price(weight, curvature, sorted({level.base for level in picked.values()}))
         for name, bits in tries:
-            method = base.get(name)()
-            if not (levels := [x for x in method.levels(site.shape[1]) if x.base.name in listed]):
+            if (level := picked.get((name, bits))) is None:
                 found.append((0.0, 0.0))
                 continue
-            level = _nearest_level(levels, bits)
+            method = base.get(name)()
             packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
-            costs = listed if len(weight) == site.shape[0] else price(weight, curvature, [level.base])
-            found.append((curvature.damage(packed.decode().float() - weight), costs[level.base.name][method.prices]))
+            found.append((curvature.damage(packed.decode().float() - weight), listed[level.base.name][method.prices]))
         memory.release()
         advance()
         return found

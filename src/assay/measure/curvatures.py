@@ -12,6 +12,7 @@ from torch import Tensor
 from assay.measure.damage import Curvature
 from assay.model.errors import InputError
 from assay.model.files import Tensors, damaged, open_tensors
+from assay.model.finite import finite
 
 EMPTY = "none"
 PART = "part|"
@@ -114,7 +115,7 @@ def _moment(path: Path, file: Tensors, key: str, wanted: int | None) -> Tensor:
     """A second moment [n, n], or its diagonal [n]."""
     found = file[key]
     fits = found.ndim in (1, 2) and len(set(found.shape)) == 1 and wanted in (None, len(found))
-    if not fits or found.dtype != torch.float32 or not bool(torch.isfinite(found).all()):
+    if not fits or found.dtype != torch.float32 or not finite(found):
         raise damaged(path, f"{key} is {list(found.shape)} {found.dtype} where finite float32 for {wanted or 'any'} is needed")
     return found
 
@@ -124,10 +125,6 @@ def _parts(path: Path, file: Tensors, key: str, wanted: int) -> tuple[Tensor, Te
     if f"{PART}{key}" not in file:
         return None
     counts, sums = file[f"{PART}n|{key}"], file[f"{PART}{key}"]
-    if (
-        counts.ndim != 1
-        or sums.shape != (len(counts), wanted)
-        or not bool(torch.isfinite(sums).all() and counts.isfinite().all())
-    ):
+    if counts.ndim != 1 or sums.shape != (len(counts), wanted) or not (finite(sums) and finite(counts)):
         raise damaged(path, f"{PART}{key} is {list(sums.shape)} for {list(counts.shape)} parts")
     return counts[counts > 0], sums[counts > 0]

@@ -19,6 +19,7 @@ from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import checksum, damaged, read_note, save_note
+from assay.model.finite import finite
 from assay.model.sites import Anatomy, Site, empty_model, survey
 
 Override = Callable[[Site, Tensor], Tensor]
@@ -200,7 +201,7 @@ class StreamedModel:
         value = self.checkpoint.read(name)
         if not value.is_floating_point():
             return value
-        if not torch.isfinite(value).all():
+        if not finite(value):
             raise InputError(f"{name} holds NaN or infinite weights; the source model is damaged")
         return value.float()
 

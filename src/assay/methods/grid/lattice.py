@@ -9,6 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.finite import finite
 from assay.model.lattice import SCALE, SHIFT, SIZE, decode, half_odd, patterns
 from assay.model.threads import spread
 
@@ -33,7 +34,7 @@ def encode(sequences: Tensor, weight: Tensor | None = None) -> Encoded:
         raise ValueError(f"the lattice encodes [n, a multiple of 8] with weights of the same shape, not {shapes}")
     targets = sequences.detach().float().cpu().reshape(-1, SIZE).contiguous()
     prices = torch.ones_like(targets) if weight is None else weight.detach().float().cpu().reshape(-1, SIZE).contiguous()
-    if not all(bool(torch.isfinite(t).all()) for t in (targets, prices)) or bool((prices < 0).any()):
+    if not (finite(targets) and finite(prices)) or bool((prices < 0).any()):
         raise ValueError("sequences and weights of the lattice must be finite, and weights not negative")
     codes = torch.empty(len(targets), dtype=torch.int16)
     odd = half_odd().sum(1).int() % 2 == 1

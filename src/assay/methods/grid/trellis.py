@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from assay.methods.grid._trellis import encode_rows
+from assay.model.finite import finite
 from assay.model.threads import spread
 from assay.model.trellis import Trellis
 
@@ -56,7 +57,7 @@ def encode(trellis: Trellis, sequences: Tensor, weight: Tensor | None = None) ->
         raise ValueError(f"a trellis encodes sequences [n, length] with weights of the same shape, not {shapes}")
     targets = sequences.detach().float().cpu().contiguous()
     prices = targets[:, :0] if weight is None else weight.detach().float().cpu().contiguous()
-    if not all(bool(torch.isfinite(t).all()) for t in (targets, prices)) or bool((prices < 0).any()):
+    if not (finite(targets) and finite(prices)) or bool((prices < 0).any()):
         raise ValueError("sequences and weights of a trellis must be finite, and weights not negative")
     count, length = targets.shape
     stream = torch.zeros(count, trellis.words(length), dtype=torch.int32)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
+from assay.model.finite import finite
 
 
 @dataclass
@@ -38,7 +38,7 @@ def check_shapes(weight: Tensor, inputs: Tensor | None = None, outputs: Tensor |
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the weight asks for {shape}")
-        if not bool(torch.isfinite(tensor).all()):
+        if not finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity")
 
 
