@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ FIRST_LIMITS = (0.5, 2.0)
 GROUP = 64
 REHEARSED_SITES = 16
 REHEARSED_ROWS = 1024
+REHEARSED_WIDTH = 2
+"""Times the block's median number of inputs; a solver's factorisation takes its cube, and what it leaves is the same share."""
 
 
 def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[Callable[[int], list[Level]]],
@@ -86,7 +89,8 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
 def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
     known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
     met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
-    return met[:REHEARSED_SITES]
+    widest = REHEARSED_WIDTH * median_low([s.shape[1] for s in met] or [0])
+    return [s for s in met if s.shape[1] <= widest][:REHEARSED_SITES]
 
 
 def _rehearse(
