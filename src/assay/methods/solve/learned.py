@@ -11,8 +11,9 @@ from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, damp, diagonal, shrink
-from assay.methods.solve.refine import Problem, Rounding, better, polish, rounded
+from assay.methods.solve.refine import LARGE, Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
+from assay.model.precision import bf16_products
 
 Start = Literal["nearest", "clip"]
 
@@ -54,7 +55,8 @@ def finish(problem: Problem, start: Rounding, learned: Rounding, polished: bool,
 def pull(problem: Problem, levels: Tensor) -> tuple[Tensor, Tensor]:
     """(G D H, f) at decoded weights [batch, out, in]: minus the derivative of f, and f [batch]."""
     difference = problem.weight - levels
-    gradient = problem.outputs @ difference @ problem.inputs
+    with bf16_products(difference[0].numel() >= LARGE):  # a step needs its direction, and most of the time is these products
+        gradient = problem.outputs @ difference @ problem.inputs
     return gradient, (gradient * difference).sum((1, 2)) / 2
 
 
