@@ -268,11 +268,11 @@ def verify(
     kl = scores.pop("kl") | {
         "predicted": predicted.get("kl"), "predicted_low": predicted.get("low"), "predicted_high": predicted.get("high"),
     }  # fmt: skip
-    limit = predicted.get("max_loss")
+    bound = predicted.get("max_loss")
     verdict = {
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
-        "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": limit,
-        "passed": limit is None or kl["measured"] <= limit, "texts": texts,
+        "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": bound,
+        "passed": bound is None or kl["measured"] <= bound, "texts": texts,
         "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
