@@ -37,7 +37,6 @@ REST = "all but the first block"
 FIRST_LIMITS = (0.5, 2.0)
 """What `Probes.first` is cut to: beyond is noise of a model that hardly loses anything."""
 GROUP = 64
-REHEARSED_SITES = 16
 REHEARSED_ROWS = 1024
 REHEARSED_WIDTH = 2
 """Times the block's median number of inputs; a solver's factorisation takes its cube, and what it leaves is the same share."""
@@ -87,10 +86,11 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
 
 
 def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
+    """The last site of each shape."""
     known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
     met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
     widest = REHEARSED_WIDTH * median_low([s.shape[1] for s in met] or [0])
-    return [s for s in met if s.shape[1] <= widest][:REHEARSED_SITES]
+    return list({s.shape: s for s in met if s.shape[1] <= widest}.values())
 
 
 def _rehearse(
