@@ -12,7 +12,7 @@ from assay.methods.grid import values
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.table import TableGrid
-from assay.methods.solve import adaround, admm, clip, gptq, nearest, sign_round, two_sided
+from assay.methods.solve import adaround, admm, clip, gptq, learned, nearest, sign_round, two_sided
 from assay.methods.solve.curvature import damage
 from assay.methods.solve.learned import around, begin, pose, pull
 from assay.methods.solve.refine import Problem, objective
@@ -105,6 +105,20 @@ def test_range_slopes_are_those_of_straight_through_rounding(symmetric: bool) ->
     assert bottom.grad is not None
     torch.testing.assert_close(up * base.scale * (grid.top - base.zero_point.float()), -top.grad, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(down * base.scale * base.zero_point.float(), -bottom.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("learner", ["sign_round", "adaround"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_in_pieces_learn_what_they_learn_together(learner: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, weight, H, G = GRIDS["int2"], weights(20, 2, 48, 64), moment(21, 64, (2,)), moment(22, 48, (2,))
+    together = LEARNED[learner].solve(weight, grid, H, G, steps=30)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(learned, "PIECE", 640)
+    torch.set_num_threads(threads)
+    try:
+        assert same(LEARNED[learner].solve(weight, grid, H, G, steps=30), together)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- where the answer is known -----------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import diagonal
-from assay.methods.solve.learned import Start, around, begin, finish, pose, pull
+from assay.methods.solve.learned import Start, around, begin, by_rows, finish, pose, pull
 from assay.methods.solve.refine import Problem, Rounding
 from assay.methods.solve.rounded import Rounded
 
@@ -54,14 +54,17 @@ def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: fl
     bottom, width = lower * scale, (upper - lower) * scale
     place = ((problem.weight - bottom) / width).clamp_(0.01, 0.99)
     free = torch.logit((place - LOW) / (HIGH - LOW))
-    mean, square = torch.zeros_like(free), torch.zeros_like(free)
+    mean, square, levels = torch.zeros_like(free), torch.zeros_like(free), torch.empty_like(free)
     unit = _cost(problem, width)
-    for step in range(steps):
+
+    def between(free: Tensor, bottom: Tensor, width: Tensor, levels: Tensor) -> None:
+        levels.copy_(bottom + (free.sigmoid() * (HIGH - LOW) + LOW).clamp_(0, 1) * width)
+
+    def move(free: Tensor, mean: Tensor, square: Tensor, width: Tensor, unit: Tensor, gradient: Tensor) -> None:
         soft = free.sigmoid()
         stretched = soft * (HIGH - LOW) + LOW
         h = stretched.clamp(0, 1)
-        slope = -pull(problem, bottom + h * width)[0] * width / unit
-        progress = (step / steps - warm_up) / (1 - warm_up)
+        slope = -gradient * width / unit
         if progress >= 0:
             beta = BETAS[0] + (BETAS[1] - BETAS[0]) * progress
             side = 2 * h - 1
@@ -71,6 +74,11 @@ def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: fl
         square.lerp_(slope.square_(), 1 - MOMENTS[1])
         length = (square / (1 - MOMENTS[1] ** (step + 1))).sqrt_().add_(1e-8)
         free -= rate / (1 - MOMENTS[0] ** (step + 1)) * mean / length
+
+    for step in range(steps):
+        by_rows(between, free, bottom, width, levels)
+        progress = (step / steps - warm_up) / (1 - warm_up)
+        by_rows(move, free, mean, square, width, unit, pull(problem, levels)[0])
     return Rounding(torch.where(free >= 0, upper, lower), affine)
 
 

@@ -4,6 +4,7 @@ Papers on learned rounding take the error of a layer's output on sampled activat
 expectation, weighted by what the loss feels of it, so no activation is needed: -df/d(decoded) = G D H.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,8 +15,11 @@ from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT
 from assay.methods.solve.refine import LARGE, Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 from assay.model.precision import bf16_products
+from assay.model.threads import side_by_side
 
 Start = Literal["nearest", "clip"]
+PIECE = 1 << 17
+"""Weights whose arrays fit in a processor's cache together."""
 
 
 def pose(
@@ -71,3 +75,14 @@ def around(problem: Problem, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
     far = grid.beside(near, torch.where((weight - grid.level(near, scale)) * scale >= 0, 1.0, -1.0), low, high)
     below = near * scale < far * scale
     return scale, torch.where(below, near, far), torch.where(below, far, near)
+
+
+def by_rows(function: Callable[..., None], *tensors: Tensor) -> None:
+    """Call `function` with a few rows of tensors [batch, out, ...] at a time; what it writes into them stays.
+
+    For steps that treat every row alone. Over whole large matrices each of their many small functions would go through memory.
+    """
+    first = tensors[0]
+    step = max(1, PIECE // max(1, first[:, :1].numel()))
+    pieces = [tuple(t[:, start : start + step] for t in tensors) for start in range(0, first.shape[1], step)]
+    side_by_side(lambda piece: function(*piece), pieces, 0)

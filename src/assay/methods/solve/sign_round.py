@@ -5,31 +5,18 @@ group shrinks at its top and its bottom. All of these move by the sign of their 
 identity, at a rate that falls from 1/steps to 0. The best iterate by the true objective is kept.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip
-from assay.methods.solve.learned import Start, around, begin, finish, pose, pull
+from assay.methods.solve.learned import Start, around, begin, by_rows, finish, pose, pull
 from assay.methods.solve.refine import Problem, Rounding, choose
 from assay.methods.solve.rounded import Rounded
 
 SMALLEST = 0.5
 """How far a range may shrink."""
-
-
-class Learned(NamedTuple):
-    """What is learned; zeros and ones at the start. Ranges: [batch, out, groups]."""
-
-    offset: Tensor
-    """[batch, out, in], in steps of the grid, -1/2 to 1/2"""
-    top: Tensor
-    """Factor of the range above 0; of the scale, on grids without zero points"""
-    bottom: Tensor
-    """Factor of the range below 0; unused on grids without zero points"""
 
 
 def solve(
@@ -60,25 +47,35 @@ def learn(problem: Problem, start: Rounding, steps: int, ranges: bool) -> Roundi
     weight, grid, base = problem.weight, problem.grid, start.affine
     _, lower, upper = around(problem, base)
     width = (upper - lower).abs()
-    ones = torch.ones_like(base.scale, dtype=torch.float32)
-    now = Learned(torch.zeros_like(weight), ones, ones)
-    best, lowest = start, torch.full_like(ones[:, 0, 0], torch.inf)
+    # What is learned: offsets in steps of the grid, -1/2 to 1/2; factors of the ranges above and below 0, or of the scale.
+    offset, top, bottom = torch.zeros_like(weight), *(torch.ones_like(base.scale, dtype=torch.float32) for _ in range(2))
+    centred, levels, affine = torch.empty_like(weight), torch.empty_like(weight), Affine(*map(torch.empty_like, base))
+    best, lowest = start, torch.full_like(top[:, 0, 0], torch.inf)
+
+    def round_rows(weight: Tensor, width: Tensor, offset: Tensor, top: Tensor, bottom: Tensor, scale: Tensor, zero: Tensor,
+                   centred: Tensor, levels: Tensor, *parameters: Tensor) -> None:  # fmt: skip
+        found = shrunken(grid, Affine(scale, zero), top, bottom)
+        each, low, high = grid.per_weight(found, weight.shape[-1])
+        centred.copy_(grid.snap(weight + offset * width * each.abs(), each, low, high))
+        levels.copy_(grid.level(centred, each))
+        for old, new in zip(parameters, found, strict=True):
+            old.copy_(new)
+
+    def move_rows(weight: Tensor, width: Tensor, offset: Tensor, top: Tensor, bottom: Tensor, centred: Tensor, gradient: Tensor,
+                  *parameters: Tensor) -> None:  # fmt: skip
+        if ranges:
+            present = Rounding(centred, Affine(*parameters))
+            wanted = weight + offset * width * grid.per_weight(present.affine, weight.shape[-1])[0].abs()
+            for factor, slope in zip((top, bottom), slopes(grid, weight, wanted, present, gradient), strict=True):
+                factor.add_(rate * slope.sign()).clamp_(SMALLEST, 1)
+        offset.add_(rate * gradient.sign()).clamp_(-0.5, 0.5)
+
     for step in range(steps + 1):
-        affine = shrunken(grid, base, now.top, now.bottom)
-        scale, low, high = grid.per_weight(affine, weight.shape[-1])
-        wanted = weight + now.offset * width * scale.abs()
-        present = Rounding(grid.snap(wanted, scale, low, high), affine)
-        gradient, value = pull(problem, grid.level(present.centred, scale))
-        best, lowest = choose(value < lowest, present, best), value.minimum(lowest)
-        if step == steps:
-            break
-        rate = (1 - step / steps) / steps
-        top, bottom = slopes(grid, weight, wanted, present, gradient) if ranges else (ones * 0, ones * 0)
-        now = Learned(
-            (now.offset + rate * gradient.sign()).clamp_(-0.5, 0.5),
-            (now.top + rate * top.sign()).clamp_(SMALLEST, 1),
-            (now.bottom + rate * bottom.sign()).clamp_(SMALLEST, 1),
-        )
+        by_rows(round_rows, weight, width, offset, top, bottom, *base, centred, levels, *affine)
+        gradient, value = pull(problem, levels)
+        best, lowest = choose(value < lowest, Rounding(centred, affine), best), value.minimum(lowest)
+        rate = (1 - step / steps) / steps if steps else 0.0
+        by_rows(move_rows, weight, width, offset, top, bottom, centred, gradient, *affine)
     return best
 
 
