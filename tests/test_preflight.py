@@ -73,6 +73,8 @@ def test_the_size_is_promised_to_a_thousandth_and_nothing_stays(room: Path, budg
     done = assay.compress(room / "m", tmp_path / "out", **settings)
     assert told["bytes"] == pytest.approx(done["bytes"], rel=0.003)
     assert told["seconds"] == pytest.approx(sum(told["stages"].values()))
+    named = {*preflight.SWEEPS, preflight.PRICING, preflight.REHEARSING, preflight.COMPARING, preflight.COMPRESSING}
+    assert named <= told["stages"].keys()  # what is counted in a way of its own is told by its bar's title
     assert "2 of 5 blocks on 1024 of 1024 tokens" in told["basis"]
 
 

@@ -37,7 +37,7 @@ LOGITS_COPIES = 9
 SPARE = 0.9
 """Share of the free memory that a run may plan for."""
 SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
-REHEARSING, COMPARING, COMPRESSING = "rehearsing on one block", "comparing, block by block", "compressing, block by block"
+REHEARSING, COMPARING, COMPRESSING = "rehearsing on two blocks", "comparing, block by block", "compressing, block by block"
 SAVING = "writing the result, reading it back"
 Compress = Callable[..., Mapping[str, Any]]
 
