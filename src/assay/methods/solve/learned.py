@@ -15,10 +15,9 @@ from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT
 from assay.methods.solve.refine import LARGE, Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
 from assay.model.precision import bf16_products
-from assay.model.threads import side_by_side
 
 Start = Literal["nearest", "clip"]
-PIECE = 1 << 17
+PIECE = 1 << 18
 """Weights whose arrays fit in a processor's cache together."""
 
 
@@ -84,5 +83,5 @@ def by_rows(function: Callable[..., None], *tensors: Tensor) -> None:
     """
     first = tensors[0]
     step = max(1, PIECE // max(1, first[:, :1].numel()))
-    pieces = [tuple(t[:, start : start + step] for t in tensors) for start in range(0, first.shape[1], step)]
-    side_by_side(lambda piece: function(*piece), pieces, 0)
+    for start in range(0, first.shape[1], step):
+        function(*(t[:, start : start + step] for t in tensors))
