@@ -23,7 +23,8 @@ _aten = torch.ops.aten
 ELEMENTWISE = frozenset({
     _aten.silu, _aten.silu_, _aten.silu_backward, _aten.gelu, _aten.gelu_, _aten.gelu_backward, _aten.sigmoid, _aten.sigmoid_,
     _aten.sigmoid_backward, _aten.tanh, _aten.tanh_backward, _aten.mish, _aten.mish_backward, _aten.softplus,
-    _aten.softplus_backward, _aten.elu, _aten.elu_backward, _aten.pow, _aten.exp, _aten.exp2, _aten.log, _aten.hardswish,
+    _aten.softplus_backward, _aten.elu, _aten.elu_backward, _aten.pow, _aten.pow_, _aten.logit,
+    _aten.exp, _aten.exp2, _aten.log, _aten.hardswish,
 })  # fmt: skip
 """Those whose vectors are computed otherwise than single numbers; sums, products and roots are exact either way."""
 WHOLE = frozenset({_aten.sum.default, _aten.mean.default, _aten.log1p.default, _aten._softmax_backward_data.default})

@@ -14,6 +14,7 @@ from assay.methods.solve.curvature import diagonal
 from assay.methods.solve.learned import Start, around, begin, by_rows, finish, pose, pull
 from assay.methods.solve.refine import Problem, Rounding
 from assay.methods.solve.rounded import Rounded
+from assay.model.alike import alike
 
 LOW, HIGH = -0.1, 1.1
 """Ends of the stretched sigmoid."""
@@ -53,7 +54,8 @@ def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: fl
     scale, lower, upper = around(problem, affine)
     bottom, width = lower * scale, (upper - lower) * scale
     place = ((problem.weight - bottom) / width).clamp_(0.01, 0.99)
-    free = torch.logit((place - LOW) / (HIGH - LOW))
+    with alike():
+        free = torch.logit((place - LOW) / (HIGH - LOW))
     mean, square, levels = torch.zeros_like(free), torch.zeros_like(free), torch.empty_like(free)
     unit = _cost(problem, width)
 

@@ -14,6 +14,7 @@ from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, damp, diagonal, shrink
 from assay.methods.solve.refine import LARGE, Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
+from assay.model.alike import alike
 from assay.model.precision import bf16_products
 
 Start = Literal["nearest", "clip"]
@@ -83,5 +84,6 @@ def by_rows(function: Callable[..., None], *tensors: Tensor) -> None:
     """
     first = tensors[0]
     step = max(1, PIECE // max(1, first[:, :1].numel()))
-    for start in range(0, first.shape[1], step):
-        function(*(t[:, start : start + step] for t in tensors))
+    with alike():
+        for start in range(0, first.shape[1], step):
+            function(*(t[:, start : start + step] for t in tensors))
