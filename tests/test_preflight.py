@@ -50,16 +50,17 @@ def test_a_copy_is_the_first_two_blocks(family: str, tmp_path: Path) -> None:
 def test_the_whole_is_the_first_block_and_the_others_like_the_second() -> None:
     clock = preflight.Clock()
     clock.tasks = [
-        (preflight.SWEEPS[0], [1.0, 4.0, 2.0]), (preflight.PRICING, [3.0, 1.0, 0.5]), (preflight.REHEARSING, [1.0] * 6),
+        *((name, [1.0, 4.0, 2.0]) for name in preflight.SWEEPS), (preflight.PRICING, [3.0, 1.0, 0.5]), (preflight.REHEARSING, [1.0] * 6),
         (preflight.COMPARING, [1.0, 1.0]), (preflight.COMPRESSING, [2.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
         (preflight.COMPRESSING, [5.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
     ]  # fmt: skip
-    whole = preflight._stages(clock, 5.0, 4.0, profiled=False, planned=False)
+    whole = preflight._stages(clock, 5.0, (4.0, 1.0), profiled=False, planned=False)
     assert whole == {
-        preflight.SWEEPS[0]: 4 * (1 + 4 + 9 * 2), preflight.PRICING: 3 + 9 + 0.5, preflight.REHEARSING: 6.0,
+        preflight.SWEEPS[0]: 4 * (1 + 4 + 9 * 2), preflight.SWEEPS[1]: 1 + 4 + 9 * 2,
+        preflight.PRICING: 3 + 9 + 0.5, preflight.REHEARSING: 6.0,
         preflight.COMPARING: 30.0, preflight.COMPRESSING: (2 + 9 + 0.25) + (5 + 9 + 0.25),
     }  # fmt: skip
-    assert preflight._stages(clock, 5.0, 4.0, profiled=True, planned=True) == {preflight.COMPRESSING: 5 + 9 + 0.25}
+    assert preflight._stages(clock, 5.0, (4.0, 1.0), profiled=True, planned=True) == {preflight.COMPRESSING: 5 + 9 + 0.25}
 
 
 @pytest.mark.parametrize(

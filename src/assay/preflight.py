@@ -21,7 +21,7 @@ from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.sites import Site
-from assay.profiling import WINDOW
+from assay.profiling import WINDOW, gradients_every
 
 IDLE = 460_000_000
 """Resident bytes once everything is imported (benchmarks/memory.py)."""
@@ -176,7 +176,9 @@ def rehearse(
         blocks = sum(len(written.parts(name)) for name in written.names if name in inside)
         entries = 1 + blocks * (share - 1) / max(1, len(written.stored))
     saving = (ended - clock.ended) * max(1.0, result / max(int(done["bytes"]), 1))
-    stages = _stages(clock, share, tokens / used, profiled, planned)
+    length = int(settings.get("window") or WINDOW)
+    every, met = (gradients_every(model, (settings["method"],), n // length) for n in (tokens, used))
+    stages = _stages(clock, share, (tokens / used, tokens / used * met / every), profiled, planned)
     other = max(0.0, clock.ended - started - sum(sum(steps) for _, steps in clock.tasks))
     depth = math.log2(max(1.0, len(model.blocks) / REHEARSED_BLOCKS))
     sweeping = IDLE + max(0, high - IDLE) * (1 + DEPTH_GROWTH * depth)
@@ -188,9 +190,11 @@ def rehearse(
     }  # fmt: skip
 
 
-def _stages(clock: Clock, share: float, more_text: float, profiled: bool, planned: bool) -> dict[str, float]:
-    """Seconds of the whole by stage. share: weights of all blocks over those rehearsed; more_text: tokens over those used."""
+def _stages(clock: Clock, share: float, more_text: tuple[float, float], profiled: bool, planned: bool) -> dict[str, float]:
+    """Seconds of the whole by stage. share: weights of all blocks over those rehearsed; more_text: tokens over those used,
+    forwards and backwards."""
     found: dict[str, float] = {}
+    more = dict(zip(SWEEPS, more_text, strict=True))
     rounds = sum(name == COMPRESSING for name, _ in clock.tasks)
     compressed = 0
     for name, steps in clock.tasks:
@@ -198,7 +202,7 @@ def _stages(clock: Clock, share: float, more_text: float, profiled: bool, planne
         compressed += name == COMPRESSING
         if (measuring and profiled) or (planned and not measuring and (name != COMPRESSING or compressed < rounds)):
             continue
-        found[name] = found.get(name, 0.0) + _whole(name, steps, share) * (more_text if name in SWEEPS else 1.0)
+        found[name] = found.get(name, 0.0) + _whole(name, steps, share) * more.get(name, 1.0)
     return found
 
 

@@ -77,7 +77,7 @@ def make_profile(
     target = _target(model, selection, window)
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
     weightwise = base.weightwise(*methods)
-    every = thinned(len(text.ids)) if sparing and not model.anatomy.has_experts and not _solving_with_gradients(methods) else 1
+    every = gradients_every(model, methods, len(text.ids)) if sparing else 1
     settings = _settings(model, text, seed, weightwise, token_weights)
     settings |= {"target": target.digest if target else None} | ({"gradients_every": every} if every > 1 else {})
     if (existing := _existing(folder, settings)) is not None:
@@ -90,8 +90,10 @@ def make_profile(
         return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
 
 
-def _solving_with_gradients(methods: Sequence[str]) -> bool:
-    return any(set(base.get(name).needs) - {"H"} for name in methods)
+def gradients_every(model: StreamedModel, methods: Sequence[str], windows: int) -> int:
+    """Of so many windows, each how-many-th gives gradients where only prices need them."""
+    solving = any(set(base.get(name).needs) - {"H"} for name in methods)
+    return 1 if solving or model.anatomy.has_experts else thinned(windows)
 
 
 def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:
