@@ -50,7 +50,8 @@ def test_a_copy_is_the_first_two_blocks(family: str, tmp_path: Path) -> None:
 def test_the_whole_is_the_first_block_and_the_others_like_the_second() -> None:
     clock = preflight.Clock()
     clock.tasks = [
-        *((name, [1.0, 4.0, 2.0]) for name in preflight.SWEEPS), (preflight.PRICING, [3.0, 1.0, 0.5]), (preflight.REHEARSING, [1.0] * 6),
+        *((name, [1.0, 4.0, 2.0]) for name in preflight.SWEEPS),
+        (preflight.PRICING, [3.0, 1.0, 0.5]), (preflight.REHEARSING, [1.0] * 6),
         (preflight.COMPARING, [1.0, 1.0]), (preflight.COMPRESSING, [2.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
         (preflight.COMPRESSING, [5.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
     ]  # fmt: skip
