@@ -30,7 +30,6 @@ from assay.model.sites import key_of
 from assay.run import open_model
 
 LAYERS = 2
-WEIGHTWISE = ("gradient", "fisher")
 
 
 def seconds(model: StreamedModel, curvatures: Curvatures, name: str, level: Level) -> float:
@@ -66,11 +65,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model"
         build(replace(TINY_LLAMA, layers=LAYERS), path, CALIBRATION_TEXT)
-        wanted = [n for n in base.names() if set(WEIGHTWISE) & set(base.get(n)().needs)]
+        wanted = [name for name in base.names() if base.weightwise(name)]
         profile = assay.profile(
             path, path.with_name("profile"), calibration=CALIBRATION_TEXT, tokens=given.tokens, methods=wanted
         )
-        model, curvatures = StreamedModel(open_model(path)), profile.curvatures(0, WEIGHTWISE)
+        model, curvatures = StreamedModel(open_model(path)), profile.curvatures(0, base.weightwise(*wanted))
         weights = sum(math.prod(site.shape) for site in model.anatomy.block_sites(0))
         for name in given.only or base.names():
             level = Level.parse(levels(str(path), name, [given.bits])[given.bits])

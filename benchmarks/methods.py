@@ -125,8 +125,8 @@ def _cells(trial: Trial, runs: Sequence[Row], seeds: int) -> list[str]:
     first = next((r for r in runs if "failed" in r), runs[0])
     if "failed" in first:
         return [*trial, f"not run: {first['failed']}", *[""] * (3 + (seeds > 1))]
-    spread = [f"{min(r['kl'] for r in runs):.5f} to {max(r['kl'] for r in runs):.5f}"] if len(runs) > 1 else ["one seed"]
-    spread = spread if seeds > 1 else []
+    kls = [r["kl"] for r in runs]
+    spread = [f"{min(kls):.5f} to {max(kls):.5f}" if len(runs) > 1 else "one seed"] if seeds > 1 else []
     kl = f"{kl_of(runs):.5f} [{min(r['low'] for r in runs):.5f}, {max(r['high'] for r in runs):.5f}]"
     perplexity, seconds = (mean(r[key] for r in runs) for key in ("perplexity", "seconds"))
     return [*trial, f"{first['bits']:.3f}", kl, *spread, f"{perplexity:.2f}", f"{seconds:.1f}"]

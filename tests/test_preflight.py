@@ -15,7 +15,7 @@ import assay
 from assay import preflight
 from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
-from assay.model import memory
+from assay.model import memory, progress
 from assay.model.checkpoint import Checkpoint
 
 SMALL = {"tokens": 1024, "window": 32}
@@ -50,18 +50,18 @@ def test_a_copy_is_the_first_two_blocks(family: str, tmp_path: Path) -> None:
 def test_the_whole_is_the_first_block_and_the_others_like_the_second() -> None:
     clock = preflight.Clock()
     clock.tasks = [
-        *((name, [1.0, 4.0, 2.0]) for name in preflight.SWEEPS),
-        (preflight.PRICING, [3.0, 1.0, 0.5]), (preflight.REHEARSING, [1.0] * 6),
-        (preflight.COMPARING, [1.0, 1.0]), (preflight.COMPRESSING, [2.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
-        (preflight.COMPRESSING, [5.0, 1.0, 0.25]), (preflight.COMPARING, [1.0, 1.0]),
+        *((name, [1.0, 4.0, 2.0]) for name in progress.SWEEPS),
+        (progress.PRICING, [3.0, 1.0, 0.5]), (progress.REHEARSING, [1.0] * 6),
+        (progress.COMPARING, [1.0, 1.0]), (progress.COMPRESSING, [2.0, 1.0, 0.25]), (progress.COMPARING, [1.0, 1.0]),
+        (progress.COMPRESSING, [5.0, 1.0, 0.25]), (progress.COMPARING, [1.0, 1.0]),
     ]  # fmt: skip
     whole = preflight._stages(clock, 5.0, (4.0, 1.0), profiled=False, planned=False)
     assert whole == {
-        preflight.SWEEPS[0]: 4 * (1 + 4 + 9 * 2), preflight.SWEEPS[1]: 1 + 4 + 9 * 2,
-        preflight.PRICING: 3 + 9 + 0.5, preflight.REHEARSING: 6.0,
-        preflight.COMPARING: 30.0, preflight.COMPRESSING: (2 + 9 + 0.25) + (5 + 9 + 0.25),
+        progress.SWEEPS[0]: 4 * (1 + 4 + 9 * 2), progress.SWEEPS[1]: 1 + 4 + 9 * 2,
+        progress.PRICING: 3 + 9 + 0.5, progress.REHEARSING: 6.0,
+        progress.COMPARING: 30.0, progress.COMPRESSING: (2 + 9 + 0.25) + (5 + 9 + 0.25),
     }  # fmt: skip
-    assert preflight._stages(clock, 5.0, (4.0, 1.0), profiled=True, planned=True) == {preflight.COMPRESSING: 5 + 9 + 0.25}
+    assert preflight._stages(clock, 5.0, (4.0, 1.0), profiled=True, planned=True) == {progress.COMPRESSING: 5 + 9 + 0.25}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_size_is_promised_to_a_thousandth_and_nothing_stays(room: Path, budg
     done = assay.compress(room / "m", tmp_path / "out", **settings)
     assert told["bytes"] == pytest.approx(done["bytes"], rel=0.003)
     assert told["seconds"] == pytest.approx(sum(told["stages"].values()))
-    named = {*preflight.SWEEPS, preflight.PRICING, preflight.REHEARSING, preflight.COMPARING, preflight.COMPRESSING}
+    named = {*progress.SWEEPS, progress.PRICING, progress.REHEARSING, progress.COMPARING, progress.COMPRESSING}
     assert named <= told["stages"].keys()  # what is counted in a way of its own is told by its bar's title
     assert "2 of 5 blocks on 1024 of 1024 tokens" in told["basis"]
 

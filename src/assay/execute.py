@@ -30,7 +30,7 @@ from assay.model import memory
 from assay.model.files import open_tensors, save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
-from assay.model.progress import Progress
+from assay.model.progress import COMPRESSING, Progress
 from assay.model.sites import Site, key_of
 from assay.model.terms import restore
 from assay.model.threads import side_by_side
@@ -113,7 +113,7 @@ def execute(
     if not all(path.exists() for path in files.values()):
         pair = _pair(model, profile, folder) if sequential else None
         due = {block: target for block, target in files.items() if sequential or not target.exists()}
-        with progress.task("compressing, block by block", len(due)) as advance:
+        with progress.task(COMPRESSING, len(due)) as advance:
             for block, target in due.items():
                 if not target.exists():
                     started = perf_counter()

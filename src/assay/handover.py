@@ -35,7 +35,7 @@ from assay.model.errors import InputError, ShortfallError
 from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
-from assay.model.progress import Progress
+from assay.model.progress import SAVING, Progress
 from assay.model.sites import Site, key_of
 from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
@@ -69,7 +69,7 @@ def hand_over(
         "assay/sites.json": json.dumps(to_json(_rows(model, plan, ledger)), indent=1) + "\n",
     }  # fmt: skip
     turned = frozenset(s.name for s in model.anatomy.sites.values() if s.transposed)
-    with progress.task("writing the result, reading it back", 2) as advance:
+    with progress.task(SAVING, 2) as advance:
         if contract.layout == "gguf":
             gguf_write.write(destination, source, loaders, contract, extra, levels, turned)
         else:

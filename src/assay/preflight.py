@@ -20,6 +20,7 @@ from assay.measure.stream import BATCH_TOKENS, LOGITS_AT_ONCE, StreamedModel
 from assay.model import memory
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.progress import COMPRESSING, PRICING, REHEARSING, SAVING, SWEEPS
 from assay.model.sites import Site
 from assay.profiling import WINDOW, gradients_every
 
@@ -36,9 +37,6 @@ LOGITS_COPIES = 9
 """Tensors of the size of the logits that scoring two models holds at once: 150 MB where one has 17."""
 SPARE = 0.9
 """Share of the free memory that a run may plan for."""
-SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
-REHEARSING, COMPARING, COMPRESSING = "rehearsing on two blocks", "comparing, block by block", "compressing, block by block"
-SAVING = "writing the result, reading it back"
 Compress = Callable[..., Mapping[str, Any]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
@@ -26,7 +26,7 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.model import memory
 from assay.model.alike import alike
 from assay.model.level import Level
-from assay.model.progress import Progress
+from assay.model.progress import PRICING, REHEARSING, Progress
 from assay.model.sites import Site, key_of
 from assay.model.threads import side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
@@ -47,7 +47,7 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     """Prices of every site at every level of the menus, block by block."""
     prices: dict[str, dict[str, dict[str, float]]] = {}
     blocks: list[int | None] = [*range(len(model.blocks)), None]
-    with progress.task("pricing levels", len(blocks)) as advance:
+    with progress.task(PRICING, len(blocks)) as advance:
         for block in blocks:
             curvatures = Curvatures(folder, block, total)
             sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
@@ -76,13 +76,12 @@ def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
 def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
              methods: Sequence[str], progress: Progress) -> dict[str, dict[int, dict[int, float]]]:  # fmt: skip
     """Solve the first and the middle block with each method: method -> block -> bits -> damage over price."""
-    blocks, found = sorted({0, len(model.blocks) // 2}), {}
-    sites = {block: _rehearsed(model, Curvatures(folder, block, total), block) for block in blocks}
-    with progress.task("rehearsing on two blocks", sum(map(len, sites.values()))) as advance:
-        for block in blocks:
-            curvatures = Curvatures(folder, block, total, base.weightwise(*methods))
-            found[block] = _rehearse(model, curvatures, sites[block], prices, methods, advance)
-    return {m: {block: found[block][m] for block in blocks} for m in methods}
+    kinds = base.weightwise(*methods)
+    curvatures = {block: Curvatures(folder, block, total, kinds) for block in sorted({0, len(model.blocks) // 2})}
+    sites = {block: _rehearsed(model, found, block) for block, found in curvatures.items()}
+    with progress.task(REHEARSING, sum(map(len, sites.values()))) as advance:
+        rows = {b: _rehearse(model, curvatures[b], sites[b], prices, methods, advance) for b in curvatures}
+    return {method: {block: row[method] for block, row in rows.items()} for method in methods}
 
 
 def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
@@ -173,7 +172,7 @@ def probe(
     every occurrence of a token has the same input.
     """
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
-    candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, range(1, len(model.blocks))))
+    candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, start=1))
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress, kl_only=True)
     per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
@@ -205,8 +204,9 @@ def _relative_error(values: Tensor) -> float:
     return float(values.std() / values.mean().clamp_min(1e-12) / len(values) ** 0.5)
 
 
-def _rounded_to(bits: int, blocks: Container[int] | None = None) -> Override:
-    return nearest(lambda site: probed_level(site.shape[1], bits) if blocks is None or site.block in blocks else None)
+def _rounded_to(bits: int, start: int = 0) -> Override:
+    """The blocks from `start` on."""
+    return nearest(lambda site: None if site.block is None or site.block < start else probed_level(site.shape[1], bits))
 
 
 def nearest(level_of: Callable[[Site], Level | None]) -> Override:

@@ -25,7 +25,7 @@ from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
 from assay.model.errors import InputError
 from assay.model.files import load_tensors, read_note, save_note, save_tensors
-from assay.model.progress import Progress
+from assay.model.progress import SWEEPS, Progress
 from assay.model.sites import Site
 
 VERSION = 4
@@ -154,9 +154,9 @@ def _sweep(
     model: StreamedModel, text: Batches, folder: Path, work: Activations, seed: int, progress: Progress,
     weightwise: Sequence[str], token_weights: str,
 ) -> None:  # fmt: skip
-    with progress.task("inputs, block by block", len(model.blocks) + 1) as advance:
+    with progress.task(SWEEPS[0], len(model.blocks) + 1) as advance:
         _forward(model, text, folder, work, advance, token_weights)
-    with progress.task("gradients, block by block", len(model.blocks) + 1) as advance:
+    with progress.task(SWEEPS[1], len(model.blocks) + 1) as advance:
         _tail(model, text, folder, work, seed, weightwise)
         advance()
         _backward(model, text, folder, work, advance, weightwise)

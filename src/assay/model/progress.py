@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+SWEEPS, PRICING = ("inputs, block by block", "gradients, block by block"), "pricing levels"
+REHEARSING, COMPARING, COMPRESSING = "rehearsing on two blocks", "comparing, block by block", "compressing, block by block"
+SAVING = "writing the result, reading it back"
+"""Titles of the tasks that preflight tells apart."""
+
 
 class Progress(Protocol):
     """Bars and lines. `task` yields a function that moves the bar by n; `log` says in words what `facts` are for a program."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from assay.measure.stream import Activations, Override, StreamedModel, batches, micro
 from assay.measure.text import Windows
-from assay.model.progress import Progress
+from assay.model.progress import COMPARING, Progress
 
 RESAMPLES = 1000
 
@@ -128,7 +128,7 @@ def compare(
                     for name, run in runs.items():
                         if run.model is model:
                             work.put(name, b, hidden)
-        with progress.task("comparing, block by block", len(reference.blocks)) as advance:
+        with progress.task(COMPARING, len(reference.blocks)) as advance:
             for index in range(len(reference.blocks)):
                 for name, run in runs.items():
                     with run.model.block(index, run.override):

@@ -74,7 +74,9 @@ def learn(problem: Problem, start: Rounding, steps: int, ranges: bool) -> Roundi
         by_rows(round_rows, weight, width, offset, top, bottom, *base, centred, levels, *affine)
         gradient, value = pull(problem, levels)
         best, lowest = choose(value < lowest, Rounding(centred, affine), best), value.minimum(lowest)
-        rate = (1 - step / steps) / steps if steps else 0.0
+        if step == steps:
+            break
+        rate = (1 - step / steps) / steps
         by_rows(move_rows, weight, width, offset, top, bottom, centred, gradient, *affine)
     return best
 
