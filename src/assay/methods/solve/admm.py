@@ -16,8 +16,9 @@ from assay.methods.grid.base import Grid
 from assay.methods.solve import clip
 from assay.methods.solve.curvature import diagonal
 from assay.methods.solve.learned import Start, begin, finish, pose
-from assay.methods.solve.refine import Problem, Rounding
+from assay.methods.solve.refine import LARGE, Problem, Rounding
 from assay.methods.solve.rounded import Rounded
+from assay.model.precision import bf16_products
 from assay.model.threads import threads_for
 
 
@@ -85,26 +86,32 @@ def iterate(
         rows, left = _eigen(outputs / (down[..., None] * down[..., None, :]))
         curvature = rows[..., None] * curvature
 
+    # Only differences are turned, so bf16 is precise enough: it adds 0.2% to 0.5% of damage, 6% to 24% if weights are turned.
+    rough = weight[0].numel() >= LARGE
+
     def turned(matrix: Tensor) -> Tensor:
-        return matrix @ right if left is None else left.mT @ matrix @ right
+        with bf16_products(rough):
+            return matrix @ right if left is None else left.mT @ matrix @ right
 
     def restored(matrix: Tensor) -> Tensor:
-        return matrix @ right.mT if left is None else left @ matrix @ right.mT
+        with bf16_products(rough):
+            return matrix @ right.mT if left is None else left @ matrix @ right.mT
 
-    goal, best = turned(weight * loud), start[0]
-    rounded, lowest = turned(start[1] * loud), torch.full_like(goal[:, :1, :1], torch.inf)
-    push, turned_push = torch.zeros_like(goal), torch.zeros_like(goal)
+    scaled, best = weight * loud, start[0]
+    away = turned(scaled - start[1] * loud)
+    lowest = torch.full_like(away[:, :1, :1], torch.inf)
+    push, turned_push = torch.zeros_like(away), torch.zeros_like(away)
     growth = (tight / loose) ** (1 / max(1, steps - 1))
     for step in range(steps):
         rho = loose * growth**step
-        free = (curvature * goal + rho * (rounded - turned_push)) / (curvature + rho)
-        wanted = restored(free) + push
+        back = (away + turned_push) * (rho / (curvature + rho))
+        wanted = scaled - restored(back) + push
         centred, levels = snap(wanted / loud)
         levels = levels * loud
-        rounded = turned(levels)
+        away = turned(scaled - levels)
         # Both sums hold forces divided by rho, so they shrink as rho grows.
-        push, turned_push = (wanted - levels) / growth, (turned_push + free - rounded) / growth
-        value = (curvature * (goal - rounded).square()).sum((1, 2), keepdim=True)
+        push, turned_push = (wanted - levels) / growth, (turned_push - back + away) / growth
+        value = (curvature * away.square()).sum((1, 2), keepdim=True)
         best, lowest = torch.where(value < lowest, centred, best), value.minimum(lowest)
     return best
 
