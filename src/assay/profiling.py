@@ -20,7 +20,7 @@ from assay.budget.spread import spreads
 from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
-from assay.measure.profile import Profile, measure, save_index, thinned
+from assay.measure.profile import ALL_GRADIENTS, Gradients, Profile, measure, save_index, thinned
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -71,29 +71,31 @@ def make_profile(
 
     methods: those whose levels are priced and that are rehearsed;
     levels: further ones to price; token_weights: see `measure.tokens`;
-    sparing: for these methods only, so that gradients which none of them solves with come from fewer windows.
+    sparing: for these methods only, so that of gradients which none of them solves with less is measured.
     """
     token_kinds.check(token_weights)
     target = _target(model, selection, window)
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
     weightwise = base.weightwise(*methods)
-    every = gradients_every(model, methods, len(text.ids)) if sparing else 1
+    gradients = least_gradients(model, methods, len(text.ids)) if sparing else ALL_GRADIENTS
     settings = _settings(model, text, seed, weightwise, token_weights)
-    settings |= {"target": target.digest if target else None} | ({"gradients_every": every} if every > 1 else {})
+    settings |= {"target": target.digest if target else None}
+    settings |= {} if gradients == ALL_GRADIENTS else {"gradients": gradients._asdict()}
     if (existing := _existing(folder, settings)) is not None:
         return existing
     with alone(folder) as fresh, unless_refused(folder, fresh):
         if (existing := _existing(folder, settings)) is not None:
             return existing
         _claim(folder, settings)
-        measure(model, text, folder, seed, progress, weightwise, token_weights, every)
+        measure(model, text, folder, seed, progress, weightwise, token_weights, gradients)
         return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
 
 
-def gradients_every(model: StreamedModel, methods: Sequence[str], windows: int) -> int:
-    """Of so many windows, each how-many-th gives gradients where only prices need them."""
-    solving = any(set(base.get(name).needs) - {"H"} for name in methods)
-    return 1 if solving or model.anatomy.has_experts else thinned(windows)
+def least_gradients(model: StreamedModel, methods: Sequence[str], windows: int) -> Gradients:
+    """What these methods need of the gradients on so many windows: only prices need them where a solver takes H alone."""
+    if any(set(base.get(name).needs) - {"H"} or base.get(name).prices == "two_sided" for name in methods):
+        return ALL_GRADIENTS
+    return Gradients(1 if model.anatomy.has_experts else thinned(windows), whole=False)
 
 
 def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:

@@ -147,7 +147,7 @@ def _gain(moment: Tensor, shrinkage: float, falling: bool) -> Tensor:
     if moment.ndim == 1:
         return torch.ones(())
     ordered = permute(moment, falling_order(moment)) if falling else moment
-    return feedback_gain(inverse_factor(shrink(ordered, shrinkage), DAMPING, torch.float32)[0])
+    return feedback_gain(inverse_factor(shrink(ordered, shrinkage), DAMPING)[0])
 
 
 def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, list[Tensor]]:

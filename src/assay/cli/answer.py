@@ -129,11 +129,13 @@ def _prepare() -> None:
 
     Threads that wait by spinning stand in each other's way where other programs use the same cores, and
     threads that sleep at once take long to wake; so they spin for some microseconds. MKL gives the same sums in any
-    number of threads (see `model/alike.py`).
+    number of threads (see `model/alike.py`). Torch asks for large pages for its tensors: a tenth of the time of large models
+    is spent on getting small ones.
     """
     settings = {
         "GOMP_SPINCOUNT": "20000",
         "MKL_CBWR": "AUTO,STRICT",
+        "THP_MEM_ALLOC_ENABLE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -16,6 +16,13 @@ Layer = Annotated[int, Field(ge=0, le=1 << 20)]
 Number = Annotated[str, Field(pattern=r"^[0-9]{1,7}$")]
 
 
+class Taken(TypedDict):
+    """Gradients, where less than all of them was measured: see `profile.Gradients`."""
+
+    every: Size
+    whole: bool
+
+
 class Settings(TypedDict):
     """What a second call must ask for to continue, or to find, this profile."""
 
@@ -26,7 +33,7 @@ class Settings(TypedDict):
     weightwise: list[str]
     token_weights: str
     target: str | None
-    gradients_every: NotRequired[Size]
+    gradients: NotRequired[Taken]
 
 
 @with_config({"extra": "forbid"})

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 THINNED = 4
 """G on every fourth window leaves prices and predictions as good: see `thinned` and RESULTS.md (Prediction)."""
+
+
+class Gradients(NamedTuple):
+    """How much of G is measured: on every so-many-th window, which stand for all; whole: with what is off its diagonal."""
+
+    every: int = 1
+    whole: bool = True
+
+
+ALL_GRADIENTS = Gradients()
 
 
 @dataclass(frozen=True)
@@ -70,14 +80,13 @@ class Profile:
 
 def measure(
     model: StreamedModel, windows: Windows, folder: Path, seed: int, progress: Progress,
-    weightwise: Sequence[str] = (), token_weights: str = "none", every: int = 1,
+    weightwise: Sequence[str] = (), token_weights: str = "none", gradients: Gradients = ALL_GRADIENTS,
 ) -> None:  # fmt: skip
     """Two sweeps over the model: inputs (H) forwards, output gradients (G) backwards.
 
     weightwise: further statistics with a number for every weight of the blocks: "fisher", the mean over tokens of
     squared gradients, labels sampled from the model as for G; "gradient", of the mean loss on the text itself.
     token_weights: how much the tokens count in the H of the blocks, see `tokens`.
-    every: G comes from every so-many-th window, and stands for all (see `thinned`).
     Every finished block is durable, and a second call continues where the first was cut off.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,15 +94,15 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    text = Batches.of(windows.ids, work.batch_tokens(model.batch_tokens), every)
+    text = Batches.of(windows.ids, work.batch_tokens(model.batch_tokens), gradients.every)
     with stored_precision(model.checkpoint):
-        _sweep(model, text, folder, work, seed, progress, weightwise, token_weights)
+        _sweep(model, text, folder, work, seed, progress, weightwise, token_weights, gradients.whole)
     (folder / "head.partial.safetensors").unlink()
     shutil.rmtree(work.folder)
 
 
 def thinned(windows: int) -> int:
-    """`every` for `measure` where only prices need G: at most `THINNED`, and two windows or more for each part of the text."""
+    """`Gradients.every` where only prices need G: at most `THINNED`, and two windows or more for each part of the text."""
     return max(1, min(THINNED, windows // (2 * PARTS)))
 
 
@@ -152,14 +161,14 @@ class Batches:
 
 def _sweep(
     model: StreamedModel, text: Batches, folder: Path, work: Activations, seed: int, progress: Progress,
-    weightwise: Sequence[str], token_weights: str,
+    weightwise: Sequence[str], token_weights: str, whole: bool,
 ) -> None:  # fmt: skip
     with progress.task(SWEEPS[0], len(model.blocks) + 1) as advance:
         _forward(model, text, folder, work, advance, token_weights)
     with progress.task(SWEEPS[1], len(model.blocks) + 1) as advance:
         _tail(model, text, folder, work, seed, weightwise)
         advance()
-        _backward(model, text, folder, work, advance, weightwise)
+        _backward(model, text, folder, work, advance, weightwise, whole)
 
 
 def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, token_weights: str) -> None:
@@ -255,14 +264,14 @@ def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _backward(
-    model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, weightwise: Sequence[str]
+    model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, weightwise: Sequence[str], whole: bool
 ) -> None:
     total, windows = sum(p.numel() for p in text.some), text.windows
     counts = {"fisher": total, "gradient": total - windows}
     for index in reversed(range(len(model.blocks))):
         target = folder / f"{block_name(index)}.G.safetensors"
         if not target.exists():
-            sums, more = Sums(), {kind: WeightSums() for kind in weightwise}
+            sums, more = Sums(whole), {kind: WeightSums() for kind in weightwise}
             sites = model.anatomy.block_sites(index)
             flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
             if "fisher" in more:

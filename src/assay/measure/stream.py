@@ -52,6 +52,7 @@ class StreamedModel:
         self.anatomy: Anatomy = survey(checkpoint, self.model)
         self.override = override
         self.blocks = [self.model.get_submodule(name) for name in self.anatomy.block_names]
+        self._sound: set[str] = set()
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._outside = [p for p in self.anatomy.parameters if not self._block_of(p)]
         self._sites_by_parameter: dict[str, list[Site]] = {}
@@ -201,8 +202,9 @@ class StreamedModel:
         value = self.checkpoint.read(name)
         if not value.is_floating_point():
             return value
-        if not finite(value):
+        if name not in self._sound and not finite(value):
             raise InputError(f"{name} holds NaN or infinite weights; the source model is damaged")
+        self._sound.add(name)
         return value.float()
 
     def value(self, path: str, override: Override | None = None) -> Tensor:

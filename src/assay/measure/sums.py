@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from assay.measure.curvatures import LARGEST, PART
+from assay.measure.damage import diagonal
 from assay.model.errors import InputError
 from assay.model.sites import Site, key_of
 
@@ -22,26 +23,31 @@ class Sums:
     weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
     places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
     Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
+    whole: gradients' moments with what is off their diagonals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = True) -> None:
+        self.whole = whole
         self.places: Tensor | None = None
         self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
 
-    def add(self, key: str, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add the second moment of rows [..., n], each times its weight, to the sum at `key`."""
+    def add(self, key: str, rows: Tensor, weights: Tensor | None = None, whole: bool = True) -> None:
+        """Add the second moment of rows [..., n], each times its weight, or its diagonal, to the sum at `key`."""
         flat = rows.detach().reshape(-1, rows.shape[-1])
         if key not in self.values:
-            self.values[key] = torch.zeros(flat.shape[1], flat.shape[1])
+            self.values[key] = torch.zeros((flat.shape[1],) * (2 if whole else 1))
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
-        before = self.values[key].diagonal().clone()
-        self.values[key].addmm_(flat.T, weighted)
+        before = diagonal(self.values[key]).clone()
+        if whole:
+            self.values[key].addmm_(flat.T, weighted)
+        else:
+            self.values[key] += (weighted * flat).sum(0)
         if self.places is not None:
             places = self.places if rows.ndim == 3 else self.places[:1]
             if bool((places == places[0]).all()):  # the sums of squares are made already
-                places, squares = places[:1], (self.values[key].diagonal() - before).clamp_min(0)[None]
+                places, squares = places[:1], (diagonal(self.values[key]) - before).clamp_min(0)[None]
             else:
                 squares = (weighted * flat).view(len(places), -1, flat.shape[1]).sum(1)
             counts = torch.full((len(places),), len(flat) / len(places))
@@ -69,7 +75,7 @@ class Sums:
         def arrived(gradient: Tensor) -> None:
             for site in sites:
                 rows = slice(*site.rows) if site.rows else slice(None)
-                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows])
+                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows], whole=self.whole)
 
         if y.requires_grad:
             y.register_hook(arrived)
@@ -83,7 +89,7 @@ class Sums:
     def unreached(self, sites: list[Site]) -> None:
         """Sites that no gradient reached get zeros."""
         for site in sites:
-            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros(site.shape[0], site.shape[0]))
+            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros((site.shape[0],) * (2 if self.whole else 1)))
 
 
 class LargestCached(DynamicCache):

@@ -82,19 +82,19 @@ def damp(moment: Tensor, amount: float | Tensor) -> Tensor:
     return moment.diagonal_scatter(diagonal(moment) + (amount * mean_diagonal(moment))[..., None], dim1=-2, dim2=-1)
 
 
-def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, float]:
+def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     """(U, damping used): U upper triangular with inv(moment + damping) = U^T U, [..., n, n] float32.
 
     Damping is a fraction of the mean diagonal; for the matrices that are still not positive
     definite it is doubled (from 1e-6 at least) until they are. Reversing rows and columns turns the
     lower Cholesky factor into an upper one, whose inverse is U: one factorisation, one triangular inverse,
-    and the inverse itself, which would square the condition number, is never formed. In float64 for solvers,
-    because the loss of a few digits here would be paid in every weight. Works in one matrix of `dtype`.
+    and the inverse itself, which would square the condition number, is never formed. So float32 is enough: float64
+    changes the damage of GPTQ and of two-sided feedback by 0.01% at most. Works in one matrix.
     """
-    mean = mean_diagonal(moment).to(dtype)
+    mean = mean_diagonal(moment).double()
     amount = torch.full_like(mean, float(damping))
     while True:
-        lower = moment.flip(-1, -2).to(dtype)
+        lower = moment.flip(-1, -2).float()
         lower.diagonal(dim1=-2, dim2=-1).clamp_(min=0).add_((amount * mean)[..., None])
         failed = _factor_in_place(lower) != 0
         if not bool(failed.any()):
@@ -105,9 +105,7 @@ def inverse_factor(moment: Tensor, damping: float, dtype: torch.dtype = torch.fl
     if (noted := _noted.get()) is not None:
         noted.append(amount.flatten())
     _invert_in_place(lower)
-    inverse = lower.float()
-    del lower
-    return inverse.flip(-1, -2), float(amount.max())
+    return lower.flip(-1, -2), float(amount.max())
 
 
 def _factor_in_place(moment: Tensor, block: int = 256) -> Tensor:
@@ -164,7 +162,7 @@ def feedback_cost(moment: Tensor, shrinkage: float, damping: float, falling: boo
     order = falling_order(moment) if falling else torch.arange(len(moment))
     moment = permute(moment, order)
     shrunken, own = shrink(moment, shrinkage), (1 - shrinkage) * diagonal(moment)
-    factor, used = inverse_factor(shrunken, damping, torch.float32)
+    factor, used = inverse_factor(shrunken, damping)
     added = diagonal(damp(shrunken, used)) - own
     squares = factor.square_()
     spread = (1 - squares @ added).clamp(min=0) / (1 - shrinkage) / squares.diagonal()

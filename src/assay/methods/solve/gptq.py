@@ -112,5 +112,6 @@ def codes_compiled(weight: Tensor, factor: Tensor, grid: Grid, affine: Affine, o
             facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], grid.table, factor[m, here, here].contiguous().numpy())
             spread(compiled.feed_rows, weight.shape[1], facts, tuple(c[m] for c in (*cells, errors, steps)))
         codes[..., here] = grid.codes(steps, cells[2])
-        values[..., rest] -= errors @ factor[:, here, rest]
+        for m in range(len(weight)):
+            values[m, :, rest].addmm_(errors[m], factor[m, here, rest], alpha=-1)
     return codes
