@@ -17,6 +17,7 @@ import assay
 from _common import Clock, Job, check, parser, peak_rss, read_job, write_result
 import assay.run  # noqa: F401  outside the clock, like the peers' imports
 from assay.budget.plan import Plan
+from assay.cli import answer
 from assay.model.level import Level
 from transformers import AutoModelForCausalLM
 
@@ -93,6 +94,7 @@ def engine(given: argparse.Namespace) -> str:
 def main() -> None:
     """Compress the model on the command line."""
     given = options()
+    answer.prepare()
     job, clock = read_job(given), Clock()
     work = job.out.with_name(f"{job.out.name}.work")
     shutil.rmtree(work, ignore_errors=True)

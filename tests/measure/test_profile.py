@@ -8,7 +8,7 @@ from families import build
 
 from assay.measure import profile
 from assay.measure.damage import Curvature
-from assay.measure.profile import Curvatures, measure
+from assay.measure.profile import Curvatures, Gradients, measure
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
 from assay.methods.solve.curvature import feedback_cost
@@ -73,6 +73,24 @@ def test_gradients_equal_autograd_on_the_whole_model(llama, monkeypatch) -> None
     for block in range(2):
         for name, curvature in Curvatures(folder / "p", block, text.tokens).items():
             torch.testing.assert_close(curvature.g, grads[name].T @ grads[name] / text.tokens, rtol=1e-3, atol=1e-8)
+
+
+def test_less_of_the_gradients_is_the_diagonal_of_what_these_windows_give(llama) -> None:
+    folder, _, _ = llama
+    ids = torch.randint(3, 60, (16, 16), generator=torch.Generator().manual_seed(1))
+    text, some = Windows(ids, "random"), Windows(ids[::2], "random")
+    streamed = StreamedModel(Checkpoint.open(folder / "m"))
+    measure(streamed, text, folder / "less", 0, Silent(), gradients=Gradients(2, whole=False))
+    measure(streamed, text, folder / "all", 0, Silent())
+    measure(streamed, some, folder / "some", 0, Silent())
+    for block in range(2):
+        less, everything, half = (
+            Curvatures(folder / name, block, windows.tokens) for name, windows in (("less", text), ("all", text), ("some", some))
+        )
+        for name in everything:
+            assert torch.equal(less[name].h, everything[name].h)
+            torch.testing.assert_close(less[name].g, half[name].g.diagonal(), rtol=1e-5, atol=0)
+            assert less[name].parts is not None and torch.equal(less[name].parts[1], everything[name].parts[1])
 
 
 def test_labels_are_drawn_from_the_model() -> None:

@@ -61,7 +61,7 @@ def fail(message: object, code: int) -> typer.Exit:
 
 
 def _answer(body: Callable[[], Answer], resumes: bool) -> Answer:
-    _prepare()
+    prepare()
     try:
         with redirect_stdout(sys.stderr):
             return body()
@@ -124,7 +124,7 @@ def _ending() -> _Ending:
     return ending if isinstance(ending, _Ending) else _Ending()
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Settings that libraries read when they are imported, which the commands do late.
 
     Threads that wait by spinning stand in each other's way where other programs use the same cores, and
@@ -143,7 +143,6 @@ def _prepare() -> None:
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    memory.steady()
 
 
 def _show(answer: Answer, as_json: bool) -> None:

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import psutil
 
-M_MMAP_THRESHOLD = -3
-LARGE = 8 << 20
-
 
 def available() -> int:
     """Bytes that can be taken without swapping."""
@@ -24,16 +21,6 @@ def available() -> int:
 def release() -> None:
     """Return freed memory now. The allocator of glibc keeps it for later, which adds up over the blocks of a deep model."""
     _trim()(0)
-
-
-def steady() -> None:
-    """Let every large tensor have pages of its own, which return to the system as soon as it is dropped.
-
-    Left alone, glibc raises that bound with use, and memory peaks where the heap happens to be in pieces: 715 to 940 MB in
-    runs that take 710 to 725 so, in the same time. For programs that are assay's own.
-    """
-    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
-        set_option(M_MMAP_THRESHOLD, LARGE)
 
 
 @cache
