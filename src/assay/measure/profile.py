@@ -28,7 +28,7 @@ from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import SWEEPS, Progress
 from assay.model.sites import Site
 
-VERSION = 4
+VERSION = 5
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 THINNED = 4
