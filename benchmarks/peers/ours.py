@@ -94,7 +94,7 @@ def engine(given: argparse.Namespace) -> str:
 def main() -> None:
     """Compress the model on the command line."""
     given = options()
-    answer.prepare()
+    answer.prepare()  # as the command does, for MKL and torch's allocator; OpenMP read its settings with the imports
     job, clock = read_job(given), Clock()
     work = job.out.with_name(f"{job.out.name}.work")
     shutil.rmtree(work, ignore_errors=True)

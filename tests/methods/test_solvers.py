@@ -212,6 +212,9 @@ def test_curvature_of_nothing_and_missing_curvature(name: str) -> None:
     for H, G in ((None, None), (torch.zeros(8, 8), torch.zeros(8, 8)), (moment(61, 8), None)):
         rounded = SOLVERS[name].solve(weight, GRID, H, G)
         assert torch.isfinite(decoded(GRID, rounded)).all()
+    assert same(SOLVERS[name].solve(weight, GRID), clip.solve(weight, GRID))
+    nothing, alike = (SOLVERS[name].solve(weight, GRID, m, m) for m in (torch.zeros(8, 8), torch.eye(8)))
+    assert same(nothing, alike), "channels that the sample never met are all alike"
 
 
 @pytest.mark.parametrize("name", ["gptq", "two_sided"])

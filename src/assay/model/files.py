@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from assay.model.errors import InputError
-from assay.model.threads import each
+from assay.model.threads import side_by_side
 
 CHECKS = "checks"
 PIECE = 1 << 22
@@ -141,7 +141,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's dtype, shape and the CRC-32 of its pieces: every change of up to 32 bits in a row shows."""
     raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    sums = each(lambda start: zlib.crc32(raw[start : start + PIECE]), range(0, len(raw), PIECE))
+    sums = side_by_side(lambda start: zlib.crc32(raw[start : start + PIECE]), range(0, len(raw), PIECE), 0)
     return zlib.crc32(f"{tensor.dtype}{list(tensor.shape)}{sums}".encode())
 
 

@@ -73,12 +73,6 @@ def spread(
         job.result()
 
 
-def each(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """`function` of each item, in torch's threads; for what is compiled and lets go of the GIL."""
-    threads = min(torch.get_num_threads(), len(items))
-    return list(_pool(threads).map(function, items)) if threads > 1 else [function(item) for item in items]
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "assay")

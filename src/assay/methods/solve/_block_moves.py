@@ -75,7 +75,7 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                         bent += local[a, b] * best[b]
                     for k in range(rows):
                         pushed[a, k] += best[a] * outputs[n, i, k]
-                    for k in range(i + 1, rows):
+                    for k in range(i + 1, rows):  # rows before it have had their turn, and the next sweep makes its own
                         gradient[n, j - start + a, k] -= bent * outputs[n, i, k]
             if moves:
                 for a in range(size):

@@ -97,6 +97,7 @@ def iterate(
         with bf16_products(rough):
             return matrix @ right.mT if left is None else left @ matrix @ right.mT
 
+    # In the eigenbases: how far the rounded copy is from the weight (away), and the free one (back).
     scaled, best = weight * loud, start[0]
     away = turned(scaled - start[1] * loud)
     lowest = torch.full_like(away[:, :1, :1], torch.inf)
