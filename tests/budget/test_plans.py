@@ -159,6 +159,19 @@ def test_a_mixed_plan_made_by_hand_is_not_called_uniform(rooms: Path, tmp_path: 
     assert "not distinguishable" not in edited.sentence and f"uniform {plan.uniform['level']}" in edited.sentence
 
 
+def test_uniform_is_named_by_what_there_is_a_choice_for(rooms: Path) -> None:
+    plan = assay.plan(rooms / "p", bits=24.0, keep=["*.1.*", "*.self_attn.*"])
+    picked = {choice.level for choice in plan.choices.values()} - {None}
+    assert sum(choice.level is None for choice in plan.choices.values()) > len(plan.choices) / 2 and picked
+    assert plan.uniform["level"] is not None and "None" not in plan.sentence
+
+
+def test_a_budget_for_everything_as_it_is_names_no_uniform_level(rooms: Path) -> None:
+    plan = assay.plan(rooms / "p", bits=32)
+    assert {choice.level for choice in plan.choices.values()} == {None}
+    assert plan.sentence.endswith("the budget holds every matrix as it is")
+
+
 def test_an_edit_past_the_budget_is_compared_with_what_is_uniform_in_its_bytes(rooms: Path, tmp_path: Path) -> None:
     plan = assay.plan(rooms / "p", bits=3.0)
     edited = check(rooms / "p", reloaded(tmp_path, plan, l0__down_proj="keep", l1__down_proj="keep"))

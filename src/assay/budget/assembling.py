@@ -92,7 +92,8 @@ def _bits(options: Sequence[Decision], choice: Sequence[int]) -> float:
 
 
 def _common(options: Sequence[Decision], choice: Sequence[int]) -> str | None:
-    levels = [d.options[c].level for d, c in zip(options, choice, strict=True) if d.inside]
+    """The level that most of those matrices have that there is a choice for; None where that is as they are."""
+    levels = [d.options[c].level for d, c in zip(options, choice, strict=True) if d.inside and len(d.options) > 1]
     return max(set(levels), key=lambda x: (levels.count(x), str(x))) if levels else None
 
 
@@ -113,6 +114,8 @@ def sentence_of(expected: float, low: float, high: float, uniform: Mapping[str, 
     """The promise in words, beside the best uniform plan's."""
     text = f"predicted KL {expected:.4f} nats/token ({low:.4f} to {high:.4f})"
     other = uniform["predicted"]
+    if uniform["level"] is None:
+        return f"{text}; the budget holds every matrix as it is"
     if 0.9 * other < expected < other / 0.9:
         return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
     return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"

@@ -82,7 +82,7 @@ def _loss(facts: Facts) -> str:
     rows.append(["bits per weight in the blocks", "", number(plan.bits)])
     rows.append(["bits per weight over all", "", number(plan.bits_all)])
     uniform = (
-        f"Uniform {plan.uniform['level']}, the best single level of this size: predicted {number(plan.uniform['predicted'])}."
+        f"Uniform {plan.uniform['level'] or 'keep'}, the best single level of this size: predicted {number(plan.uniform['predicted'])}."
     )
     polish = facts.recipe.get("polish")
     more = f"<p>Polished: {escape(json.dumps(polish))}</p>" if polish else ""
