@@ -93,6 +93,15 @@ def test_less_of_the_gradients_is_the_diagonal_of_what_these_windows_give(llama)
             assert less[name].parts is not None and torch.equal(less[name].parts[1], everything[name].parts[1])
 
 
+def test_thinned_gradients_keep_windows_of_every_part_and_enough_of_a_long_text() -> None:
+    for windows in (1, 8, 16, 40, 64, 128, 256, 300, 1024, 5000):
+        every = profile.thinned(windows)
+        picked = set(range(0, windows, every))
+        parts = [{w for w in range(windows) if w * 8 // windows == part} for part in range(8)]
+        assert all(len(part & picked) >= min(2, len(part)) for part in parts)
+        assert every <= 4 or 64 <= len(picked) < 80
+
+
 def test_labels_are_drawn_from_the_model() -> None:
     p = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
     drawn = profile._sampled(p.expand(20_000, -1), torch.Generator().manual_seed(0))

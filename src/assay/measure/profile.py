@@ -31,8 +31,8 @@ from assay.model.sites import Site
 VERSION = 5
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
-THINNED = 4
-"""G on every fourth window leaves prices and predictions as good: see `thinned` and RESULTS.md (Prediction)."""
+THINNED, ENOUGH = 4, 64
+"""G on every fourth window, or on 64 of more than 256, leaves prices and predictions as good: see RESULTS.md (Speed)."""
 
 
 class Gradients(NamedTuple):
@@ -102,8 +102,8 @@ def measure(
 
 
 def thinned(windows: int) -> int:
-    """`Gradients.every` where only prices need G: at most `THINNED`, and two windows or more for each part of the text."""
-    return max(1, min(THINNED, windows // (2 * PARTS)))
+    """`Gradients.every` where only prices need G: `THINNED`, but two windows or more for each part of the text, or `ENOUGH`."""
+    return max(1, min(THINNED, windows // (2 * PARTS)), windows // ENOUGH)
 
 
 @dataclass(frozen=True)
