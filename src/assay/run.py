@@ -216,11 +216,11 @@ def compress(
         progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
         measured = Profile.open(profile) if profile else _profile_in(work, streamed, given_text, method, limits, progress)
         _check_profile(measured, streamed, method)
-        if given is None:
+        if given:
+            chosen = plans.checked(measured, given, contract)
+        else:
             chosen = plans.make(measured, limits, contract, method, keep, "lagrange" if searched else planner, uniform)
             chosen = evolved(streamed, measured, chosen, contract, keep, searched, work, progress) if searched else chosen
-        else:
-            chosen = plans.checked(measured, given, contract)
         calibrated(streamed, measured, contract, chosen.levels, chosen.cache_type)  # refuses before the hours of solving
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, sequential)
@@ -234,10 +234,7 @@ def compress(
         report = hand_over(streamed, chosen, measured, contract, results, destination, progress)
         write_page(destination)
         shutil.rmtree(work, ignore_errors=True)
-    counts = report["ledger"]
-    if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
-        found = f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json"
-        raise ShortfallError(f"{found} (more --tokens reach more experts)" if streamed.anatomy.has_experts else found)
+    _check_done(report["ledger"], out, streamed)
     return report | {"seconds": perf_counter() - started, "peak_rss_bytes": memory.peak()}
 
 
@@ -343,6 +340,13 @@ def _profile_in(
     folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{method}:{budget.level}')}"
     levels = [presets.level(budget.level)] if budget.level else []
     return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels, sparing=True)
+
+
+def _check_done(counts: Mapping[str, int], out: str | Path, model: StreamedModel) -> None:
+    """Raises ShortfallError where too many tensors fell back."""
+    if counts["fell_back"] > FALL_BACK_SHARE * max(counts["planned"], 1):
+        found = f"{out}: {counts['fell_back']} of {counts['planned']} tensors fell back; see assay/ledger.json"
+        raise ShortfallError(f"{found} (more --tokens reach more experts)" if model.anatomy.has_experts else found)
 
 
 def _unproven(work: Path, destination: Path) -> bool:

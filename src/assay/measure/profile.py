@@ -194,7 +194,7 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
                         hidden = model.run_block(index, hidden, b, cached)
                     work.put(f"h{index + 1}", b, hidden)
             sums.untouched(sites)
-            save_tensors(target, sums.values | cached.values)
+            save_tensors(target, sums.finished() | cached.values)
         advance()
 
 
@@ -226,7 +226,7 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
             _head_inputs(model, head, (work.get(f"h{depth}", b) for b in range(len(text.whole))), inputs)
     if head:
         inputs.values[f"{head[0].name}|{head[0].reads}"] = text.raised(outputs)
-    save_tensors(target, inputs.values or {EMPTY: torch.zeros(1)})
+    save_tensors(target, inputs.finished() or {EMPTY: torch.zeros(1)})
 
 
 def _head_inputs(model: StreamedModel, head: list[Site], states: Iterable[Tensor], sums: Sums) -> None:
@@ -287,7 +287,7 @@ def _backward(
             for kind, found in more.items():
                 found.untouched(sites)
                 save_tensors(folder / f"{block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
-            save_tensors(target, text.to_all(sums.values))
+            save_tensors(target, text.to_all(sums.finished()))
         for flow in ("h", "g", "t"):
             work.drop(f"{flow}{index + 1}")
         advance()
@@ -322,7 +322,7 @@ def _outside(model: StreamedModel, text: Batches, folder: Path, work: Activation
         sums = Sums()
         for b in range(len(text.some)):
             sums.add(embedding.reads, work.get("g0", b))
-        forward[embedding.reads] = text.raised(sums.values[embedding.reads])
+        forward[embedding.reads] = text.raised(sums.finished()[embedding.reads])
         forward[f"n|{embedding.reads}"] = torch.tensor(float(total))
         backward[f"{embedding.name}|{embedding.reads}"] = (counts + 0.5) * (total / (total + 0.5 * len(counts)))
     save_tensors(folder / "outside.H.safetensors", forward or {EMPTY: torch.zeros(1)})

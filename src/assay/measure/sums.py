@@ -15,6 +15,8 @@ from assay.model.sites import Site, key_of
 
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
+STRIP = 1024
+"""Rows of a second moment that are summed together, from the diagonal on."""
 
 
 class Sums:
@@ -41,7 +43,8 @@ class Sums:
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
         before = diagonal(self.values[key]).clone()
         if whole:
-            self.values[key].addmm_(flat.T, weighted)
+            for here, beyond in strips(len(self.values[key])):
+                self.values[key][here, beyond].addmm_(flat[:, here].T, weighted[:, beyond])
         else:
             self.values[key] += (weighted * flat).sum(0)
         if self.places is not None:
@@ -80,6 +83,13 @@ class Sums:
         if y.requires_grad:
             y.register_hook(arrived)
 
+    def finished(self) -> dict[str, Tensor]:
+        """The sums, of second moments what is below the diagonal as well, which `add` leaves out."""
+        for value in self.values.values():
+            if value.ndim == 2 and value.shape[0] == value.shape[1]:
+                mirror(value)
+        return self.values
+
     def untouched(self, sites: list[Site]) -> None:
         """Sites that no token met (experts, say) get zeros."""
         for site in sites:
@@ -90,6 +100,17 @@ class Sums:
         """Sites that no gradient reached get zeros."""
         for site in sites:
             self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros((site.shape[0],) * (2 if self.whole else 1)))
+
+
+def strips(size: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the pieces that hold the upper triangle of a square matrix: half of the products, or more."""
+    return [(slice(start, start + STRIP), slice(start, size)) for start in range(0, size, STRIP)]
+
+
+def mirror(moment: Tensor) -> None:
+    """Fill what is below the diagonal of [n, n], whose strips are known, in place."""
+    for rows, _ in strips(len(moment)):
+        moment[rows.stop :, rows] = moment[rows, rows.stop :].T
 
 
 class LargestCached(DynamicCache):
