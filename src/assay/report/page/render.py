@@ -81,8 +81,8 @@ def _loss(facts: Facts) -> str:
     rows.append(["bytes of all tensors", size(facts.before) + " before", size(facts.after)])
     rows.append(["bits per weight in the blocks", "", number(plan.bits)])
     rows.append(["bits per weight over all", "", number(plan.bits_all)])
-    level, predicted = plan.uniform["level"] or "keep", number(plan.uniform["predicted"])
-    uniform = f"Uniform {level}, the best single level of this size: predicted {predicted}."
+    level, flat = plan.uniform["level"] or "keep", number(plan.uniform["predicted"])
+    uniform = f"Uniform {level}, the best single level of this size: predicted {flat}."
     polish = facts.recipe.get("polish")
     more = f"<p>Polished: {escape(json.dumps(polish))}</p>" if polish else ""
     return _table(["", "predicted", "measured"], rows) + f"<p>{escape(uniform)}</p>" + more
