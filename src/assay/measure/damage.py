@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from assay.measure.triangle import strips
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -35,8 +37,14 @@ class Curvature:
     def damage(self, change: Tensor) -> float:
         """Nats per token of a change [out, in], float32."""
         left = change * self.g[:, None] if self.g.ndim == 1 else self.g @ change
-        right = change * self.h if self.h.ndim == 1 else change @ self.h
-        return 0.5 * self.share * float((left * right).sum(dtype=torch.float64))
+        if self.h.ndim == 1:
+            return 0.5 * self.share * float((left * change * self.h).sum(dtype=torch.float64))
+        total = 0.0
+        for here, _ in strips(len(self.h)):
+            later = slice(here.stop, None)
+            right = change[:, here] @ self.h[here, here] + 2 * change[:, later] @ self.h[later, here]
+            total += float((left[:, here] * right).sum(dtype=torch.float64))
+        return 0.5 * self.share * total
 
 
 def diagonal(matrix: Tensor) -> Tensor:

@@ -10,13 +10,12 @@ from transformers import DynamicCache
 
 from assay.measure.curvatures import LARGEST, PART
 from assay.measure.damage import diagonal
+from assay.measure.triangle import mirror, strips
 from assay.model.errors import InputError
 from assay.model.sites import Site, key_of
 
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
-STRIP = 1024
-"""Rows of a second moment that are summed together, from the diagonal on."""
 
 
 class Sums:
@@ -100,17 +99,6 @@ class Sums:
         """Sites that no gradient reached get zeros."""
         for site in sites:
             self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros((site.shape[0],) * (2 if self.whole else 1)))
-
-
-def strips(size: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of the pieces that hold the upper triangle of a square matrix: half of the products, or more."""
-    return [(slice(start, start + STRIP), slice(start, size)) for start in range(0, size, STRIP)]
-
-
-def mirror(moment: Tensor) -> None:
-    """Fill what is below the diagonal of [n, n], whose strips are known, in place."""
-    for rows, _ in strips(len(moment)):
-        moment[rows.stop :, rows] = moment[rows, rows.stop :].T
 
 
 class LargestCached(DynamicCache):
