@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from assay.engines.kernels import PackedExperts, PackedLinear
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.model.ggml import KINDS
 from assay.model.sites import Site, empty_model, load_config, survey
 
 
@@ -42,9 +42,13 @@ def load(folder: Path, kernels: bool = True) -> Any:
 
 
 def _dtype(source: Checkpoint) -> torch.dtype:
-    """Dtype of the model: what the config says, else that of the largest tensor."""
-    named = getattr(load_config(source), "dtype", None)
-    return named or max(source.stored.values(), key=lambda info: math.prod(info.shape)).dtype
+    """Dtype of the model: what the config says, else that of the most weights."""
+    if named := getattr(load_config(source), "dtype", None):
+        return named
+    count: Counter[torch.dtype] = Counter()
+    for name in source.names:
+        count[source.dtype(name)] += math.prod(source.shape(name)) if source.dtype(name).is_floating_point else 0
+    return count.most_common(1)[0][0]
 
 
 def _place(
@@ -60,7 +64,7 @@ def _place(
         groups = [packed[i : i + per_expert] for i in range(0, len(packed), per_expert)]
         shape = tuple(module._parameters[leaf].shape)  # type: ignore[union-attr]
         del module._parameters[leaf]
-        setattr(module, leaf, PackedExperts(groups, shape, _dtype_of(source, stored[0], dtype)))
+        setattr(module, leaf, PackedExperts(groups, shape, dtype))
     elif leaf == "weight" and stored[0] in source.levels and isinstance(module, nn.Linear):
         bias = module.bias
         shape = (module.out_features, module.in_features)
@@ -75,15 +79,9 @@ def _place(
             module._buffers[leaf] = value
 
 
-def _dtype_of(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a tensor in the model: its own, but the model's for ggml's blocks, which decode to float32 whatever it is."""
-    level = source.levels.get(name)
-    return dtype if source.method == "gguf" or (level and level.name in KINDS) else source.dtype(name)
-
-
 def _value(source: Checkpoint, stored: tuple[str, ...], sites: list[Site], dtype: torch.dtype) -> Tensor:
-    """A parameter as the model holds it."""
-    parts = [source.read(name).to(_dtype_of(source, name, dtype)) for name in stored]
+    """A parameter as the model holds it, all numbers in its dtype as transformers casts them."""
+    parts = [part.to(dtype) if part.is_floating_point() else part for part in map(source.read, stored)]
     if len(parts) == 1:
         return parts[0]
     experts = len({site.expert for site in sites})

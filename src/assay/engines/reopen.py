@@ -75,4 +75,4 @@ def _same(destination: Path, name: str, found: Tensor, meant: Tensor) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
