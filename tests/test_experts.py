@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,14 @@ import assay
 from assay.engines.vllm_rules import problems
 from assay.measure.experts import ENOUGH_TOKENS, Typical
 from assay.measure.profile import Profile
+from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.arch import facts
 from assay.model.checkpoint import Checkpoint
 from assay.model.level import Level
+from assay.model.progress import Silent
 from assay.model.sites import key_of, survey
+from assay.profiling import make_profile
 
 SETTINGS = {"calibration": "text.txt", "tokens": 1024, "window": 32}
 WIDE = {"moe_intermediate_size": 64}
@@ -178,3 +182,32 @@ def test_a_starved_expert_is_rounded_without_its_statistics_and_the_ledger_says_
     for name in (*fallen, "model.layers.0.mlp.experts.0.up_proj.weight"):
         plain = method.encode(source.read(name)[None], Level.parse("int4-g32-sym"), torch.float32, base.Statistics())[0]
         assert torch.equal(written.read(name), plain.decode()) is (name in fallen)
+
+
+# ---- parts of the text -------------------------------------------------------------------------
+
+
+def in_batches(folder: Path, tokens: int, **more: Any) -> Profile:
+    """A profile in batches of so many tokens, eight parts of the text being 128 tokens each."""
+    streamed = StreamedModel(Checkpoint.open(folder), batch_tokens=tokens)
+    calibration, out = text_file(folder.parent), folder.with_name(f"{folder.name}-in-{tokens}")
+    return make_profile(streamed, out, calibration, 1024, 32, 0, Silent(), **more)
+
+
+def test_an_expert_that_no_token_of_a_part_met_is_left_out_of_the_spreads(tmp_path: Path) -> None:
+    found = in_batches(save("qwen3_moe", tmp_path / "m", num_experts=32, num_local_experts=32), 128)
+    sites = {row["name"]: row["expert"] for row in found.index["rows"] if row["block"] is not None}
+    experts = {name for name, expert in sites.items() if expert is not None}
+    assert {len(values) for values in found.index["spread"].values()} == {8}
+    assert sites.keys() - experts <= found.index["spread"].keys() and experts - found.index["spread"].keys()
+    assert experts <= found.prices.keys()
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+@pytest.mark.parametrize("sparing", [True, False])
+def test_products_of_flattened_windows_count_for_the_parts_that_these_are_in(tmp_path: Path, family: str, sparing: bool) -> None:
+    model, more = save(family, tmp_path / "m"), {"methods": ("gptq",), "sparing": sparing}
+    by_part, by_text = (in_batches(model, tokens, **more).index["spread"] for tokens in (128, 1024))
+    assert by_part.keys() == by_text.keys() and {len(values) for values in by_text.values()} == {8}
+    for name, values in by_part.items():
+        assert by_text[name] == pytest.approx(values, rel=0.02), name

@@ -22,7 +22,8 @@ BITS = 3
 def spreads(model: StreamedModel, folder: Path, total: int) -> dict[str, list[float]]:
     """For each site in the blocks: its price on each part of the calibration text over its price on all of it.
 
-    A site without parts (no token met it, or the text has one part) is left out.
+    A site that lacks a part that others have (an expert that no token of it met) is left out, and all are if the text has
+    one part only.
     """
     found = {}
     for block in range(len(model.blocks)):
@@ -31,7 +32,8 @@ def spreads(model: StreamedModel, folder: Path, total: int) -> dict[str, list[fl
             curvature = curvatures.get(key_of(site))
             if curvature is not None and curvature.parts is not None and len(curvature.parts[0]) > 1:
                 found[key_of(site)] = of_weight(read_weight(model, site), curvature)
-    return found
+    most = max(map(len, found.values()), default=0)
+    return {name: values for name, values in found.items() if len(values) == most}
 
 
 def of_weight(weight: Tensor, curvature: Curvature) -> list[float]:

@@ -82,7 +82,9 @@ class Curvatures(Mapping[str, Curvature]):
         if parts and outputs:
             if len(parts[0]) != len(outputs[0]):
                 raise damaged(self._gradients, f"other parts of the text than in {self._inputs.name}")
-            more["parts"] = (parts[0], parts[1] / parts[0][:, None], outputs[1] / outputs[0][:, None])
+            met = (parts[0] > 0) & (outputs[0] > 0)
+            (n, x), (m, y) = ((counts[met], squares[met]) for counts, squares in (parts, outputs))
+            more["parts"] = (n, x / n[:, None], y / m[:, None])
         for kind, path in self._weightwise.items():
             with open_tensors(path) as file:
                 more[kind] = file[site].clone()
@@ -121,10 +123,10 @@ def _moment(path: Path, file: Tensors, key: str, wanted: int | None) -> Tensor:
 
 
 def _parts(path: Path, file: Tensors, key: str, wanted: int) -> tuple[Tensor, Tensor] | None:
-    """Tokens of each part, and the sums of squares over them; None where they weren't kept."""
+    """Tokens of each part, 0 for one that no token is of, and the sums of squares over them; None where they weren't kept."""
     if f"{PART}{key}" not in file:
         return None
     counts, sums = file[f"{PART}n|{key}"], file[f"{PART}{key}"]
     if counts.ndim != 1 or sums.shape != (len(counts), wanted) or not (finite(sums) and finite(counts)):
         raise damaged(path, f"{PART}{key} is {list(sums.shape)} for {list(counts.shape)} parts")
-    return counts[counts > 0], sums[counts > 0]
+    return counts, sums

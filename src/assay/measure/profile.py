@@ -19,7 +19,7 @@ from assay.measure.capture import Capture, Enough, OnProduct
 from assay.measure.curvatures import EMPTY, LARGEST, Curvatures, block_name
 from assay.measure.index import check
 from assay.measure.precision import stored_precision
-from assay.measure.stream import Activations, StreamedModel, batches, micro, token_losses
+from assay.measure.stream import BATCH_TOKENS, Activations, StreamedModel, batches, micro, token_losses
 from assay.measure.sums import PARTS, LargestCached, Sums
 from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
@@ -188,7 +188,7 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
             with torch.no_grad(), model.block(index) as block:
                 for b in range(len(parts)):
                     hidden = work.get(f"h{index}", b)
-                    sums.places = places[b]
+                    sums.places, sums.length = places[b], parts[b].shape[1]
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b, cached)
@@ -210,14 +210,14 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
     inputs, outputs = Sums(), torch.zeros(model.vocabulary)
     with model.outside(tail=True):
         for b in range(len(text.some)):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + b)
+            draws = _draws(seed, b * len(text.some[0]), *text.some[b].shape)
             gradients: list[Tensor] = []
             for hidden in micro(text.states(work, f"h{depth}", b), model.vocabulary):
                 hidden.requires_grad_(True)
                 with Capture(model.model, "", head if text.all_picked else (), inputs.inputs):
                     logits = model.logits(hidden).flatten(0, 1)
                 p = logits.detach().softmax(-1)
-                labels = _sampled(p, generator)
+                labels, draws = _sampled(p, draws[: len(p)]), draws[len(p) :]
                 functional.cross_entropy(logits, labels, reduction="sum").backward()
                 gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
                 outputs += (p - p.square()).sum(0)
@@ -256,11 +256,18 @@ def _text_tail(model: StreamedModel, parts: list[Tensor], work: Activations) -> 
             work.put(f"t{depth}", b, torch.cat(gradients))
 
 
-def _sampled(p: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per row of probabilities [tokens, vocabulary], by inversion (twenty times multinomial's speed)."""
+def _draws(seed: int, first: int, windows: int, length: int) -> Tensor:
+    """Uniform numbers [tokens, 1] of so many windows from number `first` on; those of a window don't depend on the batch."""
+    size = max(1, BATCH_TOKENS // length)
+    groups = range(first // size, (first + windows - 1) // size + 1)
+    seeds = (torch.Generator().manual_seed(seed * 1_000_003 + group) for group in groups)
+    return torch.cat([torch.rand(size * length, 1, generator=g) for g in seeds])[first % size * length :][: windows * length]
+
+
+def _sampled(p: Tensor, draws: Tensor) -> Tensor:
+    """One label per row of probabilities [tokens, vocabulary], by inversion of draws [tokens, 1] (twenty times multinomial)."""
     sums = p.cumsum(-1)
-    draws = torch.rand(len(p), 1, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, draws)[:, 0].clamp(max=p.shape[1] - 1)
+    return torch.searchsorted(sums, draws * sums[:, -1:])[:, 0].clamp(max=p.shape[1] - 1)
 
 
 def _backward(
@@ -280,7 +287,7 @@ def _backward(
                 flows["t"] = [more["gradient"].gradient]
             with model.block(index):
                 for b in range(len(text.some)):
-                    sums.places = text.places[text.picked[b]]
+                    sums.places, sums.length = text.places[text.picked[b]], text.some[b].shape[1]
                     for flow, watchers in flows.items():
                         _descend(model, index, b, text, work, flow, watchers)
             sums.unreached(sites)

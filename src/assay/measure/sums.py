@@ -22,14 +22,15 @@ class Sums:
     """Sums over tokens, float32: second moments by key, and the tokens they cover.
 
     weights: [windows, tokens], of mean 1, how much the inputs of the present batch count; None: all alike.
-    places: part of the text that each window of the present batch is in; of parts sums of squares are kept too.
-    Where windows are mixed (experts, flattened products) a batch counts for the part of its first window.
+    places: part of the text that each window of the present batch, of `length` tokens, is in; of parts sums of squares are
+    kept too. Where a product sees some tokens only (experts) a batch counts for the part of its first window.
     whole: gradients' moments with what is off their diagonals.
     """
 
     def __init__(self, whole: bool = True) -> None:
         self.whole = whole
         self.places: Tensor | None = None
+        self.length = 0
         self.weights: Tensor | None = None
         self.values: dict[str, Tensor] = {}
         self._latest: dict[str, int] = {}
@@ -47,7 +48,7 @@ class Sums:
         else:
             self.values[key] += (weighted * flat).sum(0)
         if self.places is not None:
-            places = self.places if rows.ndim == 3 else self.places[:1]
+            places = self.places if len(flat) == len(self.places) * self.length else self.places[:1]
             if bool((places == places[0]).all()):  # the sums of squares are made already
                 places, squares = places[:1], (diagonal(self.values[key]) - before).clamp_min(0)[None]
             else:
