@@ -27,7 +27,7 @@ def solve_better(
     """Carry out the plan and its uniform twin; the twin's measured loss corrects the promise, the better one stays."""
 
     def carry_out(plan: Plan) -> Results:
-        return execute(model, plan, profile, blocks_folder(work, plan, sequential), progress, sequential)
+        return execute(model, plan, profile, blocks_folder(work, profile, plan, sequential), progress, sequential)
 
     if twin is None:
         progress.log(plan.sentence)
@@ -47,10 +47,10 @@ def solve_better(
     return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
 
 
-def blocks_folder(work: Path, plan: Plan, sequential: bool) -> Path:
+def blocks_folder(work: Path, profile: Profile, plan: Plan, sequential: bool) -> Path:
     """Where in the work folder the finished blocks of a plan lie."""
     levels = json.dumps({n: c.level for n, c in plan.choices.items()}, sort_keys=True)
-    text = f"{plan.model}:{plan.profile}:{plan.method}:{sequential}:{levels}"
+    text = f"{plan.model}:{profile.digest}:{plan.method}:{sequential}:{levels}"
     return work / f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

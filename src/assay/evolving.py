@@ -75,11 +75,11 @@ def evolved(
     """
     text = recall(model.checkpoint, profile.index["calibration"], model.vocabulary, "--planner evolution").ids
     held_out = torch.tensor(profile.index["held_out"])
-    store = LevelStore(model, profile, plan.method, work / f"levels-{plan.method}")
+    store = LevelStore(model, profile, plan.method, work / f"levels-{_digest(f'{profile.digest}:{plan.method}')}")
 
     def search(decisions: Sequence[Decision], limit: int, choice: Choice) -> tuple[Choice, float]:
         trial = Trial(model, decisions, store)
-        note = work / f"evolution-{_digest(f'{plan.to_text()}:{minutes}')}.json"
+        note = work / f"evolution-{_digest(f'{profile.digest}:{plan.to_text()}:{minutes}')}.json"
         found = _search(trial, limit, choice, text, minutes, note, progress)
         before, after = trial.kl([choice, found.choice], held_out)
         measured = f"{found.generation} generations: {before:.4f} nats/token on held-out text before, {after:.4f} after"

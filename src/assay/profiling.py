@@ -20,7 +20,7 @@ from assay.budget.spread import spreads
 from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
-from assay.measure.profile import ALL_GRADIENTS, Gradients, Profile, measure, save_index, thinned
+from assay.measure.profile import ALL_GRADIENTS, INDEX, Gradients, Profile, measure, save_index, thinned
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -81,10 +81,10 @@ def make_profile(
     settings = _settings(model, text, seed, weightwise, token_weights)
     settings |= {"target": target.digest if target else None}
     settings |= {} if gradients == ALL_GRADIENTS else {"gradients": gradients._asdict()}
-    if (existing := _existing(folder, settings)) is not None:
+    if (existing := _existing(folder, settings, methods, levels)) is not None:
         return existing
     with alone(folder) as fresh, unless_refused(folder, fresh):
-        if (existing := _existing(folder, settings)) is not None:
+        if (existing := _existing(folder, settings, methods, levels)) is not None:
             return existing
         _claim(folder, settings)
         measure(model, text, folder, seed, progress, weightwise, token_weights, gradients)
@@ -98,14 +98,24 @@ def least_gradients(model: StreamedModel, methods: Sequence[str], windows: int) 
     return Gradients(1 if model.anatomy.has_experts else thinned(windows), whole=False)
 
 
-def _existing(folder: Path, settings: dict[str, Any]) -> Profile | None:
-    """The finished profile of a folder. Raises InputError for one of other settings."""
-    if not (folder / "profile.json").exists():
+def _existing(folder: Path, settings: dict[str, Any], methods: Sequence[str], levels: Sequence[Level]) -> Profile | None:
+    """The finished profile of a folder. Raises InputError for one of other settings, or without what is asked for."""
+    if not (folder / INDEX).exists():
         return None
     found = Profile.open(folder)
     if found.index["settings"] != settings:
         raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
+    menu, columns = _further(levels), {row["name"]: row["shape"][1] for row in found.index["rows"]}
+    lacking = [m for m in methods if m not in found.index["ratios"]]
+    lacking += [x.name for name, known in found.prices.items() for x in menu(columns[name]) if x.base.name not in known]
+    if lacking:
+        raise InputError(f"{folder} holds a profile without prices of {lacking[0]}; choose another folder")
     return found
+
+
+def _further(levels: Sequence[Level]) -> Callable[[int], list[Level]]:
+    """Those of the levels that a matrix of so many columns can have."""
+    return lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0]
 
 
 def stable_profile(
@@ -113,26 +123,31 @@ def stable_profile(
     methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
     selection: Selection = ALL_FIRST, sparing: bool = False,
 ) -> Profile:  # fmt: skip
-    """Double the calibration tokens until the plan at 3.5 bits stops changing."""
-    if (folder / "profile.json").exists():
-        return Profile.open(folder)
-    count, earlier = TOKENS // 4, None
-    while True:
-        part = folder.with_name(f"{folder.name}.{count}")
-        found = make_profile(
-            model, part, calibration, count, window, seed, progress, methods, levels, token_weights, selection, sparing
+    """Double the calibration tokens until the plan at 3.5 bits stops changing. Raises InputError."""
+
+    def on(count: int, folder: Path) -> Profile:
+        return make_profile(
+            model, folder, calibration, count, window, seed, progress, methods, levels, token_weights, selection, sparing
         )
-        plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
-        picked = {name: choice.level for name, choice in plan.choices.items()}
-        changed = sum(picked[n] != earlier[n] for n in picked) / len(picked) if earlier else 1.0
-        used = int(found.index["calibration"]["tokens"])
-        progress.log(f"{used} calibration tokens: {changed:.0%} of the plan changed")
-        if changed <= STABLE_SHARE or used < 0.9 * count or 2 * count > MAX_AUTO_TOKENS:
-            break
-        earlier, count = picked, count * 2
-    os.rename(found.folder, folder)
-    for part in folder.parent.glob(f"{folder.name}.[0-9]*"):
-        shutil.rmtree(part)
+
+    if (folder / INDEX).exists():
+        return on(int(Profile.open(folder).index["calibration"]["tokens"]), folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is no profile; choose another folder")
+    with alone(work := folder.with_name(f".{folder.name}.auto")):
+        count, earlier = TOKENS // 4, None
+        while True:
+            found = on(count, work / str(count))
+            plan = plans.make(found, Budget(bits=3.5), engines.get("plain"), "two_sided", (), "lagrange", False)
+            picked = {name: choice.level for name, choice in plan.choices.items()}
+            changed = sum(picked[n] != earlier[n] for n in picked) / len(picked) if earlier else 1.0
+            used = int(found.index["calibration"]["tokens"])
+            progress.log(f"{used} calibration tokens: {changed:.0%} of the plan changed")
+            if changed <= STABLE_SHARE or used < 0.9 * count or 2 * count > MAX_AUTO_TOKENS:
+                break
+            earlier, count = picked, count * 2
+        os.rename(found.folder, folder)
+        shutil.rmtree(work)
     return Profile.open(folder)
 
 
@@ -147,7 +162,7 @@ def _finish(
 ) -> Profile:  # fmt: skip
     menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in methods]
     menus.append(probe.probed_levels)
-    menus.append(lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0])
+    menus.append(_further(levels))
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
     with threads_for(0):  # products with vectors, which MKL divides by threads in any case

@@ -225,9 +225,8 @@ def compress(
         twin = plans.uniform_twin(measured, chosen, contract, keep) if given is None else None
         chosen, results = solve_better(streamed, measured, chosen, twin, work, progress, sequential)
         if polish is not None:
-            results = polish_whole(
-                streamed, results, measured, polish, blocks_folder(work, chosen, sequential) / f"polish-{polish:g}", progress
-            )
+            folder = blocks_folder(work, measured, chosen, sequential) / f"polish-{polish:g}"
+            results = polish_whole(streamed, results, measured, polish, folder, progress)
             chosen = plans.polished(chosen, results.polish or {})
         if unproven:
             shutil.rmtree(destination)
@@ -337,7 +336,9 @@ def _measured(
 def _profile_in(
     work: Path, model: StreamedModel, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
 ) -> Profile:
-    folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{method}:{budget.level}')}"
+    given = Path(text["calibration"] or "")
+    read = sums.digest(given) if given.is_file() else ""
+    folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{read}:{method}:{budget.level}')}"
     levels = [presets.level(budget.level)] if budget.level else []
     return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels, sparing=True)
 

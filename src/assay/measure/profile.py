@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -71,6 +72,11 @@ class Profile:
     def nbytes(self) -> int:
         """Size of the profile on disk."""
         return sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that its index says, so that nothing made by one profile is taken for another's."""
+        return hashlib.sha256((self.folder / INDEX).read_bytes()).hexdigest()
 
     def curvatures(self, block: int | None, weightwise: Sequence[str] = ()) -> Curvatures:
         """Statistics of every site of one block, or of those outside the blocks, by site name."""

@@ -18,7 +18,7 @@ BUFFER = 1 << 20
 def write(folder: Path) -> None:
     """Note the sums of every file but what people add to and what follows, if a folder has `assay/`."""
     if (folder / "assay").is_dir():
-        lines = [f"{_sum(folder / name)}  {name}\n" for name in _covered(folder)]
+        lines = [f"{digest(folder / name)}  {name}\n" for name in _covered(folder)]
         (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -38,7 +38,7 @@ def check(folder: Path, notes_only: bool = False) -> None:
     for name in sorted(set(wanted) | added):
         if notes_only and not name.startswith("assay/"):
             continue
-        if name in added or not (folder / name).is_file() or _sum(folder / name) != wanted[name]:
+        if name in added or not (folder / name).is_file() or digest(folder / name) != wanted[name]:
             raise InputError(f"{folder / name}: not as it was written; compress again, or remove {SUMS} if you changed it")
 
 
@@ -48,9 +48,10 @@ def _covered(folder: Path) -> list[str]:
     return sorted(name for name in names if name not in LATER and not name.endswith(EDITED) and not name.startswith("."))
 
 
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BUFFER):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
