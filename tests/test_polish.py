@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import WRITTEN
 from lively import enliven
 from tiny import save_tokenizer, text_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import assay
 from assay import polish as polishing
@@ -222,6 +224,16 @@ def test_other_families_end_at_the_kl_that_is_told(tmp_path: Path, family: str) 
     told = recipe(tmp_path / "out")["polish"]
     assert told["after"] < told["before"]
     assert held_out_kl(tmp_path, "out") == pytest.approx(told["after"], rel=1e-3)
+
+
+def test_a_model_with_nothing_to_tune_stays_as_it_is(tmp_path: Path) -> None:
+    text, config = text_file(tmp_path), AutoConfig.for_model("olmo", **WRITTEN["llama"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    settings = {"calibration": text, "window": 16, "tokens": 512, "level": "mxfp4-g32", "method": "nearest", "engine": "assay"}
+    assay.compress(tmp_path / "m", tmp_path / "out", polish=0.02, **settings)
+    told = recipe(tmp_path / "out")["polish"]
+    assert not told["used"] and told["tuned"] == told["steps"] == 0 and told["before"] == told["after"]
 
 
 def test_new_text_is_drawn_from_what_the_original_predicts() -> None:

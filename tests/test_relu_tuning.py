@@ -8,11 +8,12 @@ import math
 import pebble
 import pytest
 import torch
+from families import WRITTEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime.subjects import FAMILIES, model, text
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import assay
 from assay.model.errors import InputError
@@ -80,6 +81,16 @@ def test_skipping_zeros_is_lossless(family: str) -> None:
             torch.testing.assert_close(found(ids[:, :1], use_cache=False).logits, dense[:, :1], atol=2e-5, rtol=2e-5)
         assert torch.equal(found(ids).logits, dense)
         assert judge(found, ids)[1] > 0.2
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "llama"])
+def test_the_loss_is_that_of_the_models_own_logits(family: str) -> None:
+    torch.manual_seed(0)
+    scale = {"granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}.get(family, {})
+    subject = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **WRITTEN["llama"], **scale)).eval()
+    ids = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert judge(subject, ids)[0] == pytest.approx(float(subject(input_ids=ids, labels=ids).loss), rel=1e-4)
 
 
 def test_refusals() -> None:

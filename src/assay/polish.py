@@ -284,8 +284,10 @@ def _pace(step: int, steps: int) -> float:
 
 
 def _steps(tuning: Tuning, text: Text, judge: Text, minutes: float, folder: Path) -> int:
-    """How many steps fit in the time, at most `PASSES` over the text; measured by the first call on a folder."""
+    """How many steps fit in the time, at most `PASSES` over the text; measured by the first call on a folder. 0 of nothing."""
     path = folder / "steps.json"
+    if tuning.size == 0:
+        return 0
     if not path.exists():
         start = torch.zeros(tuning.size)
         text.gradient(0, start)

@@ -206,7 +206,7 @@ def _texts(
     The held-out ones come from what follows in the text, far apart: neighbours are of one document; the KL of 16 of
     them in a row differed by 8% from place to place, that of 16 spread over four times the text by half of it.
     """
-    length = _length(model, window)
+    length = window_length(model, window)
     reach = (count + PROBE_TOKENS) * POOL if selection.method else count + HELD_OUT_SPAN * PROBE_TOKENS
     both = windows(model.checkpoint, calibration, "calibration", reach, length, model.vocabulary)
     pool, picked = both.tokens, []
@@ -228,11 +228,11 @@ def _target(model: StreamedModel, selection: Selection, window: int | None) -> W
     if selection.target is None:
         return None
     wanted = max(TOKENS, agreement.TOKENS)
-    return windows(model.checkpoint, selection.target, "calibration", wanted, _length(model, window), model.vocabulary)
+    return windows(model.checkpoint, selection.target, "calibration", wanted, window_length(model, window), model.vocabulary)
 
 
-def _length(model: StreamedModel, window: int | None) -> int:
-    """Tokens that are read together."""
+def window_length(model: StreamedModel, window: int | None) -> int:
+    """Tokens that are read together: as many as asked for, or as the model has positions for."""
     limit = int(getattr(model.model.config, "max_position_embeddings", WINDOW) or WINDOW)
     return min(window or WINDOW, limit)
 

@@ -21,6 +21,8 @@ from assay.methods.activation.ppl_p import outputs
 from assay.model.errors import InputError
 
 CLIP = 1.0
+SCALES = ("logits_scaling", "logit_scale")
+"""What configs call a factor of the logits."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def judge(model: PreTrainedModel, ids: Tensor, batch: int = 8) -> tuple[float, f
 
 def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    if head.bias is not None or any(getattr(model.config, name, None) not in (None, 1) for name in SCALES):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return cut_cross_entropy(hidden, head.weight, ids, softcap=cap, shift=True)
 

@@ -46,7 +46,7 @@ from assay.model.notes import read_recipe
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
-from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest
+from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest, window_length
 from assay.prove import repeat
 from assay.prove.tasks import Tasks, compared
 from assay.report.page.render import write as write_page
@@ -254,7 +254,7 @@ def verify(
     recipe = read_recipe(result.folder)
     if recipe and original.checkpoint.fingerprint not in (recipe["model"], recipe.get("origin")):
         raise InputError(f"{out} was made from another model than {against}")
-    length = window or int((recipe or {}).get("calibration", {}).get("window", WINDOW))
+    length = window_length(original, window or int((recipe or {}).get("calibration", {}).get("window", WINDOW)))
     judge = windows(original.checkpoint, text, "evaluation", tokens or JUDGE_TOKENS, length, original.vocabulary)
     if recipe and text and seen(original.checkpoint, recipe["calibration"], original.vocabulary, text):
         raise InputError(f"{text} is what {out} was calibrated on; judge it on other text")

@@ -126,6 +126,20 @@ def test_calibration_texts(room: Path, capfd: pytest.CaptureFixture[str], damage
     refused(capfd, room, compressing("--tokens", tokens), words)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--tokens", "²"), "--tokens ²: give a number above zero"), (("--seed", "99999999999999999"), "--seed"),
+        (("-o", "text.txt/p"), "Not a directory"),
+    ],
+)  # fmt: skip
+def test_numbers_and_places_that_make_no_sense(
+    room: Path, capfd: pytest.CaptureFixture[str], more: tuple[str, ...], words: str
+) -> None:
+    place = () if "-o" in more else ("-o", "out")
+    refused(capfd, room, ("profile", "m", "--calibration", "text.txt", *SMALL, *place, *more), words)
+
+
 @pytest.mark.parametrize("row", ["{", '{"other": 1}', "3"])
 def test_lines_that_are_no_documents(room: Path, capfd: pytest.CaptureFixture[str], row: str) -> None:
     (room / "text.jsonl").write_text('{"text": "fine"}\n' + row + "\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
 from tiny import save
 
+from assay.measure import text
 from assay.measure.text import Split, load_tokenizer, windows
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
@@ -45,3 +47,16 @@ def test_a_tokenizer_that_is_code_is_not_run_and_the_way_out_works(
     assert "y/N" not in "".join(capfd.readouterr())
     path.write_text(json.dumps({k: v for k, v in plain.items() if k != "tokenizer_class"}))
     assert load_tokenizer(Checkpoint.open(folder)).get_vocab()["a"] == 1
+
+
+def test_lines_of_jsonl_end_where_json_says(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one\u2028two"}\r\n\n{"text": "three\u0085four"}\n', encoding="utf-8")
+    assert list(text._file(path)) == ["one\u2028two", "three\u0085four"]
+
+
+def test_a_data_set_without_text_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = types.SimpleNamespace(load_dataset=lambda *_, **__: iter([{"text": "fine"}, {"picture": 3}]))
+    monkeypatch.setitem(sys.modules, "datasets", rows)
+    with pytest.raises(InputError, match="some/set: no field"):
+        list(text._hub("some/set", "calibration"))

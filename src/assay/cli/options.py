@@ -98,7 +98,7 @@ def token_count(text: str | None) -> int | str | None:
     """The value of `--tokens`. Raises InputError."""
     if text is None or text == "auto":
         return text
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise InputError(f"--tokens {text}: give a number above zero, or auto")
     return int(text)
 

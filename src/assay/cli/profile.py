@@ -10,7 +10,9 @@ from assay.cli import completion
 from assay.cli.answer import Answer, command
 from assay.cli.options import Calibration, Json, Model, Output, ProgressKind, Shown, Tokens, Window, token_count
 
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Seed of the labels that are sampled from the model.", min=0, max=1 << 40)
+]
 
 Methods = Annotated[
     list[str] | None,

@@ -24,7 +24,7 @@ With = Annotated[
 ProfileFolder = Annotated[
     Path | None, typer.Option("--profile", metavar="PROFILE", help="A profile of MODEL, for those that read one.")
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random rotations.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of random rotations.", min=0, max=1 << 40)]
 
 
 @command()

@@ -41,12 +41,20 @@ def judged(
         reference, candidate = (
             StreamedModel(c, batch_tokens=size * length, compute=COMPUTE[compute]) for c in (original, result)
         )
+        if (shape := _shape(candidate)) != (wanted := _shape(reference)):
+            raise InputError(f"{result.folder} has {shape}, {original.folder} {wanted}; they can't be compared")
         with float32_products():
             runs.append(compare(reference, {"out": Candidate(candidate)}, windows, progress)["out"])
+    if compute == "float16" and not all(bool(part.isfinite().all()) for run in runs for part in run.kl):
+        raise InputError(f"{result.folder}: numbers too large for float16; verify with --compute bfloat16 or float32")
     found: dict[str, Any] = runs[0].summary() | {"compute": compute, "batches": None}
     if sizes:
         found["batches"] = {"runs": [_row(n, s) for n, s in zip(sizes, runs, strict=True)], "spread": spread(runs)}
     return found
+
+
+def _shape(model: StreamedModel) -> str:
+    return f"{len(model.blocks)} blocks and {model.vocabulary} tokens"
 
 
 def spread(runs: Sequence[Scores]) -> dict[str, float]:
