@@ -187,12 +187,14 @@ def compress(
     checkpoint = open_model(model)
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(engine or (given.engine if given else "transformers"))
-    method = _method(given.method if given else method, contract.name)
+    method = _method(given.method if given and method == "auto" else method, contract.name)
     limits = Budget(**given.budget) if given else _budget(method, **budget)
     streamed = StreamedModel(checkpoint)
     if polish is not None:
         check_polish(streamed, polish)
     if given:
+        if keep or uniform or method != given.method:
+            raise InputError("a plan has its levels and its method; edit it, or leave out --keep, --uniform and --method")
         known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
         check_held(given, streamed, contract)

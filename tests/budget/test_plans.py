@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,26 @@ def test_uniform_is_named_by_what_there_is_a_choice_for(rooms: Path) -> None:
     picked = {choice.level for choice in plan.choices.values()} - {None}
     assert sum(choice.level is None for choice in plan.choices.values()) > len(plan.choices) / 2 and picked
     assert plan.uniform["level"] is not None and "None" not in plan.sentence
+
+
+@pytest.mark.parametrize(("unit", "budget"), [("bits", {"bits": 0.5}), ("size", {"size": "20KB"})])
+@pytest.mark.parametrize("keep", [[], ["*.1.*"], ["*q_proj*"], ["*down_proj*"]], ids=str)
+def test_the_least_that_is_said_to_be_allowed_is(rooms: Path, unit: str, budget: dict[str, Any], keep: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        assay.plan(rooms / "p", keep=keep, **budget)
+    least = str(refused.value).split("allow ")[1].split(" to ")[0]
+    assay.plan(rooms / "p", keep=keep, **({"bits": float(least)} if unit == "bits" else {"size": f"{least}MB"}))
+
+
+def test_outside_the_blocks_alone_a_level_is_uniform_too(rooms: Path, tmp_path: Path) -> None:
+    save("llama", tmp_path / "m", tie_word_embeddings=False)
+    assay.profile(tmp_path / "m", tmp_path / "p", calibration=text_file(tmp_path), methods=["ggml"], **SMALL)
+    whole = Profile.open(tmp_path / "p").index["file_bytes"]
+    plan = assay.plan(tmp_path / "p", size=whole * 0.97, engine="assay", method="ggml", keep=["*layers*"])
+    assert {choice.level for choice in plan.choices.values()} != {None}
+    assert plan.uniform["level"] is not None and f"uniform {plan.uniform['level']}" in plan.sentence
+    rows = assay.sweep(rooms / "p", 27, 30, 0.5, keep=["*mlp*", "*.1.*"])["points"]
+    assert any(row["uniform"]["level"] for row in rows)
 
 
 def test_a_budget_for_everything_as_it_is_names_no_uniform_level(rooms: Path) -> None:

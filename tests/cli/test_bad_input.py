@@ -336,6 +336,11 @@ def test_things_that_do_not_belong_together(room: Path, capfd: pytest.CaptureFix
     refused(capfd, room, ("compress", "n", *by_plan, "--tokens", "auto"), "the plan was made for another model")
     refused(capfd, room, ("compress", "n", "--bits", "4.7", "--profile", "p", "-o", "out"), "a profile of another model")
     refused(capfd, room, ("compress", "m", *by_plan, "--tokens", "512"), "the plan was made from another profile")
+    for more in (("--keep", "*q_proj*"), ("--uniform",), ("--method", "nearest")):
+        refused(
+            capfd, room, ("compress", "m", *by_plan, "--profile", "p", *more), "a plan has its levels and its method; edit it"
+        )
+    refused(capfd, room, ("plan", "p", "--bits", "5", "--uniform", "--planner", "nosuch", "-o", "out"), "nosuch")
     save_tokenizer(room / "m", "zyxwvutsrqponmlkjihgfedcba")
     by_profile = ("compress", "m", "--bits", "4.7", "--profile", "p", "-o", "out")
     refused(capfd, room, by_profile, "made with another tokenizer; run assay profile again")

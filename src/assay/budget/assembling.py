@@ -92,8 +92,9 @@ def _bits(options: Sequence[Decision], choice: Sequence[int]) -> float:
 
 
 def _common(options: Sequence[Decision], choice: Sequence[int]) -> str | None:
-    """The level that most of those matrices have that there is a choice for; None where that is as they are."""
-    levels = [d.options[c].level for d, c in zip(options, choice, strict=True) if d.inside and len(d.options) > 1]
+    """The level of most matrices in the blocks that there is a choice for, or else outside them; None if that is as they are."""
+    free = [(d.inside, d.options[c].level) for d, c in zip(options, choice, strict=True) if len(d.options) > 1]
+    levels = [level for inside, level in free if inside] or [level for _, level in free]
     return max(set(levels), key=lambda x: (levels.count(x), str(x))) if levels else None
 
 

@@ -74,6 +74,7 @@ def make(
 
     speeds: what a budget of time is counted by; cache: one that is given, where the budget would leave the choice.
     """
+    planners.get(planner)
     asked = Request(profile, budget, contract, method, "uniform" if uniform else planner, speeds, cache)
     found, problems = [], []
     for options in menus_of(profile, contract, method, budget.whole, keep, only_level(budget)):

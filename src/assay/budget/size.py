@@ -125,7 +125,7 @@ class Budget:
         inside = [d for d in decisions if d.inside]
         low, high = (8 * sum(d.options[i].nbytes for d in inside) / max(count, 1) for i in (0, -1))
         if self.bits < low:
-            allowed = f"{low:.3f} to {high:.3f}"
+            allowed = f"{math.ceil(1000 * low) / 1000:.3f} to {high:.3f}"
             raise InputError(f"--bits {self.bits} is out of reach; this model and engine allow {allowed}")
         return min(limit, sum(d.options[-1].nbytes for d in inside)) + sum(
             d.options[-1].nbytes for d in decisions if not d.inside
@@ -135,7 +135,7 @@ class Budget:
         low, high = (fixed_bytes + beside + sum(d.options[i].nbytes for d in decisions) for i in (0, -1))
         if limit + fixed_bytes + beside >= low:
             return
-        allowed = f"{low / 1e6:,.2f} to {high / 1e6:,.2f} MB"
+        allowed = f"{math.ceil(low / 1e4) / 100:,.2f} to {high / 1e6:,.2f} MB"
         if self.size is not None:
             raise InputError(f"--size {self.size} is out of reach; this model and engine allow {allowed}")
         why = f"{beside / 1e6:,.2f} MB of that are cache, activations and engine; a shorter --context, smaller --batch or --cache"

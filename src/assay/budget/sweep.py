@@ -73,7 +73,7 @@ def _facts(
     picked = [d.options[c] for d, c in zip(options, choice, strict=True)]
     nbytes = sum(o.nbytes for o in picked)
     low, expected, high = forecast.kl(method, forecast.total(picked))
-    levels = {o.level or "keep" for o in picked}
+    levels = {o.level or "keep" for d, o in zip(options, picked, strict=True) if len(d.options) > 1} or {"keep"}
     return {
         "bits": 8 * nbytes / count, "bytes": rest + nbytes, "predicted": expected, "predicted_low": low,
         "predicted_high": high, "levels": len(levels), "level": levels.pop() if len(levels) == 1 else None,
