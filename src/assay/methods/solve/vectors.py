@@ -35,7 +35,9 @@ def k_means(vectors: Tensor, importance: Tensor, size: int, iterations: int = 10
     From k-means++ (Arthur and Vassilvitskii, 2007) with a fixed seed, until the objective falls by less than `tolerance` of it.
     """
     step = max(1, len(vectors) // (SAMPLES * size))
-    points, price = vectors[::step].float(), importance[::step].float()
+    # shuffled first: a step that shares factors with the vectors of a column would only meet the same few outputs
+    drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))[::step]
+    points, price = vectors[drawn].float(), importance[drawn].float()
     price = torch.where(price.sum() > 0, price, torch.ones_like(price))
     table = _start(points, price, size)
     before = float("inf")
