@@ -119,6 +119,14 @@ def test_the_front_of_the_file_is_the_low_version() -> None:
         assert torch.equal(high.shortened(2).decode(), encode("gptq", "int2-g64-asym", weight, curvature).decode())
 
 
+def test_no_planes_at_all_are_stored_and_read() -> None:
+    level = Level.parse("planes2-g32")
+    packed = get("bit_planes")().encode(normal(8, 1, 8, 64), level, torch.bfloat16, Statistics())[0]
+    stored = packed.tensors()
+    assert torch.equal(PackedPlanes.from_tensors(stored, level).decode(), packed.decode())
+    assert packed.nbytes == sum(t.nbytes for t in stored.values())
+
+
 def test_on_real_weights_planes_gain_and_cost_what_nesting_costs() -> None:
     losses = [damage("gptq", "int2-g64-asym"), *(damage("bit_planes", f"planes{b}-g64") for b in (3, 4, 5, 6))]
     assert losses == sorted(losses, reverse=True)

@@ -45,8 +45,8 @@ class PackedPlanes:
         return PackedPlanes(replace(self.level, bits=bits), self.base, self.signs[:planes], self.sign_scale[:planes])
 
     def tensors(self) -> dict[str, Tensor]:
-        planes, rows, columns = self.signs.shape
-        signs = pack_rows(self.signs.reshape(-1, columns).to(torch.uint8), 1).view(planes, rows, -1)
+        planes, rows, _ = self.signs.shape
+        signs = pack_rows(self.signs.flatten(0, 1).to(torch.uint8), 1).unflatten(0, (planes, rows))
         return self.base.tensors() | {"weight_signs": signs, "weight_sign_scale": self.sign_scale.contiguous()}
 
     @classmethod

@@ -61,9 +61,9 @@ def spread(
     doesn't change the result.
     """
     arrays = [t.numpy() for t in split]
-    parts = min(torch.get_num_threads(), count) if worth else 1
+    parts = max(1, min(torch.get_num_threads(), count)) if worth else 1
     edges = [count * i // parts for i in range(parts + 1)]
-    if parts <= 1:
+    if parts == 1:
         kernel(*shared, *arrays)
         return
     pieces = [tuple(a[low:high] for a in arrays) for low, high in pairwise(edges)]
