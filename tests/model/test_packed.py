@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from assay.model.errors import InputError
-from assay.model.level import Level
+from assay.model.ggml import KINDS
+from assay.model.level import FORMATS, Level
 from assay.model.packed import PackedInteger, pack_rows, unpack_rows
 
 LEVELS = st.builds(Level, st.integers(2, 8), st.sampled_from([None, 32, 64, 128]), st.booleans())
+ANY = st.sampled_from(sorted(FORMATS)).flatmap(
+    lambda name: st.builds(
+        Level,
+        st.sampled_from(FORMATS[name].bits),
+        st.sampled_from(FORMATS[name].group_sizes),
+        st.sampled_from(FORMATS[name].symmetric),
+        st.just(name),
+        *([] if name in KINDS else [st.floats(0, 0.5, exclude_max=True), st.integers(0, 999)]),
+    )
+)
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
 settings.register_profile("assay", deadline=None, max_examples=60, database=None)
 settings.load_profile("assay")
@@ -28,12 +39,17 @@ def random_packed(level: Level, rows: int, groups: int, dtype: torch.dtype, seed
     return PackedInteger(level, codes, scale, torch.full_like(zero, top // 2) if level.symmetric else zero)
 
 
-@given(LEVELS)
+@given(ANY)
+@example(Level(4, 64, sparse=0.00005))
 def test_a_level_is_its_name(level: Level) -> None:
     assert Level.parse(level.name) == level
 
 
-@pytest.mark.parametrize("name", ["int9-g64-asym", "int4", "int4-g64", "INT4-g64-asym", "int4-g-asym", "", "int4-g64-asym "])
+@pytest.mark.parametrize(
+    "name",
+    ["int9-g64-asym", "int4", "int4-g64", "INT4-g64-asym", "int4-g-asym", "", "int4-g64-asym ", "nf4-g64+rank8.5",
+     "nf4-g64+sparse1.2.3", "nf4-g64+sparse.", "nf4-g64+sparse5e-05"],
+)  # fmt: skip
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="unknown level"):
         Level.parse(name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal
 
 from assay.model.errors import InputError
 from assay.model.ggml import KINDS
 from assay.model.trellis import Trellis
 
-_NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+(?:sparse|rank)[\d.]+)*)")
+_NAME = re.compile(r"([a-z]+)(\d+(?:\.\d+)?)-(?:g(\d+)|channel)(?:-(sym|asym))?((?:\+sparse\d*\.?\d+|\+rank\d+)*)")
 SHAPE_BYTES = 16
 
 
@@ -111,7 +112,7 @@ class Level:
             return self.format
         group = "channel" if self.group_size is None else f"g{self.group_size}"
         sign = ("-sym" if self.symmetric else "-asym") if len(FORMATS[self.format].symmetric) > 1 else ""
-        extra = (f"+sparse{self.sparse:g}" if self.sparse else "") + (f"+rank{self.rank}" if self.rank else "")
+        extra = (f"+sparse{Decimal(str(self.sparse)):f}" if self.sparse else "") + (f"+rank{self.rank}" if self.rank else "")
         return f"{self.format}{self.bits:g}-{group}{sign}{extra}"
 
     @classmethod
