@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from measured import damage
 
 from assay.methods.base import Statistics, get
@@ -47,6 +49,15 @@ def test_as_many_weights_are_kept_as_the_level_says(score: str) -> None:
         if score == "columns":
             whole = packed.exact.mask(weight.shape[1:]).sum(0)
             assert sorted(whole.tolist())[-4:] == [5, 24, 24, 24]
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(st.integers(1, 4), st.integers(2, 70), st.floats(0, 0.49), st.sampled_from(["easy_quant", "sparse_gptq", "gwq"]))
+@example(1, 64, 0.0045, "easy_quant")
+def test_bytes_are_counted_however_few_are_kept(rows: int, columns: int, share: float, method: str) -> None:
+    level = Level(3, None, True, sparse=share)
+    packed = get(method)().encode(normal(10, 1, rows, columns), level, torch.bfloat16, Statistics())[0]
+    assert packed.nbytes == level.nbytes(rows, columns) == sum(t.nbytes for t in packed.tensors().values())
 
 
 def test_a_table_of_even_steps_is_gptq() -> None:

@@ -156,7 +156,7 @@ class Level:
         if FORMATS[self.format].layout == "blocks":
             return rows * self.groups(columns) * KINDS[self.format].nbytes
         factors = self.rank * (rows + columns) * scale_itemsize
-        exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize)
+        exact = sparse_nbytes(self.kept(rows, columns), rows, columns, scale_itemsize) if self.sparse else 0
         body = {
             "codes": self._codes,
             "planes": self._planes,
@@ -204,4 +204,4 @@ def words(count: int, bits: float) -> int:
 
 def sparse_nbytes(kept: int, rows: int, columns: int, itemsize: int) -> int:
     """Bytes of `kept` exact weights in compressed rows: a column index and a value each, and where rows start."""
-    return kept * ((2 if columns <= 1 << 16 else 4) + itemsize) + (rows + 1) * 4 if kept else 0
+    return kept * ((2 if columns <= 1 << 16 else 4) + itemsize) + (rows + 1) * 4
