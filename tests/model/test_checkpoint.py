@@ -210,6 +210,12 @@ def test_tensors_are_read_exactly_in_their_own_dtype(tmp_path: Path, dtype: torc
     assert checkpoint.weight_bytes == sum(p.stat().st_size for p in shards(tmp_path))
 
 
+def test_a_tensor_of_no_entries_is_read(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m", {"w": torch.ones(2, 2), "none": torch.empty(0, 4, 2, dtype=torch.int32)})
+    none = source.read("none")
+    assert none.shape == (0, 4, 2) and none.dtype is torch.int32
+
+
 def test_a_tensor_that_is_not_there_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match="no.such.weight"):
         Checkpoint.open(folder).read("no.such.weight")
