@@ -5,7 +5,6 @@ import torch
 from measured import damage, encode, pebble_block
 
 from assay.methods.base import Statistics, get
-from assay.methods.grid.base import Affine
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import nearest, scale_fit
 from assay.methods.split.scores import deviation, split
@@ -51,10 +50,9 @@ def test_no_group_gets_worse_whatever_the_scale_is_stored_in() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         for symmetric in (False, True):
             grid = IntegerGrid(4, 32, symmetric, dtype)
-            errors = [
-                grid.squared_errors(weight, Affine(*s.solve(weight, grid).affine)).unflatten(-1, (4, -1)).sum(-1)
-                for s in (nearest, scale_fit)
-            ]
+            rounded = [s.solve(weight, grid) for s in (nearest, scale_fit)]
+            away = [grid.decode(r.codes, r.affine).float() - weight for r in rounded]
+            errors = [a.square().unflatten(-1, (4, -1)).sum(-1) for a in away]
             assert bool((errors[1] <= errors[0]).all())
 
 

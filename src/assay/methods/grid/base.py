@@ -62,7 +62,7 @@ class Grid(Protocol):
         ...
 
     def fit_clipped(self, weight: Tensor, importance: Tensor | None = None, shrinks: Sequence[float] = SHRINKS) -> Affine:
-        """The grid with the smallest weighted rounding error that was found; never worse than `fit`.
+        """The grid with the smallest weighted rounding error that was found; by `squared_errors` never worse than `fit`.
 
         importance: what a squared error costs, [..., in] or [..., out, in]; None: all equal.
         """

@@ -92,7 +92,7 @@ class IntegerGrid:
 
         Tries the min-max range times each of `shrinks` (EasyQuant 2023, AWQ 2023), and around
         the best of them the zero points one code to either side. Always tries 1, so never worse
-        than `fit`.
+        than `fit` by `squared_errors`; rounded once more, decoded weights of a group can be a few percent further away.
 
         weight: [..., out, in]. importance: what a squared error costs, [..., in] for one number
         per input (diag H) or [..., out, in]; None: all equal.
@@ -142,7 +142,11 @@ class IntegerGrid:
         return (difference if cost is None else difference.mul_(cost)).sum(-1)
 
     def squared_errors(self, weight: Tensor, affine: Affine) -> Tensor:
-        """What rounding `weight` to nearest costs at each weight, [..., out, in], float32."""
+        """What rounding `weight` to nearest costs at each weight, [..., out, in], float32.
+
+        That decoded weights are rounded to `scale_dtype` isn't counted: it would triple the time of `fit_clipped`, which
+        compares by the same errors. In bf16 it adds below 0.1% at 4 bits and fewer, but 12% at 8.
+        """
         if not compiled.runs_on(weight):
             return self._squared_errors(self._grouped(weight), affine).reshape(weight.shape)
         flat = weight.detach().float().reshape(-1, weight.shape[-1]).contiguous()

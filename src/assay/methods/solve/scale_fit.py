@@ -16,11 +16,12 @@ def solve(weight: Tensor, grid: IntegerGrid, H: Tensor | None = None, G: Tensor 
     """Round `weight` [..., out, in] to nearest with scales at a minimum of the squared error; H and G are ignored.
 
     Starts from the min-max range. A group whose error did not fall in a turn (its scale is rounded to
-    `scale_dtype` each time) keeps its best scale, so the error of no group is above that of `nearest`.
+    `scale_dtype` each time) keeps its best scale, and one whose decoded weights are further away than those of `nearest`
+    (rounded once more, they may be) that of the min-max range.
     """
     check(weight, grid)
-    affine = grid.fit(weight)
-    best, least = affine, _errors(grid, weight, affine)
+    affine = first = grid.fit(weight)
+    best, least = first, _errors(grid, weight, first)
     for _ in range(turns):
         affine = Affine(refitted(grid, weight, affine), affine.zero_point)
         error = _errors(grid, weight, affine)
@@ -29,6 +30,8 @@ def solve(weight: Tensor, grid: IntegerGrid, H: Tensor | None = None, G: Tensor 
             break
         best = Affine(torch.where(better, affine.scale, best.scale), best.zero_point)
         least = torch.where(better, error, least)
+    closer = _decoded_errors(grid, weight, best) <= _decoded_errors(grid, weight, first)
+    best = Affine(torch.where(closer, best.scale, first.scale), best.zero_point)
     return Rounded(grid.encode(weight, best), best)
 
 
@@ -43,3 +46,8 @@ def refitted(grid: IntegerGrid, weight: Tensor, affine: Affine) -> Tensor:
 
 def _errors(grid: IntegerGrid, weight: Tensor, affine: Affine) -> Tensor:
     return grid.squared_errors(weight, affine).unflatten(-1, (affine.scale.shape[-1], -1)).sum(-1)
+
+
+def _decoded_errors(grid: IntegerGrid, weight: Tensor, affine: Affine) -> Tensor:
+    away = grid.decode(grid.encode(weight, affine), affine).float() - weight
+    return away.square().unflatten(-1, (affine.scale.shape[-1], -1)).sum(-1)
