@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.methods.grid.base import Affine
+from assay.methods.grid.formats import grid_of
 from assay.methods.grid.integer import IntegerGrid
+from assay.model.level import Level
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 grids = st.builds(
@@ -48,6 +50,18 @@ def test_encoding_is_nearest(grid: IntegerGrid, seed: int) -> None:
     # Below 5 bits codes are nearest on the unrounded levels; two of them lie within 3% of a step each.
     step = affine.scale.float().repeat_interleave(16 // affine.scale.shape[-1], -1)
     assert (mine <= smallest + (0.06 if grid.bits < 5 else 1e-4) * step).all()
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp4", "fp8"])
+def test_quiet_weights_keep_their_bits_in_fp16(kind: str, clipped: bool) -> None:
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 2e-4).half().float()
+    errors = []
+    for dtype in (torch.float16, torch.float32):
+        grid = grid_of(Level(int(kind[-1]), 64, True, kind[:-1]), dtype)
+        affine = grid.fit_clipped(weight) if clipped else grid.fit(weight)
+        errors.append((grid.decode(grid.encode(weight, affine), affine).float() - weight).norm())
+    assert errors[0] < 1.2 * errors[1]
 
 
 @settings(deadline=None, max_examples=60)

@@ -186,7 +186,7 @@ def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, 
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
-def clip_search(top: float, symmetric: bool, fine: bool, mode: int, tiny: float, huge: float, shrinks: Any, cost: Any,
+def clip_search(top: float, symmetric: bool, fine: bool, mode: int, least: float, huge: float, shrinks: Any, cost: Any,
                 groups: int, weight: Any, costs: Any, scales: Any, zeros: Any) -> None:  # fmt: skip
     """`IntegerGrid.fit_clipped` of rows of weights [rows, in]; fills scales and zeros [rows, groups].
 
@@ -204,10 +204,10 @@ def clip_search(top: float, symmetric: bool, fine: bool, mode: int, tiny: float,
                 if attempt < len(shrinks):
                     factor = shrinks[attempt]
                     if symmetric:
-                        scale = _scale(factor * max(high, -low) / (top * np.float32(0.5)), tiny, huge, mode)
+                        scale = _scale(factor * max(high, -low) / (top * np.float32(0.5)), least, huge, mode)
                         zero = np.float32((top + 1) / 2)
                     else:
-                        scale = _scale((factor * high - factor * low) / top, tiny, huge, mode)
+                        scale = _scale((factor * high - factor * low) / top, least, huge, mode)
                         zero = min(max(np.float32(np.rint(-factor * low / scale)), np.float32(0)), top)
                     centre = zero
                 else:
@@ -225,10 +225,10 @@ def clip_search(top: float, symmetric: bool, fine: bool, mode: int, tiny: float,
 
 
 @njit(inline="always")
-def _scale(wanted: Any, tiny: Any, huge: Any, mode: int) -> Any:
+def _scale(wanted: Any, least: Any, huge: Any, mode: int) -> Any:
     if not wanted > 0:
         wanted = np.float32(1)
-    return _stored(min(max(np.float32(wanted), tiny), huge), mode)
+    return _stored(min(max(np.float32(wanted), least), huge), mode)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})

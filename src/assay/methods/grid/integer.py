@@ -25,6 +25,7 @@ from assay.methods.grid.base import (
     in_groups,
     over_inputs,
 )
+from assay.methods.grid.scales import round_float, smallest
 from assay.model.threads import spread
 
 
@@ -115,19 +116,19 @@ class IntegerGrid:
 
     def _fit_clipped_compiled(self, weight: Tensor, importance: Tensor | None, shrinks: Sequence[float]) -> Affine:
         """`fit_clipped` by `compiled.clip_search`."""
-        costs, info = flat_costs(weight, importance), torch.finfo(self.scale_dtype)
+        costs, dtype = flat_costs(weight, importance), self.scale_dtype
         matrices, rows, columns = costs.weight.shape
         groups = self.groups(columns)
         scales, zeros = torch.empty(matrices, rows, groups), torch.empty(matrices, rows, groups, dtype=torch.uint8)
         facts = (
-            np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[self.scale_dtype],
-            np.float32(info.tiny), np.float32(info.max), np.array((1.0, *shrinks), dtype=np.float32),
+            np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[dtype],
+            np.float32(smallest(dtype)), np.float32(torch.finfo(dtype).max), np.array((1.0, *shrinks), dtype=np.float32),
         )  # fmt: skip
         for m in range(matrices):
             given = (*facts, costs.shared[m].numpy(), groups)
             spread(compiled.clip_search, rows, given, (costs.weight[m], costs.each[m], scales[m], zeros[m]))
         shape = (*weight.shape[:-1], groups)
-        return Affine(scales.to(self.scale_dtype).reshape(shape), zeros.reshape(shape))
+        return Affine(scales.to(dtype).reshape(shape), zeros.reshape(shape))
 
     def _better(self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine) -> tuple[Affine, Tensor]:
         """Group by group the better of two grids, and its error."""
@@ -175,9 +176,7 @@ class IntegerGrid:
 
     def round_scale(self, scale: Tensor) -> Tensor:
         """`scale` in the dtype it is stored in: finite, and positive even for a group of zeros."""
-        info = torch.finfo(self.scale_dtype)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        return scale.clamp(info.tiny, info.max).to(self.scale_dtype)
+        return round_float(torch.where(scale > 0, scale, torch.ones_like(scale)), self.scale_dtype)
 
     # ---- encoding ------------------------------------------------------------------------
 

@@ -17,10 +17,15 @@ E4M3_MAX = 448.0
 E8M0_BIAS = 127
 
 
-def round_float(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` as `dtype` holds it, its sign kept, its magnitude a normal number."""
+def smallest(dtype: torch.dtype) -> float:
+    """The least scale: normal, but in fp16, whose normal numbers end within the scales of quiet weights, subnormal."""
     info = torch.finfo(dtype)
-    return scale.abs().clamp(info.tiny, info.max).copysign(scale).to(dtype)
+    return info.tiny * info.eps if dtype is torch.float16 else info.tiny
+
+
+def round_float(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as `dtype` holds it, its sign kept, its magnitude finite and not below `smallest`."""
+    return scale.abs().clamp(smallest(dtype), torch.finfo(dtype).max).copysign(scale).to(dtype)
 
 
 def round_e8m0(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +49,7 @@ def ceil_e8m0(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^exponent in `dtype`, the exponent clamped to that of its normal numbers."""
+    """2^exponent in `dtype`, the exponent clamped to that of its normal numbers: so products with FP8 numbers are exact."""
     info = torch.finfo(dtype)
     low, high = (int(_floor_log2(torch.tensor(x))) for x in (info.tiny, info.max))
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(low, high).int()).to(dtype)

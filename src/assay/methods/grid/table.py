@@ -36,6 +36,7 @@ from assay.methods.grid.scales import (
     round_e8m0,
     round_float,
     round_nvfp4,
+    smallest,
     tensor_scale,
 )
 from assay.model.threads import spread
@@ -174,7 +175,7 @@ class TableGrid:
 
     def _rounding(self, scale: Tensor) -> Callable[[Tensor], Tensor]:
         """How scales are rounded in a matrix whose scales are `scale` [..., out, groups]."""
-        empty, dtype = 1.0 if self.has_zero else torch.finfo(self.scale_dtype).tiny, self.scale_dtype
+        empty, dtype = 1.0 if self.has_zero else smallest(self.scale_dtype), self.scale_dtype
         if self.scale_format == "nvfp4":
             # half the dtype's range, so that a product rounded up still is within it
             whole = tensor_scale(scale.abs().clamp(torch.finfo(dtype).tiny, torch.finfo(dtype).max / 2))
