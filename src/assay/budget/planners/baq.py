@@ -1,7 +1,8 @@
 """The closed form: bits = constant + log2(cost) / 2, clipped to what a decision offers and rounded to its levels.
 
 Damage falls as cost · 4^-bits, so at the best split of the bits all weights do equal damage (reverse water-filling; BAQ:
-Efficient Bit Allocation Quantization for Large Language Models, 2025).
+Efficient Bit Allocation Quantization for Large Language Models, 2025). The paper splits bits among the columns of a matrix;
+here they are split among matrices.
 """
 
 from __future__ import annotations

@@ -20,7 +20,11 @@ from assay.model.packed import Packed
 
 @dataclass(frozen=True)
 class EasyQuant:
-    """Outliers kept exactly, the rest rounded with the scale that fits it best; no data."""
+    """Outliers kept exactly, the rest rounded with the scale that fits it best; no data.
+
+    Codes are those of integer levels, -2^(b-1) to 2^(b-1) - 1, and scales start at absmax / (2^(b-1) - 1/2), where the
+    paper's range is symmetric.
+    """
 
     verb: ClassVar[str] = "encode"
     needs: ClassVar[tuple[str, ...]] = ()

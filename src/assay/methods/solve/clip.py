@@ -1,6 +1,7 @@
 """Round to nearest on a grid whose range was searched per group, errors weighted by diag H.
 
 The clipping half of AWQ (Lin et al., 2023) with the layer's output error replaced by its diagonal.
+Queries and keys are clipped as well, which AWQ leaves out.
 """
 
 from collections.abc import Sequence

@@ -75,7 +75,8 @@ def solve(
     """Round `weight` [..., out, in] to keep tr(D H D^T) small; without H, `clip` is what is left of it.
 
     act_order: visit inputs by falling H_jj, so that the loudest have the most columns left to make
-    up for them; group grids are then those of the unmoved weight. clipped: search each group's range,
+    up for them. Group grids are those of the unmoved weight, also without it, where the paper refits each to the
+    compensated weights at its turn. clipped: search each group's range,
     weighted by what feedback leaves of each input's cost, instead of min-max. shrinkage: how far H moves towards its diagonal.
     damping: added to H, as a fraction of its mean diagonal. G is ignored.
     """
