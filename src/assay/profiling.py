@@ -106,7 +106,7 @@ def _existing(folder: Path, settings: dict[str, Any], methods: Sequence[str], le
     if found.index["settings"] != settings:
         raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
     menu, columns = _further(levels), {row["name"]: row["shape"][1] for row in found.index["rows"]}
-    lacking = [m for m in methods if m not in found.index["ratios"]]
+    lacking = [m for m in methods if m not in {*REHEARSED, *found.index["ratios"]}]
     lacking += [x.name for name, known in found.prices.items() for x in menu(columns[name]) if x.base.name not in known]
     if lacking:
         raise InputError(f"{folder} holds a profile without prices of {lacking[0]}; choose another folder")
