@@ -57,6 +57,15 @@ def test_packed_layouts_refuse_what_their_readers_lose(name: str) -> None:
     assert contract.takes(Level(3, 32), 96) is (name == "transformers")
 
 
+def test_vllm_is_offered_only_what_fills_its_words() -> None:
+    contract, zeros = engines.get("vllm"), Level(4, None, False)
+    assert contract.takes(zeros, 64, rows=96)
+    assert not contract.takes(zeros, 64, rows=100) and not contract.takes(zeros, 100, rows=64)
+    assert contract.takes(Level(4, None, True), 64, rows=100) and contract.takes(Level(8, None, False), 100, rows=100)
+    assert contract.takes(Level(8, None, True, "fp"), 99, rows=99), "no words"
+    assert engines.get("transformers").takes(zeros, 100, rows=100)
+
+
 def test_the_page_names_every_limit_of_the_contracts() -> None:
     page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
     limits = page[page.index("## What an engine can't hold") :]

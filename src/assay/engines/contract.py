@@ -18,10 +18,11 @@ class Contract:
     bits, group_sizes (None is one group per row) and symmetric narrow them, () for all; also: further levels by name;
     sums: whether exact weights and low-rank terms may go with the codes; one_level: whether all weights share a level;
     fused: roles that share one level; head, embedding, experts, transposed: whether these may be compressed;
-    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; expert_names: the
-    only names of experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, ()
-    for all; rules: what the engine would refuse in a written checkpoint, one sentence each; readable: families that it
-    can open, () for all; experts_by_role: whether a layer's experts of one role share one level; preferred: formats that plans
+    least_outputs: rows that a matrix must have; multiples: of what its rows and columns must be; whole_words: whether
+    the integer codes of a row and the zero points of a column must fill words of 32 bits; expert_names: the only names of
+    experts' matrices that it finds, () for all; expert_formats: formats of experts, symmetric ones only, () for all;
+    rules: what the engine would refuse in a written checkpoint, one sentence each; readable: families that it can open,
+    () for all; experts_by_role: whether a layer's experts of one role share one level; preferred: formats that plans
     keep to, the first of these with which the budget can be met, before all are offered.
     """
 
@@ -42,6 +43,7 @@ class Contract:
     transposed: bool = False
     least_outputs: int = 1
     multiples: tuple[int, int] = (1, 1)
+    whole_words: bool = False
     unreadable: tuple[str, ...] = ()
     reads_expert_models: bool = True
     expert_names: tuple[str, ...] = ()
@@ -94,6 +96,9 @@ class Contract:
     def takes(self, level: Level, columns: int, expert: bool = False, rows: int = 0) -> bool:
         """Whether a weight of so many inputs, an expert's or not, may be stored at a level; rows: 0 for any that fit."""
         if expert and self.expert_formats and not (level.format in self.expert_formats and level.symmetric):
+            return False
+        packed = (columns,) if level.symmetric else (columns, rows)
+        if self.whole_words and level.format == "int" and any(n * level.bits % 32 for n in packed):
             return False
         whole = (level.group_size is None or columns % level.group_size == 0) and rows % FORMATS[level.format].tile == 0
         if level.name in self.also:

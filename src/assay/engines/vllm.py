@@ -9,7 +9,7 @@ from assay.engines.vllm_rules import problems
 CONTRACT = Contract(
     name="vllm", layout="compressed-tensors", since="vllm 0.11 (inferred from its sources, not run)",
     bits=(4, 8), group_sizes=(32, 64, 128, None), symmetric=(True, False), also=("fp8-channel", "nvfp4-g16"),
-    experts=True, least_outputs=9, rules=problems, expert_formats=("int", "nvfp"),
+    experts=True, least_outputs=9, whole_words=True, rules=problems, expert_formats=("int", "nvfp"),
     expert_names=("gate_proj", "up_proj", "down_proj"),
     fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
 )  # fmt: skip
