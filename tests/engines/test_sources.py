@@ -150,6 +150,25 @@ def test_a_compressed_checkpoint_is_a_source_of_the_whole_job(tmp_path: Path, la
     assert assay.inspect(model)["inside"]["sites"] == 14
 
 
+@pytest.mark.parametrize("scale", ["input_scale", "activation_scale"])
+def test_stored_scales_of_inputs_go_with_their_weights(tmp_path: Path, scale: str) -> None:
+    """Those that are compressed and one that stays."""
+    model = save("llama", tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    names = [n for n in tensors if "_proj" in n]
+    for name in names:
+        unit = tensors[name].abs().max() / 448
+        tensors |= {name: (tensors[name] / unit).to(torch.float8_e4m3fn), f"{name}_scale": unit}
+        tensors[name.removesuffix("weight") + scale] = torch.tensor([0.01])
+    settings = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}, "dtype": "float32"}
+    source = model_of(model, tensors, **json.loads((model / "config.json").read_text()) | settings)
+    assert not any(n.endswith(scale) for n in source.names)
+    assert source.nbytes(names[0]) == source.stored[names[0]].nbytes + 8
+    options = {"calibration": text_file(tmp_path), "tokens": 512, "window": 32, "method": "nearest", "keep": ("*.0.*up_proj",)}
+    assay.compress(model, tmp_path / "out", level="int4-g32-sym", engine="assay", **options)
+    assert not any(n.endswith(scale) for n in Checkpoint.open(tmp_path / "out").stored)
+
+
 def test_tensors_that_no_model_class_knows_survive_byte_for_byte(tmp_path: Path) -> None:
     model, text = save("llama", tmp_path / "m", **WIDE), text_file(tmp_path)
     file = model / "model.safetensors"

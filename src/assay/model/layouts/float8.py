@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from assay.model.errors import InputError
-from assay.model.layouts.base import Headers, Parts, Stored
+from assay.model.layouts.base import Headers, Parts, Stored, parts_of
 
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+INPUT_SCALES = ("input_scale", "activation_scale")
+"""Beside weights whose inputs are rounded by a stored scale: no part of their values, but it goes where they go."""
 
 
 def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
@@ -23,7 +25,8 @@ def find(config: Mapping[str, Any], stored: Headers) -> dict[str, Stored]:
         scale = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in stored), None)
         if info.dtype in FP8 and scale is not None:
             decode = partial(_decode, name, blocks)
-            found[name] = Stored({"": name, "scale": scale}, info.shape, torch.float32, decode, kept=_kept)
+            inputs = parts_of(stored, name.removesuffix("weight"), INPUT_SCALES) if name.endswith(".weight") else {}
+            found[name] = Stored({"": name, "scale": scale, **inputs}, info.shape, torch.float32, decode, kept=_kept)
     return found
 
 
