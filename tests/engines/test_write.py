@@ -97,6 +97,12 @@ def test_what_is_packed_and_what_is_copied_read_back_the_same(tmp_path: Path, ma
     assert (tmp_path / "out" / "assay" / "note.txt").read_text() == "x"
 
 
+def test_what_a_source_says_of_its_own_layout_is_left_behind(tmp_path: Path, made: Sample) -> None:
+    for name in ("hf_quant_config.json", "quantize_config.json"):
+        (made[0].folder / name).write_text("{}")
+    assert not any("quant" in path.name for path in write_to(tmp_path / "out", made).side_files())
+
+
 def test_a_model_in_shards_runs_like_the_one_in_one_file(tmp_path: Path, made: Sample) -> None:
     ids = torch.randint(1, 40, (2, 16), generator=torch.Generator().manual_seed(0))
     logits = []

@@ -32,6 +32,8 @@ from assay.model.terms import decoded
 
 SHARD_BYTES = 500_000_000
 HEADROOM = 16_000_000
+OF_OTHER_WEIGHTS = ("hf_quant_config.json", "quantize_config.json")
+"""What a source may say of its weights' layout beside config.json; a result's are in another."""
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 Loaders = Mapping[str, Callable[[], Packed]]
 
@@ -164,10 +166,10 @@ def _shards(parts: Iterable[Mapping[str, Tensor]], limit: int) -> Iterator[dict[
 
 
 def copy_side_files(folder: Path, source: Checkpoint) -> None:
-    """Copy all that belongs to a model beside weights and config; not what assay said about an earlier step."""
+    """Copy all that belongs to a model beside weights and config; not what is said of its weights or an earlier step."""
     for path in source.side_files():
         target = folder / path.relative_to(source.folder)
-        if target.parts[len(folder.parts)] == "assay":
+        if target.parts[len(folder.parts)] == "assay" or path.name in OF_OTHER_WEIGHTS:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
