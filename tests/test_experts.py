@@ -23,6 +23,7 @@ from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.arch import facts
 from assay.model.checkpoint import Checkpoint
+from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.progress import Silent
 from assay.model.sites import key_of, survey
@@ -97,6 +98,24 @@ def test_stacked_experts_become_stacked_tensors_of_a_gguf_file(tmp_path: Path) -
     assert all((files[0][n].data == files[1][n].data).all() for n in files[0])
     found = files[1]["blk.1.ffn_down_exps.weight"]
     assert found.tensor_type.name == "Q4_K" and list(found.shape) == [256, 256, 4]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_experts_stored_inputs_first_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    settings = WRITTEN["mixtral"] | {"head_dim": 16, "pad_token_id": 0, "eos_token_id": 1, "intermediate_size_mlp": 96}
+    monkeypatch.setattr("families.WRITTEN", {family: settings} | WRITTEN)
+    source = Checkpoint.open(save(family, tmp_path / "m"))
+    kept = survey(source).kept
+    experts = [n for n in source.names if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(experts) == 4 and {kept[n] for n in experts} == {"experts stored as one 3-D tensor"}
+    options = SETTINGS | {"calibration": text_file(tmp_path), "method": "nearest", "level": "int4-g32-sym"}
+    assay.compress(tmp_path / "m", tmp_path / "out", engine="assay", **options)
+    written = Checkpoint.open(tmp_path / "out")
+    assert len(written.levels) >= 8 and all(torch.equal(written.read(n), source.read(n)) for n in experts)
+    ids = torch.arange(3, 40)[None]
+    assert assay.load(tmp_path / "out")(ids).logits.isfinite().all()
+    with pytest.raises(InputError, match="loses the experts"):
+        assay.compress(tmp_path / "m", tmp_path / "no", engine="transformers", **options)
 
 
 def test_experts_in_another_order_are_left_as_they_are(tmp_path: Path) -> None:

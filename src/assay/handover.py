@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Mapping
@@ -141,15 +140,13 @@ def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str
 
 
 def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
-    """The plan site by site, for the report; a matrix that is part of a larger tensor has its share of the bytes."""
+    """The plan site by site, for the report."""
     rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
     for name, choice in plan.choices.items():
         site = sites[name]
-        weights, entry = math.prod(site.shape), ledger.entries.get(name)
-        before = entry.bytes_before if entry else weights * model.checkpoint.dtype(site.name).itemsize
-        after = entry.bytes_after if entry else choice.nbytes
-        level = choice.level or "keep"
-        rows.append(Row(name, site.block, site.role, weights, level, before, after, choice.damage, choice.why))
+        entry, level = ledger.entries[name], choice.level or "keep"
+        before, after = entry.bytes_before, entry.bytes_after
+        rows.append(Row(name, site.block, site.role, site.count, level, before, after, choice.damage, choice.why))
     return rows
 
 

@@ -127,7 +127,7 @@ class Tuning:
             sites.setdefault(site.parameter, []).append(site)
         for path, stored in model.anatomy.parameters.items():
             own = sites.get(path, [])
-            if len(own) == len(stored) == 1 and not own[0].stacked and stored[0] in results.solved:
+            if len(own) == len(stored) == 1 and stored[0] in results.solved:
                 self._add_site(own[0], results)
             elif any(key_of(site) in results.solved for site in own):
                 self.fixed[path] = model.value(path, results.decoded)

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import save, text_file
 
@@ -253,15 +251,3 @@ def test_a_size_bounds_the_weight_files_of_every_engine(rooms: Path, engine: str
     report = assay.compress(rooms / "m", tmp_path / "out", size=size, engine=engine, profile=rooms / "p")
     files = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert 0.7 * size < files == report["bytes"] <= size
-
-
-@pytest.fixture(scope="module")
-def stacked_model(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
-    return StreamedModel(Checkpoint.open(stacked(tmp_path_factory.mktemp("stacked"))))
-
-
-@given(st.integers(0, 10**6))
-def test_the_sites_of_a_stacked_tensor_share_its_bytes_to_the_last(stacked_model: StreamedModel, nbytes: int) -> None:
-    rows = [r for r in offers.rows(stacked_model, lambda name: nbytes) if r.stacked]
-    tensors = {s.name for s in stacked_model.anatomy.sites.values() if s.stacked}
-    assert sum(r.stored_bytes for r in rows) == nbytes * len(tensors)

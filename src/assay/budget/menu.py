@@ -27,7 +27,6 @@ class SiteRow:
     scale_itemsize: int
     transposed: bool = False
     expert: int | None = None
-    stacked: bool = False
 
     @property
     def count(self) -> int:

@@ -20,7 +20,7 @@ from assay.methods import base, menus
 from assay.methods.grid.integer import IntegerGrid
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import Site, key_of
+from assay.model.sites import WHOLE, Site, key_of
 
 SAMPLED_ROWS = 64
 P = ParamSpec("P")
@@ -42,20 +42,13 @@ def preferring(planned: Callable[Concatenate[S, Budget, Contract, P], R]) -> Cal
 
 
 def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
-    """What the planner needs to know of every site. nbytes: of a stored tensor; the sites in one share it to the byte."""
-    held: dict[str, list[Site]] = {}
-    for site in model.anatomy.sites.values():
-        held.setdefault(site.name, []).append(site)
-    found = []
-    for name, sites in held.items():
-        itemsize, total = min(model.checkpoint.dtype(name).itemsize, 4), nbytes(name)
-        ends = [total * i // len(sites) for i in range(len(sites) + 1)]
-        for site, start, end in zip(sites, ends, ends[1:], strict=False):
-            found.append(SiteRow(
-                key_of(site), site.role, site.block, site.shape, end - start, itemsize,
-                site.transposed, site.expert, site.stacked,
-            ))  # fmt: skip
-    return found
+    """What the planner needs to know of every site. nbytes: of a stored tensor."""
+    return [
+        SiteRow(
+            key_of(site), site.role, site.block, site.shape, nbytes(site.name),
+            min(model.checkpoint.dtype(site.name).itemsize, 4), site.transposed, site.expert,
+        ) for site in model.anatomy.sites.values()
+    ]  # fmt: skip
 
 
 def rows_of(profile: Profile) -> list[SiteRow]:
@@ -65,8 +58,6 @@ def rows_of(profile: Profile) -> list[SiteRow]:
 
 def refused(contract: Contract, row: SiteRow | Site) -> str | None:
     """Why an engine keeps a site as it is."""
-    if row.stacked:
-        return "experts stored as one 3-D tensor"
     return contract.refuses(row.role, row.shape, row.transposed, row.expert, row.name)
 
 
@@ -85,7 +76,10 @@ def decisions(
         known, wanted = profile.prices.get(row.name, {}).get(level.base.name), _price_kind(row, kind)
         return forecast.damage(method, level, known[wanted], row.block) if known and wanted in known else None
 
-    return priced(rows_of(profile), str(profile.index["family"]), contract, method, outside, keep, only, price, named)
+    found = rows_of(profile)
+    has_experts = WHOLE in profile.index["kept"].values() or any(row.expert is not None for row in found)
+    refusal = contract.refusal(str(profile.index["family"]), has_experts)
+    return priced(found, refusal, contract, method, outside, keep, only, price, named)
 
 
 def menus_of(
@@ -125,12 +119,12 @@ def only_level(budget: Budget) -> Level | None:
 
 
 def priced(
-    found: Sequence[SiteRow], family: str, contract: Contract, method: str, outside: bool, keep: Sequence[str],
+    found: Sequence[SiteRow], refusal: str | None, contract: Contract, method: str, outside: bool, keep: Sequence[str],
     only: Level | None, price: Callable[[SiteRow, Level], float | None], named: Mapping[str, Level] | None = None,
 ) -> list[Decision]:  # fmt: skip
-    """`decisions` of sites whose damage at a level `price` tells, None where it is not known."""
-    whole, kinds = contract.refusal(family, any(row.expert is not None for row in found)), base.get(method)().levels
-    reasons = {row.name: whole or refused(contract, row) for row in found}
+    """`decisions` of sites whose damage at a level `price` tells, None where it is not known; refusal: why all stays."""
+    kinds = base.get(method)().levels
+    reasons = {row.name: refusal or refused(contract, row) for row in found}
     offered: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
     for row in found:

@@ -49,7 +49,8 @@ def outlook(
     """
     found, only = rows(model, model.checkpoint.kept_nbytes), only_level(budget)
     worth = roughly(model) if uniform else lambda row, level: 0.0
-    options = priced(found, model.anatomy.family, contract, method, budget.whole, keep, only, worth)
+    refusal = contract.refusal(model.anatomy.family, model.anatomy.has_experts)
+    options = priced(found, refusal, contract, method, budget.whole, keep, only, worth)
     whole, most = bounds.stored(model, contract), sum(d.options[-1].nbytes for d in options)
     fixed, taken = bounds.fixed(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
     if budget.bounds_bytes:

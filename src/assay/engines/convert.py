@@ -125,7 +125,7 @@ def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level]
     """Why weights can't be held, by name."""
     found: dict[str, str] = {}
     sites = {site.name: site for site in anatomy.sites.values()}
-    whole = contract.refusal(anatomy.family, any(site.expert is not None for site in sites.values()))
+    whole = contract.refusal(anatomy.family, anatomy.has_experts)
     for name, level in levels.items():
         rows, columns = source.shape(name)[:: -1 if source.turned(name) else 1]
         site = sites.get(name)

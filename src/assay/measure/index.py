@@ -48,7 +48,6 @@ class Row(TypedDict):
     scale_itemsize: Annotated[int, Field(ge=1, le=8)]
     transposed: bool
     expert: Layer | None
-    stacked: bool
 
 
 @with_config({"extra": "forbid"})

@@ -29,7 +29,7 @@ from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import SWEEPS, Progress
 from assay.model.sites import Site
 
-VERSION = 5
+VERSION = 6
 WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 THINNED, ENOUGH = 4, 64

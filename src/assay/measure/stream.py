@@ -218,16 +218,10 @@ class StreamedModel:
             experts = len({site.expert for site in sites})
             return torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
         value = parts[0]
-        if override is None:
+        if override is None or not sites:
             return value
-        if sites and not sites[0].stacked:
-            new = override(sites[0], value.T.contiguous() if sites[0].transposed else value)
-            return new.T.contiguous() if sites[0].transposed else new
-        for site in sites:
-            if site.rows is not None and site.expert is not None:
-                rows = slice(*site.rows)
-                value[site.expert, rows] = override(site, value[site.expert, rows])
-        return value
+        new = override(sites[0], value.T.contiguous() if sites[0].transposed else value)
+        return new.T.contiguous() if sites[0].transposed else new
 
 
 class _Answer(Tensor):
@@ -315,8 +309,6 @@ def micro(hidden: Tensor, vocabulary: int) -> list[Tensor]:
 def read_weight(model: StreamedModel, site: Site) -> Tensor:
     """Weight of a site as float32 [out, in], whatever its storage order."""
     value = model.checkpoint.read(site.name).float()
-    if site.stacked and site.expert is not None and site.rows is not None:
-        return value[site.expert, slice(*site.rows)]
     return value.T.contiguous() if site.transposed else value
 
 

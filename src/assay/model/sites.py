@@ -20,6 +20,8 @@ from assay.model.errors import InputError
 from assay.model.schema import conform
 
 WEIGHTS_A_BYTE = 8
+WHOLE = "experts stored as one 3-D tensor"
+"""Why experts stay that the files don't hold one by one: some families store them [in, out]."""
 BUFFERS = 1 << 27
 """Bytes of tables, such as masks, that a model may have however small its files are."""
 
@@ -30,7 +32,7 @@ class Site:
 
     name: tensor in the weight files; parameter: where a running model holds it; shape: (out, in)
     whatever the storage order; reads: key of the input it shares with its siblings.
-    For experts kept as one 3-D parameter, `expert` and `rows` cut out this matrix.
+    For experts that a running model keeps as one 3-D parameter, `expert` and `rows` cut out this matrix.
     """
 
     name: str
@@ -42,7 +44,6 @@ class Site:
     transposed: bool = False
     expert: int | None = None
     rows: tuple[int, int] | None = None
-    stacked: bool = False
 
     @property
     def module(self) -> str:
@@ -56,8 +57,8 @@ class Site:
 
 
 def key_of(site: Site) -> str:
-    """Name of a site in profiles and plans: the tensor, and the part of it for stacked experts."""
-    return site.name if not site.stacked else f"{site.name}[{site.expert},{site.rows}]"
+    """Name of a site in profiles and plans."""
+    return site.name
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Anatomy:
     @property
     def has_experts(self) -> bool:
         """Whether tokens are shared out among experts."""
-        return any(site.expert is not None for site in self.sites.values())
+        return any(site.expert is not None for site in self.sites.values()) or WHOLE in self.kept.values()
 
     def block_sites(self, block: int) -> list[Site]:
         """Sites of one block, in the order of the model."""
@@ -181,7 +182,7 @@ def survey(checkpoint: Checkpoint, model: PreTrainedModel | None = None) -> Anat
         if isinstance(found, str):
             kept.update(dict.fromkeys(stored, found))
         else:
-            sites.update({site.name if not site.stacked else f"{site.name}[{site.expert}]{site.rows}": site for site in found})
+            sites.update({site.name: site for site in found})
     known = {n for stored in parameters.values() for n in stored}
     for name in checkpoint.names:
         if name not in known:
@@ -265,6 +266,8 @@ def _sites_of(
         if f".{module_path}".endswith(f".{suffix}") and not (suffix == "mlp.gate" and isinstance(module, nn.Linear)):
             return reason
     if block is not None and parameter.ndim == 3 and leaf in ("gate_up_proj", "down_proj"):
+        if len(stored) == 1:
+            return WHOLE
         return _expert_sites(path, leaf, parameter, stored, block)
     if isinstance(module, nn.Embedding):
         if module is model.get_input_embeddings():
@@ -289,14 +292,12 @@ def _expert_sites(path: str, leaf: str, parameter: torch.Tensor, stored: tuple[s
     experts, rows, columns = parameter.shape
     halves = ["mlp.gate", "mlp.up"] if leaf == "gate_up_proj" else ["mlp.down"]
     step = rows // len(halves)
-    stacked = len(stored) == 1
     sites = []
     for e in range(experts):
         for k, role in enumerate(halves):
-            name = stored[0] if stacked else stored[e * len(halves) + k]
             reads = f"{path.rpartition('.')[0]}.{e}.{'in' if leaf == 'gate_up_proj' else 'mid'}"
             span = (k * step, (k + 1) * step)
-            sites.append(Site(name, path, role, block, (step, columns), reads, False, e, span, stacked))
+            sites.append(Site(stored[e * len(halves) + k], path, role, block, (step, columns), reads, False, e, span))
     return sites
 
 

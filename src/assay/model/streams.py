@@ -24,30 +24,26 @@ class Face:
     tensor: str
     axis: int
     index: Index | None = None
-    expert: int | None = None
 
     def taken(self, tensor: Tensor) -> Tensor:
         """The face of a whole tensor: [..., width], the stream's axis last."""
-        moved = self._moved(tensor)
+        moved = tensor.movedim(self.axis, -1)
         return moved if self.index is None else moved[..., list(self.index)]
 
     def width(self, shape: Sequence[int]) -> int:
         """How many channels the face has in a tensor of this shape."""
         if self.index is not None:
             return len(self.index)
-        return shape[self.axis] if self.expert is None else shape[1:][self.axis]
+        return shape[self.axis]
 
     def changed(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """`tensor` itself, with `change` of the face [..., width] written back."""
-        moved = self._moved(tensor)
+        moved = tensor.movedim(self.axis, -1)
         if self.index is None:
             moved.copy_(change(moved))
         else:
             moved[..., list(self.index)] = change(self.taken(tensor))
         return tensor
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return (tensor if self.expert is None else tensor[self.expert]).movedim(self.axis, -1)
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,7 @@ class Linear:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The weight [out, in] in its stored tensor."""
-        whole = tensor if self.inputs.expert is None else tensor[self.inputs.expert]
-        matrix = whole if self.inputs.axis == 1 else whole.T
+        matrix = tensor if self.inputs.axis == 1 else tensor.T
         return matrix if self.outputs.index is None else matrix[list(self.outputs.index)]
 
 
@@ -309,9 +304,6 @@ class _Finder:
 
     def _linear(self, site: Site) -> Linear:
         """The faces of a site in its stored tensor."""
-        if site.stacked:
-            rows = range(*site.rows) if site.rows else None
-            return Linear(Face(site.name, 1, None, site.expert), Face(site.name, 0, rows, site.expert), None, site)
         bias = self._stored(site.parameter.removesuffix("weight") + "bias") if site.expert is None else None
         inputs, outputs = (0, 1) if site.transposed else (1, 0)
         return Linear(Face(site.name, inputs), Face(site.name, outputs), Face(bias, 0) if bias else None, site)
