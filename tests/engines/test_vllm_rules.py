@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.utils.match import is_match
+from families import WRITTEN
 from safetensors.torch import load_file, save_file
 from tiny import save
 
@@ -35,7 +37,7 @@ def written(folder: Path, engine: str, level: str, keep: str = "o_proj", family:
     source = Checkpoint.open(save(family, folder / "m", **WIDE, **more))
     plain = family != "llama" and engine == "vllm" and level in ("int4-g32-asym", "fp8-channel")
     keep = ".experts." if plain else keep
-    names = [n for n in source.names if "_proj" in n and keep not in n]
+    names = [n for n in source.names if n.endswith("_proj.weight") and keep not in n]
     wanted = dict.fromkeys(names, Level.parse(level))
 
     def encode(name: str) -> Packed:
@@ -66,6 +68,21 @@ def test_levels_that_no_kernel_for_experts_has_are_neither_planned_nor_passed(tm
     assert not engines.get("vllm").takes(Level.parse(level), 128, True)
     assert engines.get("vllm").takes(Level.parse(level), 128)
     assert "w1" in str(engines.get("vllm").refuses("mlp.gate", (64, 64), False, 0, "a.experts.0.w1.weight"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_stay_are_ignored_under_the_names_that_vllm_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr("families.WRITTEN", {"gpt_oss": WRITTEN["mixtral"] | {"head_dim": 16, "pad_token_id": 0}} | WRITTEN)
+    written(tmp_path, "vllm", "int4-g32-sym", "experts", family)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    linear, room = torch.nn.Linear(1, 1), "block_sparse_moe" if family == "mixtral" else "mlp"
+    assert is_match(f"model.layers.1.{room}.experts.0.gate_proj", linear, config["ignore"])
+    assert not is_match(f"model.layers.11.{room}.experts.0.gate_proj", linear, config["ignore"])
+    assert problems(Checkpoint.open(tmp_path / "out")) == []
+    groups(lambda q: q["ignore"].pop())(tmp_path / "out")
+    assert any("by which the experts of" in line for line in problems(Checkpoint.open(tmp_path / "out")))
 
 
 def groups(change: Callable[[dict], None]) -> Callable[[Path], None]:

@@ -15,6 +15,7 @@ import torch
 
 from assay.engines.fused import siblings
 from assay.model.checkpoint import Checkpoint
+from assay.model.layouts.compressed_tensors import EXPERTS
 from assay.model.stored import TensorInfo
 
 Shapes = Mapping[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]
@@ -53,6 +54,10 @@ def problems(written: Checkpoint) -> list[str]:
             found += _shape_problems(module, infos, own[0], str(own[0].get("format") or config.get("format")))
         elif module not in ignored and not module.endswith(("lm_head", "embed_tokens")) and groups and not own:
             found.append(f"{module} is a linear layer that is neither a target nor in ignore")
+    described = [*(t for group in groups for t in group["targets"]), *(config.get("ignore") or [])]
+    for layer in sorted({name.partition(EXPERTS)[0] for name in written.stored if EXPERTS in name}):
+        if lost := [n for leaf in EXPERT_NAMES if not _matches(n := f"{layer}{EXPERTS}0.{leaf}", described)]:
+            found.append(f"{lost[0]}, by which the experts of {layer} are found, is neither a target nor in ignore")
     return found + _joined_problems(written, owners, ignored) + _cache_problems(written, config)
 
 
@@ -123,7 +128,7 @@ def _shape_problems(module: str, infos: Mapping[str, TensorInfo], group: Mapping
 
 def _expert_problems(module: str, group: Mapping[str, Any]) -> list[str]:
     """Experts are found by the names of expert 0, and have fewer kernels than other layers."""
-    if ".experts." not in module:
+    if EXPERTS not in module:
         return []
     leaf, weights = module.rpartition(".")[2], group["weights"]
     if leaf not in EXPERT_NAMES:

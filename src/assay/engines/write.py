@@ -24,7 +24,7 @@ from assay.model.dfloat11 import PackedBfloat16
 from assay.model.errors import InputError
 from assay.model.files import write_safetensors
 from assay.model.folder import INDEX, SINGLE
-from assay.model.layouts.compressed_tensors import CACHE_SCALES, CACHE_SCHEME
+from assay.model.layouts.compressed_tensors import CACHE_SCALES, CACHE_SCHEME, kept_experts
 from assay.model.level import Level
 from assay.model.lock import made_alone
 from assay.model.packed import Packed
@@ -189,7 +189,8 @@ def _write_config(
         cache = (source.config.get("quantization_config") or {}).get("kv_cache_scheme")
         if any(name.endswith(CACHE_SCALES) for name in added):
             cache = dict(CACHE_SCHEME)
-        if cache and config["quantization_config"]["quant_method"] == "compressed-tensors":
+        if config["quantization_config"]["quant_method"] == "compressed-tensors":
+            config["quantization_config"]["ignore"] += kept_experts(source.names, levels)
             config["quantization_config"]["kv_cache_scheme"] = cache
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ SUFFIXES = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_global_scale",
     "input_scale",
 )  # fmt: skip
+EXPERTS = ".experts."
 TILE = Level(8, 128, True, "tile")
 """FP8 with a scale a block, the one size of block that others write too."""
 NIBBLES = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -237,6 +239,12 @@ def config(levels: Mapping[str, Level], kept: list[str], inputs: Inputs = "exact
         "quantization_status": "compressed", "config_groups": groups, "ignore": kept, "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }  # fmt: skip
+
+
+def kept_experts(names: Iterable[str], levels: Mapping[str, Level]) -> list[str]:
+    """Entries of `ignore` for layers none of whose experts is compressed: vLLM asks for names that the files may not have."""
+    kept, compressed = ({n.partition(EXPERTS)[0] for n in found if EXPERTS in n} for found in (names, levels))
+    return [rf"re:^{re.escape(layer)}\.experts(\..*)?$" for layer in sorted(kept - compressed)]
 
 
 def _arguments(level: Level) -> dict[str, Any]:
