@@ -6,9 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+from families import WRITTEN
+from tiny import save
 
 from assay import engines
+from assay.budget import offers
+from assay.budget.menu import together
+from assay.measure.stream import StreamedModel
+from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
+from assay.model.layouts import gptq
 from assay.model.level import Level
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +71,21 @@ def test_vllm_is_offered_only_what_fills_its_words() -> None:
     assert contract.takes(Level(4, None, True), 64, rows=100) and contract.takes(Level(8, None, False), 100, rows=100)
     assert contract.takes(Level(8, None, True, "fp"), 99, rows=99), "no words"
     assert engines.get("transformers").takes(zeros, 100, rows=100)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gptq-v2", "vllm", "vllm-w8a8"])
+def test_what_vllm_joins_is_decided_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    latent = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    routing = {"n_routed_experts": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+    settings = WRITTEN["mixtral"] | latent | routing | {"num_key_value_heads": 4, "num_hidden_layers": 1}
+    monkeypatch.setattr("families.WRITTEN", {"deepseek_v3": settings})
+    model = StreamedModel(Checkpoint.open(save("deepseek_v3", tmp_path)))
+    found = together(offers.rows(model, model.checkpoint.nbytes), engines.get(name).fused)
+    groups = [{row.name.split(".")[-2] for row in group} for group in found]
+    assert {"q_a_proj", "kv_a_proj_with_mqa"} in groups and {"gate_proj", "up_proj"} in groups
+    assert {"q_b_proj"} in groups and {"kv_b_proj"} in groups
+    joined = "model.layers.0.self_attn.fused_qkv_a_proj"
+    assert all(re.match(gptq.pattern(f"model.layers.0.self_attn.{n}"), joined) for n in ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
 def test_the_page_names_every_limit_of_the_contracts() -> None:

@@ -9,6 +9,9 @@ from assay.engines.layout import LAYOUTS
 from assay.model.checkpoint import Checkpoint
 from assay.model.level import FORMATS, Level
 
+JOINED = (frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"}), frozenset({"attn.q_a", "attn.kv_a"}))
+"""Roles that vLLM loads as one matrix each; see also `FUSED` of GPTQ's layout."""
+
 
 @dataclass(frozen=True)
 class Contract:

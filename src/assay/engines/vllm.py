@@ -3,7 +3,7 @@
 Inferred from vLLM's sources; vLLM was not run. compressed-tensors, by which it reads the format, has read it back.
 """
 
-from assay.engines.contract import Contract
+from assay.engines.contract import JOINED, Contract
 from assay.engines.vllm_rules import problems
 
 CONTRACT = Contract(
@@ -11,5 +11,5 @@ CONTRACT = Contract(
     bits=(4, 8), group_sizes=(32, 64, 128, None), symmetric=(True, False), also=("fp8-channel", "nvfp4-g16"),
     experts=True, least_outputs=9, whole_words=True, rules=problems, expert_formats=("int", "nvfp"),
     expert_names=("gate_proj", "up_proj", "down_proj"),
-    fused=(frozenset({"attn.q", "attn.k", "attn.v"}), frozenset({"mlp.gate", "mlp.up"})),
+    fused=JOINED,
 )  # fmt: skip

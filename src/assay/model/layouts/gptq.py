@@ -25,7 +25,10 @@ from assay.model.ordered import PackedOrdered
 from assay.model.packed import Packed, PackedInteger
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+FUSED = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
+}  # fmt: skip
 """Modules that vLLM loads under another name, which rules for single modules must match as well."""
 
 
