@@ -15,6 +15,7 @@ from tiny import save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+import assay
 from assay import engines
 from assay.engines.gguf import reopen, write
 from assay.engines.gguf.metadata import rope_tensors
@@ -110,7 +111,8 @@ def same_tokens(folder: Path, text: str = real.SAMPLE) -> None:
      "original_max_position_embeddings": 16, "rope_theta": 500.0},
     {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0},
-], ids=lambda r: r["rope_type"])  # fmt: skip
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "attention_factor": 1.5},
+], ids=lambda r: f"{r['rope_type']}-{r.get('attention_factor')}")  # fmt: skip
 def test_scaled_rotary_positions_are_those_of_transformers(tmp_path: Path, rope: dict) -> None:
     made = real.lively("llama", tmp_path / "model", rope_parameters=rope)
     path = convert(tmp_path / "model", tmp_path / "out")
@@ -118,6 +120,9 @@ def test_scaled_rotary_positions_are_those_of_transformers(tmp_path: Path, rope:
     with torch.no_grad():
         wanted = made.model(torch.tensor([ids])).logits[0]
     assert (real.llama_logits(path, ids) - wanted).abs().max() <= 1e-3
+    if rope["rope_type"] == "yarn":
+        alone = path.rename(tmp_path / "alone.gguf")
+        assert (assay.load(alone).float()(torch.tensor([ids])).logits[0] - wanted).abs().max() <= 1e-3
 
 
 def test_frequencies_of_llama_3_are_those_of_transformers(tmp_path: Path) -> None:
@@ -161,6 +166,31 @@ def test_a_family_without_a_layout_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_llama_cpp_lacks_are_refused(tmp_path: Path) -> None:
     refused(save("llama", tmp_path / "m", hidden_act="relu"), "hidden_act silu; this one has relu")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(("family", "change", "words"), [
+    *((f, {"attention_bias": True}, "attention_bias False; this one has True")
+      for f in ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text")),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor 1.0; this one has 0.5"),
+    ("llama", {"rope_parameters": YARN | {"beta_fast": 4.0}}, "beta_fast 32; this model has 4.0"),
+    ("llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale None; this model has 1.0"),
+])  # fmt: skip
+def test_attention_that_llama_cpp_lacks_is_refused(tmp_path: Path, family: str, change: dict, words: str) -> None:
+    real.lively(family, tmp_path / "m", **change)
+    refused(tmp_path / "m", words)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3"])
+def test_a_window_that_llama_cpp_lacks_bounds_the_context(tmp_path: Path, family: str) -> None:
+    for window, most in ((8, 8), (None, 64), (100, 64)):
+        real.lively(family, tmp_path / f"{window}", sliding_window=window)
+        reader = GGUFReader(convert(tmp_path / f"{window}", tmp_path / f"{window}-out"))
+        key = next(k for k in reader.fields if k.endswith(".context_length") and "original" not in k)
+        assert reader.fields[key].contents() == most
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from assay.model import memory
 from assay.model.errors import InputError
 from assay.model.gguf_header import open_gguf
-from assay.model.gguf_layout import Target, depth, facts, pairs
+from assay.model.gguf_layout import Target, depth, facts, pairs, yarn_magnitude
 from assay.model.stored import TensorInfo
 
 SUFFIX = ".gguf"
@@ -180,6 +180,8 @@ def _rope(
         rope |= {"rope_type": kind, "factor": values[f"{arch}.rope.scaling.factor"]}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = values[f"{arch}.rope.scaling.original_context_length"]
+        if (beside := values.get(f"{arch}.rope.scaling.attn_factor")) is not None:
+            rope["attention_factor"] = beside * yarn_magnitude(rope["factor"])
     if "period" not in own:
         return rope
     return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": fixed["rope_local_theta"]}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -104,8 +105,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     found["head_dim"] = found.get("head_dim") or width // heads
     found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
     found["intermediate_size"] = found.get("intermediate_size") or 4 * width
-    found["rotary_dim"] = int(found["head_dim"] * rope.get("partial_rotary_factor", 1.0))
+    found["partial_rotary_factor"] = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    found["rotary_dim"] = int(found["head_dim"] * found["partial_rotary_factor"])
     return found
+
+
+def yarn_magnitude(factor: float) -> float:
+    """What yarn scales queries and keys by, for positions stretched by a factor, where nothing else is asked for."""
+    return 1 + 0.1 * math.log(factor)
 
 
 def depth(config: Mapping[str, Any]) -> int:

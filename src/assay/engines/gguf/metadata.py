@@ -11,9 +11,11 @@ from gguf import GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from assay.model.errors import InputError
-from assay.model.gguf_layout import facts, family, settings
+from assay.model.gguf_layout import facts, family, settings, yarn_magnitude
 
 FLOATS = ("epsilon", "freq_base", "softcapping", "factor")
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
+"""Settings of yarn that llama.cpp takes for granted."""
 
 
 def add_model(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -25,6 +27,8 @@ def add_model(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
         value = found.get(name)
         if value is None:
             continue
+        if key == "context_length" and own.get("windowed"):  # llama.cpp would attend to all of a longer text
+            value = min(value, found.get("sliding_window") or value)
         if key.endswith(FLOATS):
             writer.add_float32(f"{arch}.{key}", float(value))
         else:
@@ -44,12 +48,21 @@ def rope_scaling(found: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": "linear", "factor": float(rope["factor"])}
     original = int(rope.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or 0)
     if kind == "yarn":
-        return {"type": "yarn", "factor": float(rope["factor"]), "original_context_length": original}
+        return {"type": "yarn", "factor": float(rope["factor"]), "original_context_length": original} | _yarn_attention(rope)
     if kind == "longrope":
         ratio = found["max_position_embeddings"] / original
         scale = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
         return {"attn_factor": float(rope.get("attention_factor") or scale)}
     raise InputError(f"llama.cpp has no rotary positions of type {kind!r}; --engine assay keeps them")
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> dict[str, float]:
+    """The factor of attention beside the one that llama.cpp takes itself. Raises InputError for what has no such key."""
+    for key, usual in YARN.items():
+        if rope.get(key) not in (usual, None):
+            raise InputError(f"llama.cpp's rotary positions of type 'yarn' have {key} {usual}; this model has {rope[key]}")
+    factor = rope.get("attention_factor")
+    return {} if factor is None else {"attn_factor": float(factor) / yarn_magnitude(float(rope["factor"]))}
 
 
 def rope_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
