@@ -20,7 +20,7 @@ from assay.model.errors import InputError
 from assay.relu_tuning import Stages, judge, relufy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 30), st.lists(st.tuples(st.floats(0, 5), st.integers(2, 40)), min_size=1, max_size=4))
 def test_the_weight_never_jumps_after_the_first_stage(adapt: int, parts: list[tuple[float, int]]) -> None:
     ends = [adapt + sum(n for _, n in parts[: i + 1]) for i in range(len(parts))]

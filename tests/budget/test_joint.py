@@ -61,7 +61,7 @@ def menu(engine: str, depth: int = 2, context: int = 512, batch: int = 2) -> Cac
 
 
 @given(menus(3, 3, 200_000), st.sampled_from(["vllm", "llama.cpp", "assay"]), st.floats(0, 1), st.floats(-6, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_split_is_the_best_of_all_on_small_tables(decisions: list, engine: str, share: float, power: float) -> None:
     found = menu(engine)
     scaled = [p if p.nats == 0 else CachePrice(**vars(p) | {"nats": p.nats * 10**power}) for p in found.prices.values()]
@@ -91,7 +91,7 @@ def test_the_split_is_the_best_of_all_on_small_tables(decisions: list, engine: s
 
 
 @given(menus(4, 4), st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_pair_of_separate_plans_is_better(decisions: list, share: float) -> None:
     found, (low, high) = menu("assay", 3), extremes(decisions)
     uniform = found.uniform()

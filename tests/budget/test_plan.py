@@ -107,7 +107,7 @@ def test_sites_are_aligned_lines_and_blocks_are_paragraphs() -> None:
 words = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.dictionaries(words, st.sampled_from([None, *LEVELS]), max_size=6),
     st.floats(allow_nan=False, allow_infinity=False),

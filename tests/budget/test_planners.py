@@ -26,8 +26,8 @@ from assay.budget.planners import integer, lagrange, uniform
 from assay.model.errors import InputError
 
 NEAR = 1 + 1e-9
-quick = settings(max_examples=150, deadline=None)
-few = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=150)
+few = settings(max_examples=60)
 Case = tuple[list[Decision], int]
 
 

@@ -32,7 +32,7 @@ def made(seed: int, experts: int = 1) -> Imatrix:
     return Imatrix(entries, "a text.txt", 20, 32)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), experts=st.integers(1, 3))
 def test_a_gguf_matrix_reads_back(tmp_path_factory: pytest.TempPathFactory, seed: int, experts: int) -> None:
     path, matrix = tmp_path_factory.mktemp("x") / "imatrix.gguf", made(seed, experts)

@@ -134,7 +134,7 @@ def test_a_model_without_a_layout_is_refused_before_anything_is_measured(tmp_pat
 # ---- from other layouts ----------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), group=st.sampled_from([32, 64, None]), seed=st.integers(0, 99))
 def test_symmetric_integers_keep_codes_and_scales(bits: int, group: int | None, seed: int) -> None:
     packed = random_packed(Level(bits, group, True), 5, 128, torch.float16, seed)

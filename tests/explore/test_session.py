@@ -110,7 +110,7 @@ def test_the_frontier_falls_and_no_single_level_is_below_it(session: Session) ->
 
 
 @given(st.floats(3.5, 16), st.lists(st.tuples(st.sampled_from("01*"), st.sampled_from(["attn.q", "mlp.up", "*"])), max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_budget_and_no_pins_take_more_than_was_asked(session: Session, bits: float, where: list[tuple[str, str]]) -> None:
     wanted = state(bits, *((b, r, "int4-channel-asym") for b, r in where))
     try:

@@ -50,7 +50,7 @@ def test_never_worse_than_gptq_at_the_outputs_and_better_on_the_whole(level: str
     assert total < share * baseline
 
 
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=30, database=None)
 @given(st.sampled_from([8, 24, 64, 96]), st.sampled_from([64, 128, 192]), st.sampled_from([2, 3, 4, 8]),
        st.sampled_from([32, 64, None]), st.booleans(), st.integers(0, 99))  # fmt: skip
 def test_any_shape_comes_back_and_is_counted(

@@ -77,7 +77,7 @@ def test_masks_coincide_where_the_inputs_are_alike() -> None:
     assert torch.equal(split(sensitivity(weight, order.importance), 40), split(weight.abs(), 40))
 
 
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=30, database=None)
 @given(st.integers(1, 9), st.sampled_from([None, 32]), st.sampled_from([1.35, 1.7, 2.4, 3.1]), st.integers(0, 99))
 def test_salient_weights_come_back_and_are_counted(rows: int, group: int | None, bits: float, seed: int) -> None:
     level = Level(bits, group, True, "salient")

@@ -52,7 +52,7 @@ def random_parts(kind: str, seed: int) -> Parts:
 
 
 @pytest.mark.parametrize("kind", GRIDS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10_000))
 def test_what_the_blocks_can_hold_survives(kind: str, seed: int) -> None:
     parts = random_parts(kind, seed)
@@ -112,7 +112,7 @@ def test_the_short_search_of_a_codebook_loses_little(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", GRIDS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 10_000))
 def test_searched_scales_are_never_worse_than_plain_ones(kind: str, seed: int) -> None:
     weight, price = weights(seed), importance(seed)

@@ -75,7 +75,7 @@ def test_equal_importance_is_ordinary_k_means_and_so_is_none() -> None:
     assert torch.equal(codebook.fit(x, torch.zeros_like(x), 8), codebook.fit(x, torch.ones_like(x), 8))
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 @given(st.lists(st.integers(-4, 4), min_size=1, max_size=30), st.integers(1, 16), st.integers(0, 9))
 def test_few_distinct_values_are_all_kept(numbers: list[int], size: int, seed: int) -> None:
     x, price = torch.tensor(numbers).float(), values(seed, len(numbers)).abs() + 0.1

@@ -25,7 +25,7 @@ def random_weight(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=generator) * 10 ** torch.randn((*shape[:-1], 1), generator=generator)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000))
 def test_every_level_survives_encode_and_decode(grid: IntegerGrid, seed: int) -> None:
     fitted = grid.fit(random_weight(seed, 5, 16))
@@ -38,7 +38,7 @@ def test_every_level_survives_encode_and_decode(grid: IntegerGrid, seed: int) ->
     assert not distinct or torch.equal(grid.encode(levels, affine), codes)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000))
 def test_encoding_is_nearest(grid: IntegerGrid, seed: int) -> None:
     weight = random_weight(seed, 5, 16)
@@ -64,7 +64,7 @@ def test_quiet_weights_keep_their_bits_in_fp16(kind: str, clipped: bool) -> None
     assert errors[0] < 1.2 * errors[1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000))
 def test_fit_gives_a_legal_grid(grid: IntegerGrid, seed: int) -> None:
     weight = random_weight(seed, 2, 5, 16)

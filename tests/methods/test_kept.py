@@ -51,7 +51,7 @@ def test_as_many_weights_are_kept_as_the_level_says(score: str) -> None:
             assert sorted(whole.tolist())[-4:] == [5, 24, 24, 24]
 
 
-@settings(max_examples=30, deadline=None, database=None)
+@settings(max_examples=30, database=None)
 @given(st.integers(1, 4), st.integers(2, 70), st.floats(0, 0.49), st.sampled_from(["easy_quant", "sparse_gptq", "gwq"]))
 @example(1, 64, 0.0045, "easy_quant")
 def test_bytes_are_counted_however_few_are_kept(rows: int, columns: int, share: float, method: str) -> None:

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused() -> None:
 # ---- as a method -------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None, database=None)
+@settings(max_examples=20, database=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 99))
 def test_any_shape_comes_back_and_is_counted(rows: int, columns: int, seed: int) -> None:
     level = Level.parse("lattice2-channel")

@@ -48,7 +48,7 @@ def every_level(grid: TableGrid, affine: Affine, inputs: int) -> tuple[Tensor, T
 # ---- storage -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000), st.booleans())
 def test_every_value_survives_encode_and_decode(grid: TableGrid, seed: int, clipped: bool) -> None:
     weight = uneven(seed, 5, 16)
@@ -63,7 +63,7 @@ def test_every_value_survives_encode_and_decode(grid: TableGrid, seed: int, clip
         assert (levels[grid.values.index(0)] == 0).all()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000))
 def test_encoding_is_nearest(grid: TableGrid, seed: int) -> None:
     weight = uneven(seed, 5, 16)
@@ -102,7 +102,7 @@ def test_ties_go_to_the_even_code(name: str) -> None:
         assert torch.equal(steps[codes], middles.round())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(grids, st.integers(0, 1000))
 def test_fit_gives_a_legal_grid(grid: TableGrid, seed: int) -> None:
     weight = uneven(seed, 2, 5, 16)

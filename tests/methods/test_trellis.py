@@ -19,7 +19,7 @@ from assay.model import trellis as reader
 from assay.model.errors import InputError
 from assay.model.trellis import Trellis
 
-settings.register_profile("assay", deadline=None, max_examples=60, database=None)
+settings.register_profile("assay", max_examples=60, database=None)
 settings.load_profile("assay")
 PUBLISHED = {2: 0.071, 3: 0.0189, 4: 0.0059}
 MEASURED = {2: 0.0687, 3: 0.0175, 4: 0.00447}

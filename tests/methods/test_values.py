@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from assay.methods.grid.scales import (
@@ -158,7 +158,6 @@ def test_powers_of_two_stay_normal() -> None:
         split_e8m0(torch.tensor([1.5]))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.floats(-8, 4))
 def test_two_level_scales_split_exactly(seed: int, dtype: torch.dtype, exponent: float) -> None:
     generator = torch.Generator().manual_seed(seed)

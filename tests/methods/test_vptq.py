@@ -85,7 +85,7 @@ def test_squared_errors_sum_to_the_price() -> None:
     torch.testing.assert_close(2 * price(weight - decoded, metric), errors.square().sum((1, 2)), rtol=1e-3, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 @given(st.integers(1, 13), st.integers(1, 40), st.sampled_from(sorted(STAGES)), st.integers(0, 99))
 def test_any_shape_comes_back_and_is_counted(rows: int, columns: int, bits: float, seed: int) -> None:
     level = Level(bits, None, True, "vector")

@@ -36,7 +36,7 @@ def packed(kind: str, rows: torch.Tensor) -> PackedBlocks:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_decoding_is_that_of_the_gguf_package(kind: str, seed: int) -> None:
     rows = random_rows(kind, seed)
@@ -47,7 +47,7 @@ def test_decoding_is_that_of_the_gguf_package(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_packing_gives_back_every_byte(kind: str, seed: int) -> None:
     rows = random_rows(kind, seed)

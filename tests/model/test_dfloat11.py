@@ -16,7 +16,7 @@ from assay.model.errors import InputError
 from assay.model.huffman import CHUNK
 
 SHAPES = st.lists(st.integers(0, 40), max_size=3)
-settings.register_profile("assay", deadline=None, max_examples=60, database=None)
+settings.register_profile("assay", max_examples=60, database=None)
 settings.load_profile("assay")
 
 

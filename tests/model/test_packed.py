@@ -24,7 +24,7 @@ ANY = st.sampled_from(sorted(FORMATS)).flatmap(
     )
 )
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
-settings.register_profile("assay", deadline=None, max_examples=60, database=None)
+settings.register_profile("assay", max_examples=60, database=None)
 settings.load_profile("assay")
 
 

@@ -36,7 +36,7 @@ def relative(codec, x: Tensor) -> float:
     return float((lost / x.square().sum(2)).mean())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 33), st.integers(0, 1000))
 def test_packing_is_exact_and_dense(bits: int, count: int, seed: int) -> None:
     codes = torch.randint(0, 1 << bits, (3, 2, count), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)

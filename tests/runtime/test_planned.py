@@ -20,7 +20,7 @@ from assay.methods.cache.snapkv import SnapKV
 from assay.model.errors import InputError
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1000), st.integers(1, 5), st.integers(0, 2))
 def test_no_other_split_retains_more(seed: int, kept: int, always: int) -> None:
     """Against every split of the total over four heads of six tokens."""

@@ -14,7 +14,7 @@ from assay.runtime.attention import Rule, attend, logits, softmaxed, visible
 from assay.runtime.select import allocate, bisect, drop_lowest, pool, prefix_counts, protect, pyramid
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=12), st.integers(0, 12))
 def test_the_lowest_go_and_of_equals_the_first(values: list[int], excess: int) -> None:
     score = torch.tensor(values, dtype=torch.float32)[None, None]
@@ -31,7 +31,7 @@ def test_protected_slots_never_go_and_empty_ones_do_not_count() -> None:
     assert gone.tolist() == [False, False, True, True, True, False]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.floats(0.01, 5), min_size=1, max_size=6), st.integers(0, 80), st.integers(0, 3), st.integers(4, 20))
 def test_a_budget_is_spent_exactly_within_bounds(weights: list[float], total: int, low: int, high: int) -> None:
     found = allocate(weights, total, low, high)
@@ -51,7 +51,7 @@ def retained(curves: list[Tensor], counts: list[int]) -> float:
     return min(float(c.sort(descending=True)[0][:n].sum() / c.sum()) for c, n in zip(curves, counts, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.integers(3, 12))
 def test_the_least_retained_mass_is_the_largest_possible(seed: int, total: int) -> None:
     generator = torch.Generator().manual_seed(seed)
