@@ -43,8 +43,9 @@ def solve_better(
     progress.log(f"on held-out calibration text: {kl:.4f} nats/token, uniform {twin.uniform['level']} {flat_kl:.4f}")
     if kl <= flat_kl:
         return plan, results
-    sentence = f"{twin.sentence}; the uniform plan measured better ({flat_kl:.4f} against {kl:.4f}) and is used"
-    return dataclasses.replace(plans.corrected(profile, twin, twin, flat_kl), sentence=sentence), flat
+    used = plans.corrected(profile, twin, twin, flat_kl)
+    why = f"the uniform plan measured better ({flat_kl:.4f} against {kl:.4f}) and is used"
+    return dataclasses.replace(used, sentence=f"{used.sentence}; {why}"), flat
 
 
 def blocks_folder(work: Path, profile: Profile, plan: Plan, sequential: bool) -> Path:

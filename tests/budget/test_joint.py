@@ -16,7 +16,7 @@ from tiny import save, text_file
 from transformers import AutoModelForCausalLM
 
 import assay
-from assay import caching, engines
+from assay import caching, contest, engines
 from assay.budget import caches, joint, plans, serving
 from assay.budget.caches import CacheChoice, CacheMenu, CachePrice, Stored
 from assay.budget.plan import Plan
@@ -26,6 +26,7 @@ from assay.engines.serving import SERVERS
 from assay.measure.footprint import Footprint, LayerCache
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
+from assay.model.progress import Silent
 
 LEVELS = {"fp8": (1.06, 1.0), "kivi4": (0.63, 3.0), "kivi2": (0.38, 60.0)}
 """Bytes an element and nats beside fp8's."""
@@ -197,6 +198,27 @@ def test_an_edited_cache_is_priced_anew_and_checked(profile: Path, tmp_path: Pat
         edited(layers=["fp8"] * 3)
     with pytest.raises(InputError, match="drops tokens; name the policy"):
         edited(layers=["fp8 fp8 0.5"] * 3)
+
+
+@pytest.mark.parametrize("better", ["mixed", "uniform"])
+def test_a_contest_corrects_the_promise_of_both_together(
+    profile: Path, better: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, (plan, _) = Profile.open(profile), planned(profile, "assay", 0.02)
+    twin = plans.uniform_twin(opened, plan, engines.get("assay"), ())
+    assert twin is not None and plan.cache["nats"] and twin.predicted > plan.predicted
+    measured = {id(twin): 2 * twin.predicted}
+    monkeypatch.setattr(contest, "execute", lambda model, plan, *rest: plan)
+    monkeypatch.setattr(contest._HeldOut, "kl", lambda self, done: measured.get(id(done), 9.0 if better == "uniform" else 0.0))
+    used, _ = contest.solve_better(None, opened, plan, twin, tmp_path, Silent(), False)
+    both = f"{joint.SAID}{used.predicted + used.cache['nats']:.4f} ("
+    assert used.predicted == pytest.approx(2 * (twin if better == "uniform" else plan).predicted)
+    assert used.cache["predicted"] == pytest.approx(used.predicted + used.cache["nats"])
+    assert used.sentence.startswith(f"predicted KL {used.predicted:.4f} nats/token") and both in used.sentence
+    assert ("the uniform plan measured better" in used.sentence) == (better == "uniform")
+    tuned = plans.polished(used, {"before": 0.2, "after": 0.1, "used": True}).sentence
+    assert "; polished on held-out text from 0.2000 to 0.1000" in tuned and tuned.count(joint.SAID) == 1
+    assert ("the uniform plan measured better" in tuned) == (better == "uniform")
 
 
 def test_flags_are_those_of_the_choice(profile: Path) -> None:

@@ -197,7 +197,8 @@ def joined(plan: Plan) -> Plan:
         "predicted_low": expected - math.hypot(plan.predicted - plan.predicted_low, narrow),
         "predicted_high": expected + math.hypot(plan.predicted_high - plan.predicted, wide),
     }  # fmt: skip
-    said = plan.sentence.partition(SAID)[0]
+    said, _, after = plan.sentence.partition(SAID)
+    said += "".join(after.partition(";")[1:])
     if nats:
         said += f"{SAID}{expected:.4f} ({found['predicted_low']:.4f} to {found['predicted_high']:.4f})"
     return dataclasses.replace(plan, cache=dict(plan.cache) | found, sentence=said)

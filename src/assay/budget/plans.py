@@ -184,9 +184,9 @@ def corrected(profile: Profile, plan: Plan, twin: Plan, measured: float) -> Plan
     sentence = sentence_of(expected, low, high, uniform | {"predicted": measured})
     ratio = expected / plan.predicted if plan.predicted else 1.0
     more = plan.more and dict(plan.more) | {"predicted": plan.more["predicted"] * ratio}
-    return dataclasses.replace(
+    return joint.joined(dataclasses.replace(
         plan, predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform, sentence=sentence, more=more
-    )
+    ))  # fmt: skip
 
 
 def polished(plan: Plan, polish: Mapping[str, Any]) -> Plan:
