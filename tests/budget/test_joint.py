@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -174,8 +175,7 @@ def test_a_plan_goes_through_its_file(profile: Path, engine: str, tmp_path: Path
     plan, _ = planned(profile, engine, 0.05)
     plan.save(tmp_path / "p.yaml")
     again = plans.checked(Profile.open(profile), Plan.load(tmp_path / "p.yaml"), engines.get(engine))
-    assert again.cache == dict(plan.cache) | {"alone": {}}
-    assert again.serving == plan.serving
+    assert again == dataclasses.replace(plan, cache=dict(plan.cache) | {"alone": {}})
     assert plan.to_text() == planned(profile, engine, 0.05)[0].to_text()
 
 
@@ -198,6 +198,27 @@ def test_an_edited_cache_is_priced_anew_and_checked(profile: Path, tmp_path: Pat
         edited(layers=["fp8"] * 3)
     with pytest.raises(InputError, match="drops tokens; name the policy"):
         edited(layers=["fp8 fp8 0.5"] * 3)
+
+
+@pytest.mark.parametrize("planner", ["lagrange", "bisection", "uniform"])
+def test_more_memory_buys_what_the_plan_said(profile: Path, planner: str) -> None:
+    asked = {"context": 2048, "batch": 8, "engine": "assay", "cache": "fp8", "planner": planner}
+    with pytest.raises(InputError, match="out of reach") as error:
+        assay.plan(profile, memory="300MB", **asked)
+    memory = int(float(str(error.value).split("allow ")[1].split(" to ")[0].replace(",", "")) * 1e6) + 350_000
+    plan = assay.plan(profile, memory=memory, **asked)
+    more = assay.plan(profile, memory=memory + (plan.more or {"bytes": plan.nbytes_tensors // 8})["bytes"], **asked)
+    assert more.predicted == (plan.more["predicted"] if plan.more else plan.predicted)
+    assert plan.gap < 0.02 or planner != "lagrange"
+
+
+def test_a_search_keeps_to_the_memory(profile: Path) -> None:
+    plan, memory = planned(profile, "assay", 0.02)
+    contract = engines.get("assay")
+    made = plans.changed(
+        Profile.open(profile), plan, contract, (), lambda d, limit, choice: (tuple(lagrange.plan(d, limit)), 1.0)
+    )
+    assert made.serving["total"] <= memory and made.predicted == plan.predicted
 
 
 @pytest.mark.parametrize("better", ["mixed", "uniform"])

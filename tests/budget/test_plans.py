@@ -130,6 +130,13 @@ def test_a_plan_that_nobody_edited_says_the_same_after_its_file(rooms: Path, opt
     assert check(rooms / "p", reloaded(tmp_path, plan)) == plan
 
 
+@pytest.mark.parametrize("planner", ["lagrange", "integer", "uniform", "baq"])
+def test_more_bytes_buy_what_the_plan_said(rooms: Path, planner: str) -> None:
+    plan = assay.plan(rooms / "p", size="110KB", planner=planner)
+    more = assay.plan(rooms / "p", size=110_000 + plan.more["bytes"], planner=planner)
+    assert more.predicted == pytest.approx(plan.more["predicted"], rel=0.05 if planner == "integer" else 1e-9)
+
+
 def test_an_edit_changes_the_figures_that_follow_from_it_and_no_others(rooms: Path, tmp_path: Path) -> None:
     plan = assay.plan(rooms / "p", bits=5.0)
     edited = check(rooms / "p", reloaded(tmp_path, plan, l0__down_proj="int2-channel-asym", l1__v_proj="int2-g32-asym"))

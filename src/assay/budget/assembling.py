@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from assay.budget import bounds, joint, planners, serving
@@ -19,19 +19,26 @@ from assay.engines.serving import GIB
 from assay.measure.profile import Profile
 from assay.model.level import Level
 
+SLOW = ("integer", "dynamic")
+"""Planners that do no worse than `lagrange`, in whose place it says quickly what more bytes would buy."""
+
 
 def assemble(
     profile: Profile, budget: Budget, contract: Contract, method: str, options: list[Decision],
-    choice: list[int], limit: int, flat: list[int] | None = None, cache: CacheChoice | None = None,
+    choice: list[int], limit: int, planner: str, flat: list[int] | None = None, cache: CacheChoice | None = None,
 ) -> Plan:  # fmt: skip
-    """The plan of one option per decision. limit: bytes that they might take; flat: the best single level if not by those."""
-    plain, bound = flat or planners.get("uniform").plan(options, limit), lagrange.lower_bound(options, limit)
+    """The plan of one option per decision. limit: bytes that they might take, as the budget counts them; planner: its name;
+    flat: the best single level if not by those bytes."""
+    costed = joint.counted(profile, budget, contract, options)
+    plain = flat or joint.back(options, costed, planners.get("uniform").plan(costed, limit))
+    bound = lagrange.lower_bound(costed, limit)
     forecast = Forecast.from_index(profile.index)
     damage, nbytes = totals(options, choice)
     low, expected, high = forecast.kl(method, forecast.total(_picked(options, choice)))
     plain_bytes = totals(options, plain)[1]
     fixed = bounds.whole_of(profile, contract)[1] - sum(d.options[-1].nbytes for d in options)
     tensors = fixed + nbytes
+    more = _more(costed, limit, tensors, planner, joint.planned_loss(costed, forecast, method)) if budget.bounds_bytes else {}
     own = {row.name: row for row in rows_of(profile)}
     choices = {}
     for d, c in zip(options, choice, strict=True):
@@ -50,7 +57,8 @@ def assemble(
         predicted=expected, predicted_low=low, predicted_high=high, uniform=uniform,
         gap=max(0.0, damage - bound) / bound if bound > 0 else 0.0, sentence=sentence_of(expected, low, high, uniform),
         serving=_serving(profile, budget, contract, fixed + joint.held_bytes(profile, contract.name, options, choice), cache),
-        more=_more(options, limit, tensors, forecast, method) if budget.bounds_bytes else {},
+        more=more if more and more["predicted"] < expected else {},
+        planner=planner,
     )  # fmt: skip
 
 
@@ -66,14 +74,16 @@ def _serving(profile: Profile, budget: Budget, contract: Contract, weights: int,
     return serving.summary(bounds.needs_of(profile), budget.load, contract.name, weights, decoded, cache)
 
 
-def _more(options: list[Decision], limit: int, tensors: int, forecast: Forecast, method: str) -> dict[str, Any]:
+def _more(
+    options: list[Decision], limit: int, tensors: int, planner: str, promised: Callable[[Sequence[int]], float]
+) -> dict[str, Any]:
     """What a GiB more would buy, or an eighth more where the weights take less than 8 GiB; empty when nothing is left to buy."""
     step = min(GIB, tensors // 8)
     most = sum(d.options[-1].nbytes for d in options)
     if limit >= most:
         return {}
-    bought = _picked(options, lagrange.plan(options, min(limit + step, most)))
-    return {"bytes": step, "predicted": forecast.kl(method, forecast.total(bought))[1]}
+    quick = lagrange if planner in SLOW else planners.get(planner)
+    return {"bytes": step, "predicted": promised(quick.plan(options, min(limit + step, most)))}
 
 
 def _picked(options: Sequence[Decision], choice: Sequence[int]) -> list[Option]:

@@ -152,6 +152,11 @@ def held(options: Sequence[Decision], rows: Mapping[str, SiteRow], engine: str) 
     return [_held(d, [rows[site] for site in d.sites]) for d in options]
 
 
+def counted(profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision]) -> list[Decision]:
+    """The decisions by the bytes that a budget counts: those in memory (`held`), or those of the files."""
+    return held(options, rows_by_site(profile), contract.name) if budget.memory is not None else list(options)
+
+
 def _held(decision: Decision, rows: Sequence[SiteRow]) -> Decision:
     kept = decision.options[-1]
     if any(row.role == "embedding" for row in rows):

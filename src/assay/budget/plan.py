@@ -34,8 +34,8 @@ class Plan:
     bits: average inside the blocks with all overhead; bits_all: over all weights of the model; predicted:
     KL in nats per token with its 95% interval; uniform: the best single level in the same budget;
     gap: damage above the proven lower bound, as a share of it; serving: memory at the budget's context, with the
-    engine's flags; more: what some more bytes would buy; cache: how each layer's keys and values are stored, and the loss of
-    weights and cache together, where caches were priced.
+    engine's flags; more: what some more bytes would buy, by the same planner; cache: how each layer's keys and values are
+    stored, and the loss of weights and cache together, where caches were priced.
     """
 
     model: str
@@ -56,6 +56,7 @@ class Plan:
     serving: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
     cache: Mapping[str, Any] = field(default_factory=dict)
+    planner: str = "lagrange"
 
     @property
     def cache_type(self) -> str | None:
@@ -100,7 +101,7 @@ class Plan:
         except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not a plan ({_reason(error)})") from error
         names = {f.name for f in fields(cls)} - {"choices"} | {"levels"}
-        needed = names - {f.name for f in fields(cls) if f.default_factory is not MISSING}
+        needed = names - {f.name for f in fields(cls) if (f.default, f.default_factory) != (MISSING, MISSING)}
         if not isinstance(value, dict) or not needed <= set(value) <= names:
             given = set(value if isinstance(value, dict) else ())
             odd = sorted(map(str, needed - given | given - names))

@@ -92,8 +92,9 @@ def _made(asked: Request, options: list[Decision]) -> Plan:
     """The plan from one menu."""
     got = buy(asked, options)
     made = assemble(
-        asked.profile, asked.budget, asked.contract, asked.method, options, got.choice, got.limit, got.flat, got.cache
-    )
+        asked.profile, asked.budget, asked.contract, asked.method, options, got.choice, got.limit, asked.planner, got.flat,
+        got.cache,
+    )  # fmt: skip
     return joint.with_cache(made, got.cache, got.tried) if got.cache else made
 
 
@@ -115,7 +116,7 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     cache = joint.cache_of(profile, plan, contract)
     limit = _bound(profile, budget, contract, options, choice, cache)
-    made = assemble(profile, budget, contract, plan.method, options, choice, limit, None, cache)
+    made = assemble(profile, budget, contract, plan.method, options, choice, limit, plan.planner, None, cache)
     return joint.with_cache(made, cache) if cache else made
 
 
@@ -123,11 +124,20 @@ def _bound(
     profile: Profile, budget: Budget, contract: Contract, options: Sequence[Decision], choice: Sequence[int],
     cache: CacheChoice | None,
 ) -> int:  # fmt: skip
-    """Bytes of the budget, or those of the choice where it needs more, or where the engine holds other bytes than the files."""
-    taken = totals(options, choice)[1]
-    if not budget.bounds_bytes or (budget.memory is not None and not server(contract.name).embeds):
+    """Bytes of the budget as it counts them, or those of the choice where it needs more."""
+    if budget.memory is None:
+        costed, taken = options, totals(options, choice)[1]
+    else:
+        costed = joint.counted(profile, budget, contract, options)
+        taken = joint.held_bytes(profile, contract.name, options, choice)
+    if not budget.bounds_bytes:
         return taken
-    return max(taken, bounds.limit_of(profile, budget, contract, options, cache))
+    try:
+        return max(taken, bounds.limit_of(profile, budget, contract, costed, cache))
+    except InputError:
+        if cache is None or not server(contract.name).packed:
+            raise
+        return taken  # a cache that was edited may leave less than any weights take
 
 
 Search = Callable[[Sequence[Decision], int, tuple[int, ...]], tuple[tuple[int, ...], float]]
@@ -142,8 +152,10 @@ def changed(profile: Profile, plan: Plan, contract: Contract, keep: Sequence[str
     choice = tuple([o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options)
     cache = joint.cache_of(profile, plan, contract)
     limit = _bound(profile, budget, contract, options, choice, cache)
-    found, ratio = search(options, limit, choice)
-    made = assemble(profile, budget, contract, plan.method, options, list(found), limit, None, cache)
+    costed = joint.counted(profile, budget, contract, options)
+    found, ratio = search(costed, limit, tuple(joint.back(costed, options, choice)))
+    chosen = joint.back(options, costed, found)
+    made = assemble(profile, budget, contract, plan.method, options, chosen, limit, plan.planner, None, cache)
     made = joint.with_cache(made, cache) if cache else made
     low, expected, high = (ratio * value for value in (plan.predicted_low, plan.predicted, plan.predicted_high))
     return joint.joined(dataclasses.replace(made, predicted=expected, predicted_low=low, predicted_high=high,

@@ -14,7 +14,6 @@ from assay.budget.offers import rows_of
 from assay.budget.size import Budget
 from assay.budget.speed import Speeds
 from assay.engines.contract import Contract
-from assay.engines.serving import server
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
 
@@ -40,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Purchase:
-    """An option for each decision, and the bytes that they may take.
+    """An option for each decision, and the bytes that they may take, as the budget counts them (`joint.counted`).
 
     flat: the best single level in the same budget, where bytes don't say; cache: what stands beside the weights, if that was
     to be said; tried: other ways to divide the memory.
@@ -67,10 +66,9 @@ def buy(asked: Request, options: Sequence[Decision]) -> Purchase:
         return Purchase(choice, totals(options, choice)[1], cache=cache)
     if budget.milliseconds is not None:
         return _for_time(asked, options, budget.milliseconds, cache)
-    if budget.memory is not None and not server(asked.contract.name).embeds:
-        return _held(asked, options, cache)
-    limit = bounds.limit_of(asked.profile, budget, asked.contract, options)
-    return Purchase(asked.divide(options, limit), limit, cache=cache)
+    costed = joint.counted(asked.profile, budget, asked.contract, options)
+    limit = bounds.limit_of(asked.profile, budget, asked.contract, costed)
+    return Purchase(joint.back(options, costed, asked.divide(costed, limit)), limit, cache=cache)
 
 
 def _for_loss(asked: Request, options: Sequence[Decision], loss: float, cache: CacheChoice | None) -> Purchase:
@@ -91,30 +89,12 @@ def _for_time(asked: Request, options: Sequence[Decision], milliseconds: float, 
     return Purchase(choice, totals(options, choice)[1], flat, cache)
 
 
-def _held(asked: Request, options: Sequence[Decision], cache: CacheChoice | None) -> Purchase:
-    """By the bytes that the engine holds in memory, which are others than those of the files."""
-    costed = joint.held(options, joint.rows_by_site(asked.profile), asked.contract.name)
-    room = bounds.rooms(asked.profile, asked.budget, asked.contract, costed, [None])(None)
-    return _in_files(options, costed, asked.divide(costed, room), room, cache, ())
-
-
 def _with_cache(asked: Request, options: Sequence[Decision], menu: CacheMenu) -> Purchase:
     """Weights and cache out of one memory."""
-    costed = joint.held(options, joint.rows_by_site(asked.profile), asked.contract.name)
+    costed = joint.counted(asked.profile, asked.budget, asked.contract, options)
     offered = [asked.cache] if asked.cache else joint.choices(menu, asked.budget)
     room = bounds.rooms(asked.profile, asked.budget, asked.contract, costed, offered)
     loss = joint.planned_loss(costed, Forecast.from_index(asked.profile.index), asked.method)
     best, *others = joint.divide(costed, offered, room, loss, asked.divide)
-    return _in_files(options, costed, best.choice, room(best.cache), best.cache, (best, *others))
-
-
-def _in_files(
-    options: Sequence[Decision], costed: Sequence[Decision], choice: list[int], room: int, cache: CacheChoice | None,
-    tried: tuple[joint.Split, ...],
-) -> Purchase:  # fmt: skip
-    """A choice made by bytes in memory as one of the options that count bytes in files."""
-    flat = planners.get("uniform").plan(costed, room)
-    if costed == options:
-        return Purchase(choice, room, flat, cache, tried)
-    choice, flat = joint.back(options, costed, choice), joint.back(options, costed, flat)
-    return Purchase(choice, totals(options, choice)[1], flat, cache, tried)
+    choice = joint.back(options, costed, best.choice)
+    return Purchase(choice, room(best.cache), cache=best.cache, tried=(best, *others))
