@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from budget.tables import damage, extremes, menus, nbytes
+from budget.tables import LEVELS as LEVEL_NAMES
+from budget.tables import damage, decision, extremes, menus, nbytes
 from cli.calls import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +24,7 @@ from assay import caching, contest, engines
 from assay.budget import caches, joint, plans, serving
 from assay.budget.caches import CacheChoice, CacheMenu, CachePrice, Stored
 from assay.budget.plan import Plan
-from assay.budget.planners import integer, lagrange
+from assay.budget.planners import integer, lagrange, uniform
 from assay.budget.serving import Load
 from assay.engines.serving import SERVERS
 from assay.measure.footprint import Footprint, LayerCache
@@ -104,6 +107,17 @@ def test_no_pair_of_separate_plans_is_better(decisions: list, share: float) -> N
     for cache in uniform:
         if total - cache.nbytes >= low:
             assert best.loss <= damage(decisions, lagrange.plan(decisions, total - cache.nbytes)) + cache.nats + 1e-12
+
+
+def test_the_split_is_of_the_planner_that_was_asked_for() -> None:
+    offered = menu("assay").choices()
+    for seed in range(10):
+        drawn = random.Random(seed)
+        damages = [[10 ** drawn.uniform(-3, 1) for _ in range(4)] for _ in range(4)]
+        decisions = [decision(i, drawn.sample(range(1000, 200_000), 5), damages[i], LEVEL_NAMES[:4], True) for i in range(4)]
+        total = min(c.nbytes for c in offered) + sum(extremes(decisions)) // 2
+        best = joint.divide(decisions, offered, lambda c, t=total: t - c.nbytes, partial(damage, decisions), uniform.plan)[0]
+        assert best.choice == uniform.plan(decisions, total - best.cache.nbytes)
 
 
 def test_the_front_of_caches_is_that_of_all_mixtures() -> None:

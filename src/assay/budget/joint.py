@@ -79,7 +79,8 @@ def divide(
     decisions: Sequence[Decision], offered: Sequence[CacheChoice], room: Callable[[CacheChoice], int],
     loss: Callable[[Sequence[int]], float], planner: Divide,
 ) -> list[Split]:  # fmt: skip
-    """Splits by rising loss. room: bytes that a cache leaves for the decisions; loss: of one option per decision.
+    """Splits by rising loss, those of `planner` first. room: bytes that a cache leaves for the decisions; loss: of one option
+    per decision.
 
     Every cache is tried with the hull planner's plan in what it leaves, the most promising ones with `planner` instead. So the
     first is no worse than any of these caches with the weights planned apart. Raises InputError where no cache leaves enough.
@@ -97,8 +98,8 @@ def divide(
 
     tried = sorted((split(hulls.plan(room(c)).tolist(), c) for c in fitting), key=_order)
     if planner is not lagrange.plan:
-        tried[:SHORTLIST] = [split(planner(decisions, room(s.cache)), s.cache) for s in tried[:SHORTLIST]]
-    return sorted(tried, key=_order)
+        tried[:SHORTLIST] = sorted((split(planner(decisions, room(s.cache)), s.cache) for s in tried[:SHORTLIST]), key=_order)
+    return tried
 
 
 def _order(split: Split) -> tuple[float, int]:
