@@ -50,6 +50,18 @@ def test_verify_measures_weights_and_cache_together(room: Path, engine: str) -> 
     assert found["predicted"] == plan.cache["predicted"]
 
 
+def test_a_bound_is_kept_by_weights_and_cache_together(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = made(room, "bound", assay.plan(room / "p", max_loss=0.1, context=512, engine="assay", cache="fp8"))
+    measured: dict[str, object] = {}
+    monkeypatch.setattr("assay.cached.measured", lambda *given: measured or None)
+    judged = {"text": None, "tokens": 256, "window": 64}
+    assert assay.verify(out, room / "m", **judged)["passed"]
+    measured |= {"refused": "no"}
+    assert assay.verify(out, room / "m", **judged)["passed"]
+    measured |= {"measured": 0.11}
+    assert not assay.verify(out, room / "m", **judged)["passed"]
+
+
 def test_what_is_planned_is_what_is_attached(room: Path) -> None:
     plan = assay.plan(room / "p", bits=6, context=512, engine="assay", cache="kivi2")
     out = made(room, "assay", plan)

@@ -266,12 +266,12 @@ def verify(
     kl = scores.pop("kl") | {
         "predicted": predicted.get("kl"), "predicted_low": predicted.get("low"), "predicted_high": predicted.get("high"),
     }  # fmt: skip
-    bound = predicted.get("max_loss")
+    together = cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None
+    bound, most = predicted.get("max_loss"), max(kl["measured"], (together or {}).get("measured", 0.0))
     verdict = {
         "bytes": result.weight_bytes, "bits": (recipe or {}).get("bits"), "bits_all": (recipe or {}).get("bits_all"),
         "kl": kl, **scores, "text": judge.source, "tokens": judge.tokens, "max_loss": bound,
-        "passed": bound is None or kl["measured"] <= bound, "texts": texts,
-        "joint": cached.measured(result.folder, original, recipe, judge) if recipe and "damage" in recipe else None,
+        "passed": bound is None or most <= bound, "texts": texts, "joint": together,
         "restore": undo.suggestions(result.folder, original, recipe, kl["measured"]) if recipe and "damage" in recipe else [],
     }  # fmt: skip
     if examined:

@@ -256,6 +256,14 @@ def test_a_contest_corrects_the_promise_of_both_together(
     assert ("the uniform plan measured better" in tuned) == (better == "uniform")
 
 
+def test_a_bound_on_the_loss_is_of_weights_and_cache_together(profile: Path) -> None:
+    asked = {"context": 2048, "batch": 8, "engine": "assay"}
+    plan = assay.plan(profile, max_loss=0.01, cache="fp8", **asked)
+    assert plan.cache["nats"] and plan.predicted_high < plan.cache["predicted_high"] <= 0.01
+    with pytest.raises(InputError, match=r"--max-loss 0\.01 leaves nothing for the weights: kivi2 alone may cost 0\."):
+        assay.plan(profile, max_loss=0.01, cache="kivi2", **asked)
+
+
 def test_flags_are_those_of_the_choice(profile: Path) -> None:
     def flags(engine: str, cache: str) -> str:
         plan = assay.plan(profile, bits=6, context=64, engine=engine, cache=cache)

@@ -210,6 +210,15 @@ def joined(plan: Plan) -> Plan:
     return dataclasses.replace(plan, cache=dict(plan.cache) | found, sentence=said)
 
 
+def left_of(loss: float, cache: CacheChoice | None) -> float:
+    """What a bound on the loss leaves for the weights: the bound without the upper end of the cache's. Raises InputError."""
+    most = cache.nats * math.exp(1.96 * CACHE_SPREAD) if cache else 0.0
+    if cache and most >= loss:
+        raise InputError(f"--max-loss {loss} leaves nothing for the weights: {cache.title} alone may cost {most:.2g} nats/token; "
+                         "take a finer --cache or a larger bound")  # fmt: skip
+    return loss - most
+
+
 def loss_of(plan: Plan) -> float:
     """Predicted loss of weights and cache, nats per token."""
     return plan.predicted + float(plan.cache.get("nats", 0.0))

@@ -76,7 +76,8 @@ def _for_loss(asked: Request, options: Sequence[Decision], loss: float, cache: C
     if not hasattr(planner, "plan_for_loss"):
         *able, last = (name for name in planners.names() if hasattr(planners.get(name), "plan_for_loss"))
         raise InputError(f"--planner {asked.planner} spends a size, not a loss; with --max-loss use {', '.join(able)} or {last}")
-    choice = planner.plan_for_loss(options, Forecast.from_index(asked.profile.index).damage_for(asked.method, loss))
+    left = joint.left_of(loss, cache)
+    choice = planner.plan_for_loss(options, Forecast.from_index(asked.profile.index).damage_for(asked.method, left))
     return Purchase(choice, totals(options, choice)[1], cache=cache)
 
 
