@@ -123,8 +123,9 @@ def check(folder: Path, plan: Plan) -> Plan:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 4.7}, {"bits": 4.7, "uniform": True}, {"size": "110KB"}, {"max_loss": 0.01}, {"bits": 7, "engine": "vllm"}],
-)
+    [{"bits": 4.7}, {"bits": 4.7, "uniform": True}, {"size": "110KB"}, {"max_loss": 0.01}, {"bits": 7, "engine": "vllm"},
+     {"level": "int4-g32-sym"}],
+)  # fmt: skip
 def test_a_plan_that_nobody_edited_says_the_same_after_its_file(rooms: Path, options: dict, tmp_path: Path) -> None:
     plan = assay.plan(rooms / "p", **options)
     assert check(rooms / "p", reloaded(tmp_path, plan)) == plan
@@ -153,6 +154,23 @@ def test_an_edit_changes_the_figures_that_follow_from_it_and_no_others(rooms: Pa
     assert edited.gap > plan.gap
     assert edited.uniform == plan.uniform and edited.budget == plan.budget
     assert edited.sentence.startswith(f"predicted KL {edited.predicted:.4f}") and edited.sentence != plan.sentence
+
+
+def test_a_plan_of_one_level_may_be_edited_to_others(rooms: Path, tmp_path: Path) -> None:
+    level, other = "int4-g32-sym", "int8-channel-sym"
+    plan = assay.plan(rooms / "p", level=level)
+    edited = check(rooms / "p", reloaded(tmp_path, plan, l0__q_proj=other))
+    moved = {n: c.level for n, c in edited.choices.items() if c.level != plan.choices[n].level}
+    assert moved == {"model.layers.0.self_attn.q_proj.weight": other}
+    assert edited.predicted < plan.predicted and edited.uniform["nbytes"] <= edited.nbytes_tensors
+    with pytest.raises(InputError, match="doesn't allow nf4-g32; choose "):
+        check(rooms / "p", reloaded(tmp_path, plan, l0__q_proj="nf4-g32"))
+
+
+@pytest.mark.parametrize("budget", [{"bits": 7.0}, {"level": "int4-g32-asym"}])
+def test_a_plan_of_an_engine_of_one_level_is_compared_with_such_plans(rooms: Path, budget: dict, tmp_path: Path) -> None:
+    plan = assay.plan(rooms / "p", engine="awq", **budget)
+    assert check(rooms / "p", reloaded(tmp_path, plan)) == plan
 
 
 def test_a_mixed_plan_made_by_hand_is_not_called_uniform(rooms: Path, tmp_path: Path) -> None:

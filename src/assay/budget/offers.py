@@ -66,7 +66,7 @@ def decisions(
     named: Mapping[str, Level] | None = None,
 ) -> list[Decision]:  # fmt: skip
     """The menu of one profile under one engine's rules, priced for one method; only: the one level to offer; named: levels
-    that a plan has, by site.
+    that a plan has, by site, where other ones than that take back the limit to one level.
 
     Raises InputError when it has no choice.
     """
@@ -125,11 +125,14 @@ def priced(
     """`decisions` of sites whose damage at a level `price` tells, None where it is not known; refusal: why all stays."""
     kinds = base.get(method)().levels
     reasons = {row.name: refusal or refused(contract, row) for row in found}
+    own = {row.name: _stand_in(contract, only, row.shape[1]) for row in found} if only else {}
+    edited = any(own.get(name, level) != level for name, level in (named or {}).items())
     offered: dict[str, list[Level]] = {}
     prices: dict[str, dict[str, float]] = {}
     for row in found:
         columns = row.shape[1]
-        levels = [] if reasons[row.name] else [_stand_in(contract, only, columns)] if only else kinds(columns)
+        levels = [own[row.name]] if only else []
+        levels = [] if reasons[row.name] else [*levels, *kinds(columns)] if edited or not only else levels
         offered[row.name] = [x for x in levels if contract.takes(x, columns, row.expert is not None, row.shape[0])]
         prices[row.name] = {x.name: p for x in offered[row.name] if (p := price(row, x)) is not None}
     options = menu.build(found, prices, lambda row: [x for x in offered[row.name] if x.name in prices[row.name]],

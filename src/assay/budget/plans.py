@@ -111,7 +111,8 @@ def checked(profile: Profile, plan: Plan, contract: Contract) -> Plan:
         check_alike(plan.levels, contract.name)
     budget, contract = Budget(**plan.budget), contract.narrowest(plan.levels.values())
     outside = budget.whole or any(known[n].block is None for n in plan.levels if n in known)
-    options = decisions(profile, contract, plan.method, outside, (), only_level(budget), plan.levels)
+    only = max(plan.levels.values()) if contract.one_level and plan.levels else only_level(budget)
+    options = decisions(profile, contract, plan.method, outside, (), only, plan.levels)
     validate(plan, options)
     choice = [[o.level for o in d.options].index(plan.choices[d.sites[0]].level) for d in options]
     cache = joint.cache_of(profile, plan, contract)
