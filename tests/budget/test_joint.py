@@ -223,7 +223,7 @@ def test_more_memory_buys_what_the_plan_said(profile: Path, planner: str) -> Non
     plan = assay.plan(profile, memory=memory, **asked)
     more = assay.plan(profile, memory=memory + (plan.more or {"bytes": plan.nbytes_tensors // 8})["bytes"], **asked)
     assert more.predicted == (plan.more["predicted"] if plan.more else plan.predicted)
-    assert plan.gap < 0.02 or planner != "lagrange"
+    assert plan.gap < 0.05 or planner != "lagrange"
 
 
 def test_a_search_keeps_to_the_memory(profile: Path) -> None:
