@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from budget.test_joint import prices_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import assay
 from assay import engines
+from assay.budget import caches
 from assay.budget.plan import Plan
 from assay.explore.session import Session
-from assay.explore.state import State
+from assay.explore.state import Pin, State
+from assay.measure.footprint import Footprint
 from assay.measure.profile import Profile
 from assay.model.errors import InputError
 from assay.model.files import save_note
@@ -49,6 +53,19 @@ def test_the_same_budget_gives_the_same_plan_as_the_command(session: Session, pr
     assert shown["uniform"]["predicted"] == pytest.approx(command.uniform["predicted"])
     assert sum(shown["cells"]["nbytes"]) == sum(c.nbytes for c in command.choices.values())
     assert sum(shown["cells"]["damage"]) == pytest.approx(sum(c.damage for c in command.choices.values()))
+
+
+@pytest.mark.parametrize(("engine", "cache"), [("vllm", "fp8"), ("assay", "kivi2"), ("assay", "fp16")])
+def test_a_priced_cache_is_in_the_plan_as_of_the_command(profile: Path, engine: str, cache: str, tmp_path: Path) -> None:
+    priced = shutil.copytree(profile, tmp_path / "p")
+    needs = Footprint.from_json(Profile.open(priced).index["footprint"])
+    caches.save(priced, prices_for(len(needs.layers), needs.layers[0].keys), {})
+    made, wanted = Session(Profile.open(priced)), state(12.0, engine=engine, context="64", batch=2, cache=cache)
+    command = assay.plan(priced, engine=engine, **wanted.budget)
+    assert command.cache and made.plan(wanted).to_text() == command.to_text()
+    assert made.answer(wanted)["serving"] == command.serving
+    pinned = made.plan(dataclasses.replace(wanted, pins=(Pin("0", "mlp.up", "keep"),)))
+    assert pinned.cache["nats"] == command.cache["nats"]
 
 
 def test_a_matrix_that_is_kept_is_as_with_keep(session: Session, profile: Path) -> None:
@@ -152,8 +169,12 @@ def test_the_cache_grows_with_the_context_and_what_is_unknown_is_said(session: S
 
 def test_every_engine_has_caches_and_an_answer_or_a_reason(session: Session) -> None:
     facts = session.facts("transformers", "auto")
-    assert facts["engines"] == list(engines.NAMES) and all(facts["caches"].values())
-    for engine in engines.NAMES:
+    assert {*engines.NAMES} - {*facts["engines"]} == {"awq"} and all(facts["caches"].values())
+    with pytest.raises(InputError, match="awq holds one level for the whole model"):
+        session.facts("awq", "auto")
+    with pytest.raises(InputError, match="awq holds one level for the whole model"):
+        session.answer(state(9.0, engine="awq"))
+    for engine in facts["engines"]:
         try:
             assert session.answer(state(9.0, engine=engine, context=32))["serving"]["total"] > 0
         except InputError as error:

@@ -72,7 +72,8 @@ class Menu:
 
     @classmethod
     def of(cls, profile: Profile, cells: Cells, contract: Contract, method: str) -> Menu:
-        """Raises InputError where nothing can be made smaller."""
+        """Raises InputError where nothing can be made smaller, or where there is nothing to mix."""
+        check_mixes(contract)
         whole = _tensor_bytes(profile, contract)
         decisions = offers.decisions(profile, contract.narrowed()[0], method, False, ())
         table = Table.of(decisions)
@@ -148,6 +149,13 @@ class Board:
         """Choices on the hulls, from the fewest bits to the most."""
         targets = np.linspace(*self.reach, POINTS)
         return [np.zeros_like(self.prepared.table.count), *(self.prepared.on_hull(self.limit(t)) for t in targets[1:].tolist())]
+
+
+def check_mixes(contract: Contract) -> None:
+    """Raises InputError for an engine that holds one level for the whole model."""
+    if contract.one_level:
+        raise InputError(f"{contract.name} holds one level for the whole model, so there is nothing to drag; "
+                         f"assay plan --engine {contract.name} chooses it")  # fmt: skip
 
 
 def _tensor_bytes(profile: Profile, contract: Contract) -> int:

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from assay import engines
-from assay.budget import agreement, offers, plans, presets, serving
+from assay.budget import agreement, joint, offers, plans, presets, serving
+from assay.budget.caches import CacheChoice
 from assay.budget.forecast import Forecast
 from assay.budget.plan import Choice, Plan
 from assay.budget.serving import Load
+from assay.budget.size import Budget
 from assay.budget.table import Floats, Ints
 from assay.engines.serving import server
-from assay.explore.board import Board, Cells, Menu
+from assay.explore.board import Board, Cells, Menu, check_mixes
 from assay.explore.state import KEEP, Pin, State
 from assay.measure.footprint import Footprint
 from assay.measure.profile import Profile
@@ -48,6 +50,7 @@ class Session:
             raise InputError(f"{profile.folder}: damaged profile ({error!r}); run assay profile again") from None
         self._menu = lru_cache(MENUS)(self._make_menu)
         self._board = lru_cache(BOARDS)(self._make_board)
+        self._cache = lru_cache(BOARDS)(self._make_cache)
 
     def board(self, state: State) -> Board:
         """The menu of an engine and a method with pins on it. Raises InputError."""
@@ -63,19 +66,26 @@ class Session:
     def _make_board(self, engine: str, method: str, pins: tuple[Pin, ...]) -> Board:
         return Board.of(self._menu(engine, method), pins, self.forecast)
 
+    def _make_cache(self, engine: str, context: int | None, batch: int, cache: str) -> CacheChoice | None:
+        """The cache that a plan states, where the profile has its prices."""
+        budget = Budget(**State(1.0, engine, context=context, batch=batch, cache=cache).budget)
+        menu = joint.menu_of(self.profile, budget, engines.get(engine))
+        return joint.choices(menu, budget)[0] if menu else None
+
     # ---- what the page shows -----------------------------------------------------------------
 
     def facts(self, engine: str, method: str) -> dict[str, Any]:
         """What no choice in the page changes, and the state it starts with. Raises InputError for unknown names."""
         context, engine = self._start_context(), engines.get(engine).name
         presets.method(method, engine)
+        check_mixes(engines.get(engine))
         return {
             "profile": str(self.profile.folder), "family": str(self.profile.index["family"]),
             "model": str(self.profile.index.get("folder", "")), "start": {
                 "bits": START_BITS, "engine": engine, "method": method, "context": context, "batch": 1,
                 "cache": serving.DEFAULT_CACHE, "pins": [],
             },
-            "engines": list(engines.NAMES), "methods": ["auto", "best", *base.names()],
+            "engines": [n for n in engines.NAMES if not engines.get(n).one_level], "methods": ["auto", "best", *base.names()],
             "caches": {name: [c.name for c in server(name).caches] for name in engines.NAMES},
             "most_context": self.needs.context if self.needs else None,
             "cells": [list(name) for name in self.cells.names], "weights": self.cells.weights.tolist(),
@@ -159,6 +169,8 @@ class Session:
             *self.origin, board.menu.contract.name, board.menu.method, state.budget,
             {name: Choice(level, 0, 0.0, "") for name, level in sites.items()}, 0, 0.0, 0.0, 0.0, 0.0, 0.0, {}, 0.0, "",
         )  # fmt: skip
+        cache = self._cache(board.menu.contract.name, state.context, state.batch, state.cache)
+        bare = joint.with_cache(bare, cache) if cache else bare
         made = plans.checked(self.profile, bare, board.menu.contract)
         held = {s for d, is_pinned in zip(board.prepared.decisions, board.pinned, strict=True) if is_pinned for s in d.sites}
         choices = {n: dataclasses.replace(c, why="pinned by hand") if n in held else c for n, c in made.choices.items()}
@@ -182,7 +194,9 @@ class Session:
             return None
         try:
             needs, load = Footprint.from_json(self.profile.index.get("footprint")), Load(state.context, state.batch, state.cache)
-            return serving.summary(needs, load, engines.get(state.engine).name, weights, self.decoded)
+            engine = engines.get(state.engine).name
+            cache = self._cache(engine, state.context, state.batch, state.cache)
+            return serving.summary(needs, load, engine, weights, self.decoded, cache)
         except InputError as error:
             return {"error": str(error)}
 
