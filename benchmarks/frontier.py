@@ -32,7 +32,7 @@ from assay.measure.text import windows
 from assay.methods import base
 from assay.model.level import Level
 from assay.model.progress import Silent
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.prove.variants import mean_kl
 from assay.run import open_model
 
@@ -60,7 +60,7 @@ class Bench:
 
     def bits(self, levels: Levels) -> float:
         """Real bits per weight in the blocks."""
-        size = sum(Level.parse(name).nbytes(*s.shape) if (name := levels[key_of(s)]) else 2 * s.count for s in self.sites)
+        size = sum(Level.parse(name).nbytes(*s.shape) if (name := levels[s.name]) else 2 * s.count for s in self.sites)
         return 8 * size / sum(s.count for s in self.sites)
 
     def kl(self, everyone: Sequence[Levels]) -> list[float]:
@@ -80,14 +80,14 @@ class Bench:
         columns = {s.shape[1] for s in self.sites}
         offered = set.intersection(*(set(base.get(self.method)().levels(n)) for n in columns))
         whole = [x for x in sorted(offered) if x.bits == int(x.bits) <= BUDGETS[-1] and (x.format != "int" or not x.symmetric)]
-        same = [{key_of(s): x.name for s in self.sites} for x in whole if all(self.contract.takes(x, n) for n in columns)]
+        same = [{s.name: x.name for s in self.sites} for x in whole if all(self.contract.takes(x, n) for n in columns)]
         return [(self.bits(levels), levels) for levels in same]
 
     def _keys(self, levels: Levels) -> list[Hashable]:
         keys: list[list[tuple[str, str | None]]] = [[] for _ in self.model.blocks]
         for site in self.sites:
             assert site.block is not None
-            keys[site.block].append((key_of(site), levels[key_of(site)]))
+            keys[site.block].append((site.name, levels[site.name]))
         return [tuple(key) for key in keys]
 
     def _override(self, block: int, key: Hashable) -> Any:
@@ -95,7 +95,7 @@ class Bench:
         levels: Levels = dict(key)
 
         def override(site: Site, weight: Tensor) -> Tensor:
-            name = levels.get(key_of(site))
+            name = levels.get(site.name)
             return weight if name is None else self.store.decoded(site, name)
 
         return override

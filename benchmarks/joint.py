@@ -32,7 +32,6 @@ from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
 from assay.model.errors import InputError
-from assay.model.sites import key_of
 from assay.prompted import Prompted
 from assay.run import open_model
 from assay.runtime.policy import Stack
@@ -56,7 +55,7 @@ class Bench:
         self.pricing_seconds = time.process_time() - begun
         self.streamed = StreamedModel(source)
         self.store = LevelStore(self.streamed, self.profile, method, folder / "levels")
-        self.sites = {key_of(s): s for s in self.streamed.anatomy.sites.values()}
+        self.sites = {s.name: s for s in self.streamed.anatomy.sites.values()}
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         vocabulary = self.streamed.vocabulary

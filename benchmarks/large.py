@@ -26,7 +26,6 @@ from assay.measure.curvatures import Curvatures
 from assay.measure.stream import StreamedModel, read_weight
 from assay.methods import base
 from assay.model.level import Level
-from assay.model.sites import key_of
 from assay.run import open_model
 
 LAYERS = 2
@@ -38,7 +37,7 @@ def seconds(model: StreamedModel, curvatures: Curvatures, name: str, level: Leve
     sites = {site.shape: site for site in model.anatomy.block_sites(0)}
     counts = Counter(site.shape for site in model.anatomy.block_sites(0))
     for shape, site in sites.items():
-        weight, found = read_weight(model, site), statistics(method, [curvatures[key_of(site)]])
+        weight, found = read_weight(model, site), statistics(method, [curvatures[site.name]])
         begun = time.perf_counter()
         method.encode(weight[None], level, torch.bfloat16, found)
         total += counts[shape] * (time.perf_counter() - begun)

@@ -20,7 +20,6 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import windows
 from assay.model.level import Level
 from assay.model.progress import Silent
-from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 
@@ -43,8 +42,8 @@ def matrices(model: str, profile: Path, judge: Path | None) -> None:
     streamed = StreamedModel(open_model(model))
     text = windows(streamed.checkpoint, judge, "evaluation", 7680, 256, streamed.vocabulary)
     level = Level(3, 64)
-    names = [key_of(s) for s in streamed.anatomy.sites.values() if s.block is not None]
-    candidates = {n: Candidate(streamed, nearest(lambda site, n=n: level if key_of(site) == n else None)) for n in names}
+    names = [s.name for s in streamed.anatomy.sites.values() if s.block is not None]
+    candidates = {n: Candidate(streamed, nearest(lambda site, n=n: level if site.name == n else None)) for n in names}
     scores = compare(streamed, candidates, text, Silent())
     measured = np.log([float(torch.cat(scores[n].kl).double().mean()) for n in names])
     predicted = np.log([prices[n][level.name]["nearest"] for n in names])

@@ -23,7 +23,7 @@ from assay.measure.stream import Override, StreamedModel
 from assay.measure.text import windows
 from assay.model.errors import InputError
 from assay.model.progress import Silent
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.prove.divergence import Candidate, compare, interval
 from assay.run import open_model
 
@@ -78,7 +78,7 @@ def weights_of(results: Results) -> Override:
     """Compressed weights where there are some."""
 
     def override(site: Site, weight: torch.Tensor) -> torch.Tensor:
-        return results.packed(key_of(site)).decode().float() if key_of(site) in results.solved else weight
+        return results.packed(site.name).decode().float() if site.name in results.solved else weight
 
     return override
 

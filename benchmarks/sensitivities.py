@@ -29,7 +29,6 @@ from assay.measure.text import Windows, windows
 from assay.methods.grid.trellis import distortion
 from assay.model.level import Level
 from assay.model.progress import Silent
-from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 
@@ -74,7 +73,7 @@ def figures(model: str | Path, calibration: Path | None, judge: Path | None, fol
     rankings = [sensitivity.rank(Profile.open(folder), name, streamed, Silent()) for name in sensitivity.names()]
     plans = {r.name: divided(r) for r in rankings} | {"3 bits": {row.site: LEVELS[1] for row in rankings[0].rows}}
     text = windows(streamed.checkpoint, judge, "evaluation", JUDGED, profile.index["calibration"]["window"], streamed.vocabulary)
-    candidates = {n: Candidate(streamed, nearest(lambda s, p=p: p.get(key_of(s)))) for n, p in plans.items()}
+    candidates = {n: Candidate(streamed, nearest(lambda s, p=p: p.get(s.name))) for n, p in plans.items()}
     scores = compare(streamed, candidates, Windows(text.ids, text.source), Silent())
     correlations, seconds = sensitivity.correlations(rankings)[TRUTH], {r.name: r.seconds for r in rankings}
     sizes = {row.site: row.count for row in rankings[0].rows}

@@ -17,7 +17,7 @@ from assay.measure.damage import Curvature
 from assay.measure.profile import Profile
 from assay.model.checkpoint import Checkpoint
 from assay.model.progress import Silent
-from assay.model.sites import Site, key_of, survey
+from assay.model.sites import Site, survey
 from assay.transforming import transform
 
 
@@ -81,7 +81,7 @@ def _made(folder: Path, block: int | None) -> Mapping[str, Curvature]:
     found = {}
     for place, site in enumerate(s for s in _sites(folder) if s.block == block):
         h = moment(site.shape[1], sum(map(ord, site.reads)))
-        found[key_of(site)] = Curvature(h, moment(site.shape[0], place), 1.0, 100)
+        found[site.name] = Curvature(h, moment(site.shape[0], place), 1.0, 100)
     return found
 
 

@@ -19,7 +19,6 @@ from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows
 from assay.model.errors import InputError
 from assay.model.progress import Silent
-from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.prove.variants import mean_kl
 
@@ -45,12 +44,12 @@ def test_variants_have_the_kl_of_candidates_one_by_one(profiled: Profile, model:
     ids = torch.tensor(profiled.index["held_out"])[:4]
 
     def decoded(site, weight):
-        return results.packed(key_of(site)).decode().float()
+        return results.packed(site.name).decode().float()
 
     store = evolving.LevelStore(model, profiled, METHOD, tmp_path / "s")
 
     def override(block, key):
-        return lambda site, weight: store.decoded(site, plan.choices[key_of(site)].level)
+        return lambda site, weight: store.decoded(site, plan.choices[site.name].level)
 
     count = len(model.blocks)
     variants = [[None] * count, ["plan"] * count, [*["plan"] * 3, *[None] * (count - 3)]]

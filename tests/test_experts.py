@@ -26,7 +26,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.progress import Silent
-from assay.model.sites import key_of, survey
+from assay.model.sites import survey
 from assay.profiling import make_profile
 
 SETTINGS = {"calibration": "text.txt", "tokens": 1024, "window": 32}
@@ -182,11 +182,11 @@ def test_by_its_own_few_tokens_it_would_have_got_fewer(starving: Path) -> None:
     curvatures = profile.curvatures(0)
     typical = Typical.of(curvatures, anatomy.block_sites(0))
     for site in (s for s in anatomy.block_sites(0) if s.expert is not None):
-        stand_in = typical.standing_in(site, curvatures[key_of(site)])
+        stand_in = typical.standing_in(site, curvatures[site.name])
         assert (stand_in is None) is (site.expert != STARVED)
         if stand_in is not None:
             change = 0.01 * torch.randn(site.shape, generator=torch.Generator().manual_seed(0))
-            assert curvatures[key_of(site)].damage(change) < stand_in.damage(change)
+            assert curvatures[site.name].damage(change) < stand_in.damage(change)
 
 
 def test_a_starved_expert_is_rounded_without_its_statistics_and_the_ledger_says_so(starving: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from assay.model.errors import InputError
 from assay.model.files import open_tensors, read_note, save_note, save_tensors
 from assay.model.level import Level
 from assay.model.progress import Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.model.terms import restore
 from assay.prove.variants import mean_kl
 
@@ -100,7 +100,7 @@ class LevelStore:
 
     def decoded(self, site: Site, level: str) -> Tensor:
         """Weight [out, in], float32; the caller doesn't change it."""
-        key = (key_of(site), level)
+        key = (site.name, level)
         if key not in self._decoded:
             self._decoded[key] = self._read(site, level)
             while sum(t.nbytes for t in self._decoded.values()) > DECODED_BYTES and len(self._decoded) > 1:
@@ -109,7 +109,7 @@ class LevelStore:
         return self._decoded[key]
 
     def _read(self, site: Site, level: str) -> Tensor:
-        path = self._folder / f"{_digest(f'{key_of(site)}:{level}')}.safetensors"
+        path = self._folder / f"{_digest(f'{site.name}:{level}')}.safetensors"
         if not path.exists():
             weight, curvature = read_weight(self._model, site), self._curvature(site)
             packed = encode(self._method, weight[None], Level.parse(level), scale_dtype(self._model, site), [curvature])[0][0]
@@ -119,7 +119,7 @@ class LevelStore:
             return restore(stored, Level.parse(file.metadata["level"]), scale_dtype(self._model, site)).decode().float()
 
     def _curvature(self, site: Site) -> Curvature:
-        return self._profile.curvatures(site.block, base.weightwise(self._name))[key_of(site)]
+        return self._profile.curvatures(site.block, base.weightwise(self._name))[site.name]
 
 
 class Trial:
@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, model: StreamedModel, decisions: Sequence[Decision], store: LevelStore) -> None:
         self._model, self._store, self.decisions = model, store, decisions
-        sites = {key_of(site): site for site in model.anatomy.sites.values()}
+        sites = {site.name: site for site in model.anatomy.sites.values()}
         self._blocks: list[list[tuple[int, str]]] = [[] for _ in model.blocks]
         for index, decision in enumerate(decisions):
             for name in decision.sites:
@@ -153,7 +153,7 @@ class Trial:
         levels: dict[str, str | None] = dict(key)
 
         def override(site: Site, weight: Tensor) -> Tensor:
-            level = levels.get(key_of(site))
+            level = levels.get(site.name)
             return weight if level is None else self._store.decoded(site, level)
 
         return override

@@ -31,7 +31,7 @@ from assay.model.files import open_tensors, save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.progress import COMPRESSING, Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.model.terms import restore
 from assay.model.threads import side_by_side
 
@@ -95,7 +95,7 @@ class Results:
 
     def decoded(self, site: Site, weight: Tensor) -> Tensor:
         """The weight [out, in], float32, that a site has now: an `Override`."""
-        return self.packed(key_of(site)).decode().float() if key_of(site) in self.solved else weight
+        return self.packed(site.name).decode().float() if site.name in self.solved else weight
 
 
 def execute(
@@ -146,13 +146,13 @@ def _solve_block(model: StreamedModel, plan: Plan, profile: Profile, block: int 
     decoded: dict[str, Tensor] = {}
 
     def changed(site: Site, weight: Tensor) -> Tensor:
-        name = key_of(site)
+        name = site.name
         if name in solved and name not in decoded:
             decoded[name] = _packed(tensors, solved[name]).decode().float()
         return decoded.get(name, weight)
 
     for reads in [*pair.original(block), None]:
-        due = [s for s in sites if s.reads == reads or (reads is None and key_of(s) not in solved)]
+        due = [s for s in sites if s.reads == reads or (reads is None and s.name not in solved)]
         if due:
             new, done = task.solve(due, pair.met(block, reads, changed) if reads else None)
             tensors |= new
@@ -161,7 +161,7 @@ def _solve_block(model: StreamedModel, plan: Plan, profile: Profile, block: int 
 
 
 def _planned(plan: Plan, site: Site) -> bool:
-    choice = plan.choices.get(key_of(site))
+    choice = plan.choices.get(site.name)
     return choice is not None and choice.level is not None
 
 
@@ -181,10 +181,10 @@ class _Task:
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
     def _starved(self, site: Site) -> bool:
-        return site.expert is not None and self.curvatures.tokens(key_of(site)) < ENOUGH_TOKENS
+        return site.expert is not None and self.curvatures.tokens(site.name) < ENOUGH_TOKENS
 
     def _batch(self, level: Level, sites: list[Site], met: Met | None) -> Part:
-        weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[key_of(s)] for s in sites]
+        weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[s.name] for s in sites]
         targets, used = weights, stats
         if met is not None and not any(map(starved, stats)):
             targets = [compensated(weight, met.h, met.cross) for weight in weights]
@@ -199,9 +199,9 @@ class _Task:
             damage = curvature.damage(result.decode().float() - weight)
             stored = str(dtype).removeprefix("torch.")
             why = reason(curvature) if failure and starved(curvature) else failure
-            done = Solved(key_of(site), result.level.name, self.plan.method, damage, stored, why, curvature.tokens, damping)
+            done = Solved(site.name, result.level.name, self.plan.method, damage, stored, why, curvature.tokens, damping)
             solved.append(done)
-            tensors |= {f"{key_of(site)}|{suffix}": t for suffix, t in result.tensors().items()}
+            tensors |= {f"{site.name}|{suffix}": t for suffix, t in result.tensors().items()}
         return tensors, solved
 
 
@@ -227,7 +227,7 @@ def _batches(plan: Plan, sites: Iterable[Site], starving: Callable[[Site], bool]
     """Planned sites that have one shape and level, in batches of bounded size; those that starve apart from the others."""
     alike: dict[tuple[str, tuple[int, int], bool, bool], list[Site]] = {}
     for site in sites:
-        level = str(plan.choices[key_of(site)].level)
+        level = str(plan.choices[site.name].level)
         alike.setdefault((level, site.shape, site.role == "head", starving(site)), []).append(site)
     for (level, shape, _, _), same in alike.items():
         size = max(1, BATCH_WEIGHTS // max(shape[0] * shape[1], shape[0] ** 2, shape[1] ** 2))

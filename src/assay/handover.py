@@ -35,7 +35,7 @@ from assay.model.ggml import KINDS
 from assay.model.ledger import Entry, Fate, Ledger
 from assay.model.level import Level
 from assay.model.progress import SAVING, Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.report.page.facts import Row, to_json
 from assay.transforming import origin
 
@@ -122,7 +122,7 @@ def _ledger(
 def _damage(model: StreamedModel, profile: Profile, results: Results) -> dict[str, float]:
     """Nats per token of each compressed site, as a plan counts them."""
     forecast = Forecast.from_index(profile.index)
-    blocks = {key_of(site): site.block for site in model.anatomy.sites.values()}
+    blocks = {site.name: site.block for site in model.anatomy.sites.values()}
     return {name: s.damage * forecast.excess(blocks[name]) for name, s in results.solved.items()}
 
 
@@ -141,7 +141,7 @@ def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str
 
 def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
     """The plan site by site, for the report."""
-    rows, sites = [], {key_of(site): site for site in model.anatomy.sites.values()}
+    rows, sites = [], {site.name: site for site in model.anatomy.sites.values()}
     for name, choice in plan.choices.items():
         site = sites[name]
         entry, level = ledger.entries[name], choice.level or "keep"

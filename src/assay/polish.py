@@ -34,7 +34,7 @@ from assay.model.errors import InputError
 from assay.model.files import load_tensors, open_tensors, read_note, save_note, save_tensors
 from assay.model.packed import Packed, TunablePacked
 from assay.model.progress import Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 BATCH_TOKENS = 2048
 CACHED_BYTES = 1 << 28
@@ -129,7 +129,7 @@ class Tuning:
             own = sites.get(path, [])
             if len(own) == len(stored) == 1 and stored[0] in results.solved:
                 self._add_site(own[0], results)
-            elif any(key_of(site) in results.solved for site in own):
+            elif any(site.name in results.solved for site in own):
                 self.fixed[path] = model.value(path, results.decoded)
             elif not own and len(stored) == 1:
                 self._add_plain(path, stored[0])

@@ -12,7 +12,7 @@ from assay.measure.profile import Profile
 from assay.measure.stream import StreamedModel, read_weight
 from assay.methods import base
 from assay.model.level import Level
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.prove.variants import mean_kl
 from assay.run import open_model
 
@@ -38,7 +38,7 @@ def test_the_first_blocks_excess_explains_what_rounding_it_adds(profile: Profile
     count = len(model.blocks)
     held, rounded = torch.tensor(profile.index["held_out"]), nearest(lambda site: probed_level(site.shape[1], BITS))
     whole, rest = mean_kl(model, held, [["r"] * count, [None] + ["r"] * (count - 1)], lambda block, key: rounded)
-    prices = {s: profile.prices[key_of(s)][probed_level(s.shape[1], BITS).name]["nearest"] for s in inside(model)}
+    prices = {s: profile.prices[s.name][probed_level(s.shape[1], BITS).name]["nearest"] for s in inside(model)}
     first = sum(price for site, price in prices.items() if site.block == 0)
     others = sum(prices.values()) - first
     excess = profile.index["first"]
@@ -54,10 +54,10 @@ def test_a_solvers_damage_in_the_first_block_is_that_of_its_own_rehearsal(profil
     level, method, forecast = Level.parse("int2-g64-asym"), base.get("two_sided")(), Forecast.from_index(profile.index)
     curvatures, left, priced = profile.curvatures(0), 0.0, 0.0
     for site in {s.shape: s for s in inside(model) if s.block == 0 and s.shape[1] <= 2 * 256}.values():  # one of each shape
-        weight, curvature = read_weight(model, site), curvatures[key_of(site)]
+        weight, curvature = read_weight(model, site), curvatures[site.name]
         packed = method.encode(weight[None], level, torch.bfloat16, statistics(method, [curvature]))[0]
         left += curvature.damage(packed.decode().float() - weight)
-        priced += profile.prices[key_of(site)][level.name][method.prices]
+        priced += profile.prices[site.name][level.name][method.prices]
     middle = len(model.blocks) // 2
     told = [forecast.damage("two_sided", level, priced, block) for block in (0, middle)]
     assert told[0] == pytest.approx(left * forecast.excess(0), rel=1e-3)

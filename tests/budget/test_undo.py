@@ -18,7 +18,6 @@ from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import windows
 from assay.model.errors import InputError
 from assay.model.progress import Silent
-from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 
@@ -70,7 +69,7 @@ def test_the_first_named_recovers_more_measured_loss_per_byte_than_the_median(re
     assert named[0]["tensors"] == order[:1]
 
     def restored(name: str) -> Candidate:
-        return Candidate(small, lambda site, weight: read_weight(original, site) if key_of(site) == name else weight)
+        return Candidate(small, lambda site, weight: read_weight(original, site) if site.name == name else weight)
 
     judge = windows(original.checkpoint, None, "evaluation", 4096, 128, original.vocabulary)
     candidates = {"none": Candidate(small), "first": restored(order[0]), "median": restored(order[len(order) // 2])}

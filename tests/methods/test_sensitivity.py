@@ -27,7 +27,6 @@ from assay.methods.sensitivity.hessian_trace import diagonals
 from assay.methods.sensitivity.zd import above
 from assay.model.errors import InputError
 from assay.model.progress import Silent
-from assay.model.sites import key_of
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 
@@ -81,7 +80,7 @@ def test_leave_one_out_is_what_the_judge_measures(subject: Subject, samples: Sco
     site = next(s for s in subject.sites if s.block == 2 and s.name.endswith("v_proj.weight"))
     one = {"one": Candidate(subject.model, subject.rounding(site))}
     judged = compare(subject.model, one, Windows(subject.ids, "held out"), Silent())["one"]
-    found = samples("leave_one_out")[key_of(site)]
+    found = samples("leave_one_out")[site.name]
     torch.testing.assert_close(found, torch.cat(judged.kl).double().mean(1), rtol=1e-3, atol=1e-9)
 
 
@@ -94,7 +93,7 @@ def test_zeroth_order_is_the_slope_along_its_draw(subject: Subject, samples: Sco
         for ids in subject.ids.split(1):
             loss = token_losses(network(input_ids=ids).logits, ids).mean()
             slopes.append((torch.autograd.grad(loss, parameter)[0] * draw).sum().abs())
-    torch.testing.assert_close(samples("zeroth_order")[key_of(site)], torch.stack(slopes).double(), rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(samples("zeroth_order")[site.name], torch.stack(slopes).double(), rtol=0.02, atol=2e-3)
 
 
 def test_kfac_is_the_profile_s_price(subject: Subject, samples: Score) -> None:
@@ -107,12 +106,12 @@ def test_kfac_is_the_profile_s_price(subject: Subject, samples: Score) -> None:
 
 def test_fisher_diagonal_weighs_every_squared_error(subject: Subject, samples: Score) -> None:
     site = next(s for s in subject.sites if s.block == 0 and s.name.endswith("k_proj.weight"))
-    fisher = subject.profile.curvatures(0, ("fisher",))[key_of(site)].fisher
+    fisher = subject.profile.curvatures(0, ("fisher",))[site.name].fisher
     assert fisher is not None
     weight = subject.weight(site)
     errors = (subject.rounded(weight) - weight).flatten().tolist()
     total = sum(0.5 * f * e * e for f, e in zip(fisher.flatten().tolist(), errors, strict=True))
-    assert means(samples("fisher_diagonal"))[key_of(site)] == pytest.approx(total, rel=1e-4)
+    assert means(samples("fisher_diagonal"))[site.name] == pytest.approx(total, rel=1e-4)
 
 
 def test_the_hessian_s_diagonal_is_exact_with_one_probe_where_there_is_nothing_else() -> None:
@@ -140,7 +139,7 @@ def test_hessian_trace_follows_the_size_of_the_error_alone(subject: Subject) -> 
         if site.name.endswith("up_proj.weight"):
             weight = subject.weight(site)
             errors = [float((s.rounded(weight) - weight).square().sum()) for s in (coarse, subject)]
-            torch.testing.assert_close(rough[key_of(site)], fine[key_of(site)] * errors[0] / errors[1], rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(rough[site.name], fine[site.name] * errors[0] / errors[1], rtol=1e-4, atol=1e-12)
 
 
 def test_pair_terms_are_what_two_changes_cost_together() -> None:
@@ -168,7 +167,7 @@ def test_shares_of_the_augmented_hessian_add_up_to_rounding_everything(subject: 
     rounded = {"all": Candidate(subject.model, lambda _, weight: fine.rounded(weight))}
     judged = compare(subject.model, rounded, Windows(subject.ids, "held out"), Silent())["all"]
     blocks = {s.name for s in subject.sites}
-    assert blocks == {key_of(s) for s in subject.model.anatomy.sites.values() if s.block is not None}
+    assert blocks == {s.name for s in subject.model.anatomy.sites.values() if s.block is not None}
     found = base.load("augmented_hessian", "sensitivity")().score(fine)
     assert sum(means(found).values()) == pytest.approx(float(torch.cat(judged.kl).double().mean()), rel=0.15)
 

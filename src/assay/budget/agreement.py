@@ -18,7 +18,6 @@ from assay.measure.profile import Profile, measure
 from assay.measure.stream import StreamedModel, read_weight
 from assay.measure.text import Windows
 from assay.model.progress import Progress
-from assay.model.sites import key_of
 
 BITS = 3
 TOKENS = 4_096
@@ -73,11 +72,11 @@ class Reference:
             for block in range(len(model.blocks)):
                 curvatures = Curvatures(Path(folder), block, first.tokens)
                 for site in model.anatomy.block_sites(block):
-                    if (curvature := curvatures.get(key_of(site))) is not None:
+                    if (curvature := curvatures.get(site.name)) is not None:
                         weight, level = read_weight(model, site), probed_level(site.shape[1], BITS)
-                        prices[key_of(site)] = price(weight, curvature, [level])[level.name]["nearest"]
-                        parts[key_of(site)] = of_weight(weight, curvature) if curvature.parts else []
-        counts = {key_of(site): site.count for site in model.anatomy.sites.values()}
+                        prices[site.name] = price(weight, curvature, [level])[level.name]["nearest"]
+                        parts[site.name] = of_weight(weight, curvature) if curvature.parts else []
+        counts = {site.name: site.count for site in model.anatomy.sites.values()}
         return cls(prices, noise(parts, counts), _name(text.source))
 
 
@@ -87,7 +86,7 @@ def compared(model: StreamedModel, known: Reference, text: Windows, progress: Pr
     `text`: its name; `extra_loss`: see there, without what chance explains; `warning`: a sentence where that is above
     `LIMIT`, else None.
     """
-    counts, other = {key_of(site): site.count for site in model.anatomy.sites.values()}, Reference.measured(model, text, progress)
+    counts, other = {site.name: site.count for site in model.anatomy.sites.values()}, Reference.measured(model, text, progress)
     extra = max(0.0, extra_loss(known.prices, other.prices, counts) - known.noise - other.noise)
     said = warning(known.source, other.source, extra) if extra > LIMIT else None
     return {"text": other.source, "extra_loss": extra, "warning": said}

@@ -20,7 +20,7 @@ from assay.methods import base, menus
 from assay.methods.grid.integer import IntegerGrid
 from assay.model.errors import InputError
 from assay.model.level import Level
-from assay.model.sites import WHOLE, Site, key_of
+from assay.model.sites import WHOLE, Site
 
 SAMPLED_ROWS = 64
 P = ParamSpec("P")
@@ -45,7 +45,7 @@ def rows(model: StreamedModel, nbytes: Callable[[str], int]) -> list[SiteRow]:
     """What the planner needs to know of every site. nbytes: of a stored tensor."""
     return [
         SiteRow(
-            key_of(site), site.role, site.block, site.shape, nbytes(site.name),
+            site.name, site.role, site.block, site.shape, nbytes(site.name),
             min(model.checkpoint.dtype(site.name).itemsize, 4), site.transposed, site.expert,
         ) for site in model.anatomy.sites.values()
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from assay.model import memory
 from assay.model.alike import alike
 from assay.model.level import Level
 from assay.model.progress import PRICING, REHEARSING, Progress
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 from assay.model.threads import side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
 
@@ -50,19 +50,19 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     with progress.task(PRICING, len(blocks)) as advance:
         for block in blocks:
             curvatures = Curvatures(folder, block, total)
-            sites = [s for s in model.anatomy.sites.values() if s.block == block and key_of(s) in curvatures]
+            sites = [s for s in model.anatomy.sites.values() if s.block == block and s.name in curvatures]
             costs: dict[str, InputCosts] = {}
             typical = Typical.of(curvatures, sites)
             for site in sites:
                 levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
                 with threads_for(math.prod(site.shape)), alike():
-                    curvature, reads = curvatures[key_of(site)], curvatures.reads(key_of(site))
+                    curvature, reads = curvatures[site.name], curvatures.reads(site.name)
                     if (stand_in := typical.standing_in(site, curvature)) is not None:
-                        prices[key_of(site)] = _unsolved(price(read_weight(model, site), stand_in, levels))
+                        prices[site.name] = _unsolved(price(read_weight(model, site), stand_in, levels))
                         continue
                     if reads not in costs:
                         costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
-                    prices[key_of(site)] = price(read_weight(model, site), curvature, levels, costs[reads])
+                    prices[site.name] = price(read_weight(model, site), curvature, levels, costs[reads])
             memory.release()
             advance()
     return prices
@@ -86,8 +86,8 @@ def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str
 
 def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
     """The last site of each shape."""
-    known = (s for s in model.anatomy.block_sites(block) if key_of(s) in curvatures)
-    met = [s for s in known if curvatures.tokens(key_of(s)) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
+    known = (s for s in model.anatomy.block_sites(block) if s.name in curvatures)
+    met = [s for s in known if curvatures.tokens(s.name) >= (ENOUGH_TOKENS if s.expert is not None else 1)]
     widest = REHEARSED_WIDTH * median_low([s.shape[1] for s in met] or [0])
     return list({s.shape: s for s in met if s.shape[1] <= widest}.values())
 
@@ -99,8 +99,8 @@ def _rehearse(
     tries = list(itertools.product(methods, PROBED_BITS))
 
     def solved(site: Site) -> list[tuple[float, float]]:
-        listed, found = prices[key_of(site)], []
-        weight, curvature = _some_rows(read_weight(model, site), curvatures[key_of(site)])
+        listed, found = prices[site.name], []
+        weight, curvature = _some_rows(read_weight(model, site), curvatures[site.name])
         menus = {name: [x for x in base.get(name)().levels(site.shape[1]) if x.base.name in listed] for name in methods}
         picked = {(name, bits): _nearest_level(menus[name], bits) for name, bits in tries if menus[name]}
         if len(weight) < site.shape[0]:
@@ -177,11 +177,11 @@ def probe(
         scores = compare(model, candidates, windows, progress, kl_only=True)
     per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
     kl = {name: float(found.mean()) for name, found in per_window.items()}
-    sites = [s for s in model.anatomy.sites.values() if s.block is not None and key_of(s) in prices]
+    sites = [s for s in model.anatomy.sites.values() if s.block is not None and s.name in prices]
 
     def damage(bits: int, first: bool) -> float:
         own = (s for s in sites if (s.block == 0) == first)
-        return sum(prices[key_of(s)][probed_level(s.shape[1], bits).name]["nearest"] for s in own)
+        return sum(prices[s.name][probed_level(s.shape[1], bits).name]["nearest"] for s in own)
 
     wanted = str(FIRST_BITS)
     first = _excess(kl[wanted] - kl[REST], damage(FIRST_BITS, True), kl[REST], damage(FIRST_BITS, False))

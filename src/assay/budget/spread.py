@@ -13,7 +13,6 @@ from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature, diagonal
 from assay.measure.stream import StreamedModel, read_weight
 from assay.methods.grid.formats import grid_of
-from assay.model.sites import key_of
 
 BITS = 3
 """Width at which the relative spread is taken; it hardly depends on it."""
@@ -29,9 +28,9 @@ def spreads(model: StreamedModel, folder: Path, total: int) -> dict[str, list[fl
     for block in range(len(model.blocks)):
         curvatures = Curvatures(folder, block, total)
         for site in model.anatomy.block_sites(block):
-            curvature = curvatures.get(key_of(site))
+            curvature = curvatures.get(site.name)
             if curvature is not None and curvature.parts is not None and len(curvature.parts[0]) > 1:
-                found[key_of(site)] = of_weight(read_weight(model, site), curvature)
+                found[site.name] = of_weight(read_weight(model, site), curvature)
     most = max(map(len, found.values()), default=0)
     return {name: values for name, values in found.items() if len(values) == most}
 

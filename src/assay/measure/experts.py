@@ -9,7 +9,7 @@ import torch
 
 from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 ENOUGH_TOKENS = 64
 """Of fewer, a second moment says more about these tokens than about the expert; set, not measured."""
@@ -42,7 +42,7 @@ class Typical:
         experts: dict[tuple[int | None, str], list[str]] = {}
         for site in sites:
             if site.expert is not None:
-                experts.setdefault((site.block, site.role), []).append(key_of(site))
+                experts.setdefault((site.block, site.role), []).append(site.name)
         found = {}
         for place, names in experts.items():
             counts = torch.tensor([float(curvatures.tokens(name)) for name in names])

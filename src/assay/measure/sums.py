@@ -12,7 +12,7 @@ from assay.measure.curvatures import LARGEST, PART
 from assay.measure.damage import diagonal
 from assay.measure.triangle import mirror, strips
 from assay.model.errors import InputError
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
@@ -78,7 +78,7 @@ class Sums:
         def arrived(gradient: Tensor) -> None:
             for site in sites:
                 rows = slice(*site.rows) if site.rows else slice(None)
-                self.add(f"{key_of(site)}|{site.reads}", gradient[..., rows], whole=self.whole)
+                self.add(f"{site.name}|{site.reads}", gradient[..., rows], whole=self.whole)
 
         if y.requires_grad:
             y.register_hook(arrived)
@@ -99,7 +99,7 @@ class Sums:
     def unreached(self, sites: list[Site]) -> None:
         """Sites that no gradient reached get zeros."""
         for site in sites:
-            self.values.setdefault(f"{key_of(site)}|{site.reads}", torch.zeros((site.shape[0],) * (2 if self.whole else 1)))
+            self.values.setdefault(f"{site.name}|{site.reads}", torch.zeros((site.shape[0],) * (2 if self.whole else 1)))
 
 
 class LargestCached(DynamicCache):

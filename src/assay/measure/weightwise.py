@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 
 class WeightSums:
@@ -31,7 +31,7 @@ class WeightSums:
     def untouched(self, sites: list[Site]) -> None:
         """Sites that no gradient reached get zeros."""
         for site in sites:
-            self.values.setdefault(key_of(site), torch.zeros(site.shape))
+            self.values.setdefault(site.name, torch.zeros(site.shape))
 
     def averages(self, count: int) -> dict[str, Tensor]:
         """The sums divided by `count`."""
@@ -44,8 +44,8 @@ class WeightSums:
             for site in sites:
                 rows = slice(*site.rows) if site.rows else slice(None)
                 found = outcome(gradient[..., rows], inputs)
-                known = self.values.get(key_of(site))
-                self.values[key_of(site)] = found if known is None else known.add_(found)
+                known = self.values.get(site.name)
+                self.values[site.name] = found if known is None else known.add_(found)
 
         if y.requires_grad:
             y.register_hook(arrived)

@@ -56,11 +56,6 @@ class Site:
         return self.shape[0] * self.shape[1]
 
 
-def key_of(site: Site) -> str:
-    """Name of a site in profiles and plans."""
-    return site.name
-
-
 @dataclass(frozen=True)
 class Anatomy:
     """What is in a model: its blocks, its sites, and why every other tensor stays as it is."""

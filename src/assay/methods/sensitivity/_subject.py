@@ -16,7 +16,7 @@ from assay.methods.grid.formats import grid_of
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.progress import Progress, Silent
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class Subject:
 
     def rounding(self, chosen: Site) -> Callable[[Site, Tensor], Tensor]:
         """The override that rounds this site alone."""
-        return lambda site, weight: self.rounded(weight) if key_of(site) == key_of(chosen) else weight
+        return lambda site, weight: self.rounded(weight) if site.name == chosen.name else weight
 
     def alike_in_blocks(self, scores: Tensor) -> dict[str, Tensor]:
         """Scores of blocks, [blocks, samples], as those of every site in them."""
-        return {key_of(site): scores[site.block] for site in self.sites if site.block is not None}
+        return {site.name: scores[site.block] for site in self.sites if site.block is not None}
 
 
 Scores = Mapping[str, Tensor]

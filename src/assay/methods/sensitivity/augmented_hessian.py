@@ -10,7 +10,6 @@ from torch import Tensor
 
 from assay.measure.variants import Outputs, Variant, outputs
 from assay.methods.sensitivity._subject import Scores, Subject
-from assay.model.sites import key_of
 
 ELEMENTS = 1 << 25
 """Of all variants' logits that are held at once."""
@@ -40,7 +39,7 @@ class AugmentedHessian:
         variants = [Variant(site.block, subject.rounding(site)) for site in sites if site.block is not None]
         with outputs(subject.model, subject.ids, variants, subject.progress) as found:
             pairs = torch.stack([_pairs(subject, found, len(sites), w) for w in range(len(subject.ids))])
-        return dict(zip(map(key_of, sites), 0.5 * pairs.sum(-1).T, strict=True))
+        return dict(zip((site.name for site in sites), 0.5 * pairs.sum(-1).T, strict=True))
 
 
 @torch.no_grad()

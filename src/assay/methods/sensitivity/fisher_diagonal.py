@@ -9,7 +9,6 @@ import torch
 
 from assay.methods.sensitivity._subject import Scores, Subject
 from assay.model.errors import InputError
-from assay.model.sites import key_of
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ class FisherDiagonal:
         for block in range(len(subject.model.blocks)):
             curvatures = subject.profile.curvatures(block, ("fisher",))
             for site in subject.model.anatomy.block_sites(block):
-                weight, fisher = subject.weight(site), curvatures[key_of(site)].fisher
+                weight, fisher = subject.weight(site), curvatures[site.name].fisher
                 assert fisher is not None, "the index says that it was measured"
                 cost = 0.5 * (fisher.double() * (subject.rounded(weight) - weight).square()).sum()
-                found[key_of(site)] = cost[None] if torch.is_tensor(cost) else torch.tensor([cost])
+                found[site.name] = cost[None] if torch.is_tensor(cost) else torch.tensor([cost])
         return found
 
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from assay.measure.stream import token_losses
 from assay.methods.sensitivity._subject import Scores, Subject
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class HessianTrace:
                 advance()
         traces = torch.stack(rows, 1)
         errors = [(subject.rounded(w) - w).square().mean() for w in map(subject.weight, sites)]
-        return {key_of(s): 0.5 * t * e for s, t, e in zip(sites, traces, errors, strict=True)}
+        return {s.name: 0.5 * t * e for s, t, e in zip(sites, traces, errors, strict=True)}
 
 
 def diagonals(

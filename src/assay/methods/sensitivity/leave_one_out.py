@@ -10,7 +10,6 @@ import torch
 from assay.measure.stream import token_divergences
 from assay.measure.variants import Variant, outputs
 from assay.methods.sensitivity._subject import Scores, Subject
-from assay.model.sites import key_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class LeaveOneOut:
                 reference = subject.model.logits(found.original(w))
                 for i in range(len(sites)):
                     rows[i, w] = token_divergences(reference, subject.model.logits(found.variant(i, w))).double().mean()
-        return dict(zip(map(key_of, sites), rows, strict=True))
+        return dict(zip((site.name for site in sites), rows, strict=True))
 
 
 METHOD = LeaveOneOut

@@ -12,7 +12,7 @@ from torch import Tensor
 from assay.measure.stream import token_losses
 from assay.measure.variants import Variant, outputs
 from assay.methods.sensitivity._subject import Scores, Subject
-from assay.model.sites import Site, key_of
+from assay.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class ZerothOrder:
                     logits = subject.model.logits(found.variant(i, w))
                     losses[i // 2, i % 2, w] = token_losses(logits, window).double().mean()
         slopes = (losses[:, 0] - losses[:, 1]).abs() / (2 * self.epsilon)
-        return dict(zip(map(key_of, sites), slopes, strict=True))
+        return dict(zip((site.name for site in sites), slopes, strict=True))
 
     def _shaken(self, chosen: Site, sign: int, seed: int) -> Callable[[Site, Tensor], Tensor]:
         def override(site: Site, weight: Tensor) -> Tensor:
-            if key_of(site) != key_of(chosen):
+            if site.name != chosen.name:
                 return weight
             return weight + sign * self.epsilon * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
 

@@ -15,7 +15,6 @@ from assay.methods.transform._subject import Subject
 from assay.methods.transform.norm_fold import gain_of
 from assay.model.errors import InputError
 from assay.model.progress import Progress
-from assay.model.sites import key_of
 from assay.model.streams import Inner, Linear, Norm
 from assay.model.weights import Edits, Weights
 
@@ -94,7 +93,7 @@ class Group:
         """Weights and curvatures of those readers that are sites and that a token met."""
         found, name, tensor = [], "", torch.empty(0)
         for reader in self.readers:
-            curvature = statistics.get(key_of(reader.site)) if reader.site is not None else None
+            curvature = statistics.get(reader.site.name) if reader.site is not None else None
             if curvature is None or not curvature.tokens:
                 continue
             if reader.inputs.tensor != name:

@@ -11,7 +11,6 @@ import torch
 from assay.measure.damage import Curvature
 from assay.methods.base import Method
 from assay.model.progress import Progress
-from assay.model.sites import key_of
 from assay.model.streams import Linear, Residual, Streams
 from assay.model.weights import Weights
 
@@ -57,7 +56,7 @@ def curvatures(readers: Iterable[Linear], statistics: Mapping[str, Curvature]) -
     """One curvature for each distinct input of some matrices; those that nothing was measured of are left out."""
     sites = {reader.site.reads: reader.site for reader in readers if reader.site is not None}
     for site in sites.values():
-        if (found := statistics.get(key_of(site))) is not None:
+        if (found := statistics.get(site.name)) is not None:
             yield found
 
 
