@@ -207,6 +207,8 @@ def compress(
     streamed.batch_tokens = by.batch
     count = TOKENS if tokens in (None, "auto") else int(tokens or TOKENS)
     if dry_run:
+        if profile:
+            _check_profile(Profile.open(profile), streamed, method)
         how = {"method": method, "calibration": calibration, "window": window, "engine": contract.name, "uniform": uniform}
         wanted = {"bits": given.bits} if given else vars(limits)
         return preflight.told(
@@ -312,6 +314,7 @@ convert = export
 
 def write_report(out: str | Path, destination: str | Path) -> dict[str, Any]:
     """Write one page about a result, which opens in any browser without a network."""
+    _check_destination(Path(destination))
     page = write_page(out, destination)
     return {"report": str(page), "bytes": page.stat().st_size}
 

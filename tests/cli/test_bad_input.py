@@ -346,6 +346,15 @@ def test_things_that_do_not_belong_together(room: Path, capfd: pytest.CaptureFix
     refused(capfd, room, by_profile, "made with another tokenizer; run assay profile again")
 
 
+def test_a_report_replaces_nothing(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assay.compress("m", "small", plan="plan.yaml", profile="p")
+    for place, words in (("text.txt", "exists"), ("small", "exists"), ("gone/page.html", "does not exist")):
+        refused(capfd, room, ("report", "small", "-o", place), words)
+    refused(
+        capfd, room, ("compress", "n", "--bits", "4.7", "--profile", "p", "--dry-run", "-o", "out"), "a profile of another model"
+    )
+
+
 def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assay.compress("m", "small", plan="plan.yaml", profile="p")
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
