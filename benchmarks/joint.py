@@ -55,7 +55,7 @@ class Bench:
         self.pricing_seconds = time.process_time() - begun
         self.streamed = StreamedModel(source)
         self.store = LevelStore(self.streamed, self.profile, method, folder / "levels")
-        self.sites = {s.name: s for s in self.streamed.anatomy.sites.values()}
+        self.sites = self.streamed.anatomy.sites
         self.model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         vocabulary = self.streamed.vocabulary

@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, model: StreamedModel, decisions: Sequence[Decision], store: LevelStore) -> None:
         self._model, self._store, self.decisions = model, store, decisions
-        sites = {site.name: site for site in model.anatomy.sites.values()}
+        sites = model.anatomy.sites
         self._blocks: list[list[tuple[int, str]]] = [[] for _ in model.blocks]
         for index, decision in enumerate(decisions):
             for name in decision.sites:

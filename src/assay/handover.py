@@ -141,9 +141,9 @@ def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str
 
 def _rows(model: StreamedModel, plan: Plan, ledger: Ledger) -> list[Row]:
     """The plan site by site, for the report."""
-    rows, sites = [], {site.name: site for site in model.anatomy.sites.values()}
+    rows = []
     for name, choice in plan.choices.items():
-        site = sites[name]
+        site = model.anatomy.sites[name]
         entry, level = ledger.entries[name], choice.level or "keep"
         before, after = entry.bytes_before, entry.bytes_after
         rows.append(Row(name, site.block, site.role, site.count, level, before, after, choice.damage, choice.why))

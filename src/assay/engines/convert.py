@@ -124,11 +124,10 @@ def _at(source: Checkpoint, name: str, level: Level) -> Packed:
 def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level], anatomy: Anatomy) -> dict[str, str]:
     """Why weights can't be held, by name."""
     found: dict[str, str] = {}
-    sites = {site.name: site for site in anatomy.sites.values()}
     whole = contract.refusal(anatomy.family, anatomy.has_experts)
     for name, level in levels.items():
         rows, columns = source.shape(name)[:: -1 if source.turned(name) else 1]
-        site = sites.get(name)
+        site = anatomy.sites.get(name)
         role, expert = (site.role, site.expert) if site else ("", None)
         reason = whole or contract.refuses(role, (rows, columns), source.turned(name), expert, name)
         if reason is None and not contract.takes(level, columns, expert is not None, rows):
@@ -140,7 +139,7 @@ def _refused(source: Checkpoint, contract: Contract, levels: Mapping[str, Level]
     if contract.one_level and len(set(levels.values())) > 1:
         found |= {n: f"{contract.name} holds one level for all" for n in levels if n not in found}
     experts: dict[int | None, list[str]] = {}
-    for site in sites.values():
+    for site in anatomy.sites.values():
         if site.expert is not None:
             experts.setdefault(site.block, []).append(site.name)
     joined = [*siblings(source.names), *experts.values()] if contract.fused else []

@@ -40,7 +40,7 @@ class Curvature:
         if self.h.ndim == 1:
             return 0.5 * self.share * float((left * change * self.h).sum(dtype=torch.float64))
         total = 0.0
-        for here, _ in strips(len(self.h)):
+        for here in strips(len(self.h)):
             later = slice(here.stop, None)
             right = change[:, here] @ self.h[here, here] + 2 * change[:, later] @ self.h[later, here]
             total += float((left[:, here] * right).sum(dtype=torch.float64))

@@ -43,8 +43,8 @@ class Sums:
         weighted = flat if weights is None else flat * weights.reshape(-1, 1)
         before = diagonal(self.values[key]).clone()
         if whole:
-            for here, beyond in strips(len(self.values[key])):
-                self.values[key][here, beyond].addmm_(flat[:, here].T, weighted[:, beyond])
+            for here in strips(len(self.values[key])):
+                self.values[key][here, here.start :].addmm_(flat[:, here].T, weighted[:, here.start :])
         else:
             self.values[key] += (weighted * flat).sum(0)
         if self.places is not None:
