@@ -2,16 +2,14 @@
 
 python benchmarks/large.py [--only trellis vptq] [--bits 3] [--tokens 4096] [--threads 4]
 
-Weights are random, statistics those of a model of two such blocks. Of matrices of one shape in the block one is encoded.
+Weights are random, statistics those of a model of two such blocks. What is timed is solving the first one as `compress` does.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-import time
-from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,35 @@ from _random_llama import TINY_LLAMA, build
 from methods import levels
 
 import assay
-from assay.budget.probe import statistics
-from assay.measure.curvatures import Curvatures
-from assay.measure.stream import StreamedModel, read_weight
+from assay.execute import execute
+from assay.measure.profile import Profile
+from assay.measure.stream import StreamedModel
 from assay.methods import base
 from assay.model.level import Level
+from assay.model.progress import Silent
 from assay.run import open_model
 
 LAYERS = 2
 
 
-def seconds(model: StreamedModel, curvatures: Curvatures, name: str, level: Level) -> float:
-    """Wall seconds to encode the first block."""
-    method, total = base.get(name)(), 0.0
-    sites = {site.shape: site for site in model.anatomy.block_sites(0)}
-    counts = Counter(site.shape for site in model.anatomy.block_sites(0))
-    for shape, site in sites.items():
-        weight, found = read_weight(model, site), statistics(method, [curvatures[site.name]])
-        begun = time.perf_counter()
-        method.encode(weight[None], level, torch.bfloat16, found)
-        total += counts[shape] * (time.perf_counter() - begun)
-    return total
+@dataclass
+class Clock(Silent):
+    """Hears how long each block took."""
+
+    seconds: dict[int | None, float] = field(default_factory=dict)
+
+    def log(self, message: str, **facts: Any) -> None:
+        """Called when a block is done."""
+        self.seconds[facts["block"]] = facts["seconds"]
+
+
+def seconds(model: StreamedModel, profile: Profile, name: str, level: Level) -> float:
+    """Wall seconds to solve the first block."""
+    plan, clock = assay.plan(profile.folder, level="W4A16", method="gptq"), Clock()
+    first = {site.name: replace(plan.choices[site.name], level=level.name) for site in model.anatomy.block_sites(0)}
+    with tempfile.TemporaryDirectory() as folder:
+        execute(model, replace(plan, method=name, choices=first), profile, Path(folder), clock)
+    return clock.seconds[0]
 
 
 def row(name: str, level: Level, took: float, weights: int, threads: int) -> list[str]:
@@ -64,15 +70,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model"
         build(replace(TINY_LLAMA, layers=LAYERS), path, CALIBRATION_TEXT)
-        wanted = [name for name in base.names() if base.weightwise(name)]
+        names = given.only or base.names()
+        chosen = {name: Level.parse(levels(str(path), name, [given.bits])[given.bits]) for name in names}
+        wanted = [name for name in names if base.weightwise(name)]
         profile = assay.profile(
             path, path.with_name("profile"), calibration=CALIBRATION_TEXT, tokens=given.tokens, methods=wanted
         )
-        model, curvatures = StreamedModel(open_model(path)), profile.curvatures(0, base.weightwise(*wanted))
+        model = StreamedModel(open_model(path))
         weights = sum(math.prod(site.shape) for site in model.anatomy.block_sites(0))
-        for name in given.only or base.names():
-            level = Level.parse(levels(str(path), name, [given.bits])[given.bits])
-            took = figures[name] = seconds(model, curvatures, name, level)
+        for name, level in chosen.items():
+            took = figures[name] = seconds(model, profile, name, level)
             rows.append(row(name, level, took, weights, given.threads))
             print(*rows[-1], flush=True)
     head = ("method", "level", "a block, s", "weights a second and core", f"{TINY_LLAMA.layers} blocks, minutes")

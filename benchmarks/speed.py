@@ -1,6 +1,8 @@
 """Seconds to profile and compress to 4 bits: ours beside llm-compressor's GPTQ, and the floor.
 
-python benchmarks/speed.py [--rounds 3] [--threads 4] [--trellis]     (--trellis: only how fast a trellis is encoded)
+python benchmarks/speed.py [--rounds 3] [--threads 4] [--windows 64] [--trellis]
+
+(--windows: calibration, of 256 tokens each; --trellis: only how fast a trellis is encoded)
 """
 
 from __future__ import annotations
@@ -62,10 +64,10 @@ def comparison(times: Times) -> str:
     return table(header, rows)
 
 
-def floor(model: Path, threads: int, folder: Path) -> list[Part]:
+def floor(model: Path, windows: int, threads: int, folder: Path) -> list[Part]:
     """The floor's parts, measured in a process with the contestants' environment."""
     script = Path(__file__).with_name("_floor.py")
-    sizes = [str(n) for n in (CALIBRATION_WINDOWS, WINDOW, threads)]
+    sizes = [str(n) for n in (windows, WINDOW, threads)]
     usage = run([sys.executable, str(script), str(model), *sizes], threads, folder / "floor.log")
     return [Part(**row) for row in json.loads(usage.output.strip().splitlines()[-1])]
 
@@ -111,15 +113,16 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS, help="calibration windows of 256 tokens")
     parser.add_argument("--trellis", action="store_true", help="only how fast a trellis is encoded")
     given = parser.parse_args()
     if given.trellis:
         print(encoding())
         return
     folder = work_folder(given.out)
-    ids = token_windows(given.model, CALIBRATION_TEXT, CALIBRATION_WINDOWS)
+    ids = token_windows(given.model, CALIBRATION_TEXT, given.windows)
     times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
-    parts = floor(given.model, given.threads, folder)
+    parts = floor(given.model, given.windows, given.threads, folder)
     text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts), encoding()]
     figures = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
     write(folder, "speed", "\n\n".join(text), figures)

@@ -1,6 +1,6 @@
 """Where the main job's processor time goes: one command, stage by stage.
 
-python benchmarks/stages.py [--method gptq] [--plan uniform] [--sequential] [--threads 1]
+python benchmarks/stages.py [--method gptq] [--plan uniform] [--sequential] [--threads 1] [--windows 64]
 """
 
 from __future__ import annotations
@@ -92,12 +92,13 @@ def main() -> None:
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--plan", choices=("uniform", "mixed"), default="uniform")
     parser.add_argument("--sequential", action="store_true")
+    parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS, help="calibration windows of 256 tokens")
     given = parser.parse_args()
     clock = Clock()
     watch(clock)
     with tempfile.TemporaryDirectory() as folder:
         clock.watched("the rest", assay.run.compress)(
-            given.model, Path(folder) / "out", calibration=CALIBRATION_TEXT, tokens=CALIBRATION_WINDOWS * WINDOW, window=WINDOW,
+            given.model, Path(folder) / "out", calibration=CALIBRATION_TEXT, tokens=given.windows * WINDOW, window=WINDOW,
             bits=BITS, method=given.method, engine="assay" if given.method == "best" else "transformers",
             uniform=given.plan == "uniform", threads=given.threads, sequential=given.sequential,
         )  # fmt: skip

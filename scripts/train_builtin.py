@@ -1,6 +1,6 @@
 """Trains the built-in model on the library text of this CPython and exports it.
 
-    PYTHONPATH=src python scripts/train_builtin.py --minutes 85 --threads 3
+    PYTHONPATH=src python scripts/train_builtin.py --minutes 62 --threads 4
 
 A run that was stopped goes on from ``--checkpoint`` when started again.
 """
@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
 POSITIONS, WINDOW, BATCH = 1024, 512, 16
 WARMUP = 0.02
 """Share of the run over which the learning rates rise."""
-MUON_LR, ADAM_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.1
+MUON_LR, ADAM_LR, WEIGHT_DECAY = 0.02, 3e-3, 0.2
 SEED, LOSS_WINDOWS = 0, 320
 EXPORT_EVERY = 540.0
 """Seconds between exports."""
@@ -224,7 +224,7 @@ def card(run: Run, losses: dict[Split, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=85)
+    parser.add_argument("--minutes", type=float, default=62)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "src/assay/builtin/model")
     parser.add_argument("--checkpoint", type=Path, default=REPOSITORY / "build/builtin.pt")

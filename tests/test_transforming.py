@@ -173,6 +173,17 @@ def test_wrong_requests_are_one_line_and_leave_nothing(names: list[str], words: 
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("name", ["awq", "smooth_quant_plus", "svd_smooth"])
+def test_rounding_that_no_integers_have_is_refused(name: str, tmp_path: Path) -> None:
+    given = enliven("llama", tmp_path / "in")
+    save_tokenizer(given.folder)
+    assay.profile(given.folder, tmp_path / "p", calibration=text_file(tmp_path), tokens=512, window=32)
+    for parameter, words in (("bits=99", "int has 2, 3, 4, 5, 6, 7, 8 bits, not 99"), ("group_size=7", "7: choose 32, 64, 128")):
+        with pytest.raises(InputError, match=words):
+            assay.transform(given.folder, tmp_path / "out", f"{name}:{parameter}", profile=tmp_path / "p")
+    assert not (tmp_path / "out").exists()
+
+
 def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
     given = enliven("llama", tmp_path / "in")
     source = Checkpoint.open(given.folder)

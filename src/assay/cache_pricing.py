@@ -19,6 +19,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import read_note
 from assay.model.progress import Progress, Silent
+from assay.profiling import window_length
 from assay.prompted import TAIL_SHARE, Prompted
 from assay.runtime.codecs import Side
 from assay.runtime.hook import Attached
@@ -27,6 +28,8 @@ from assay.runtime.policy import Packer, Stack
 EVICT, SHARES = ("snapkv", "streaming_llm"), (0.5, 0.25, 0.12)
 WINDOWS, WINDOW, FITTED = 8, 256, 24
 """Windows that are priced on, their tokens, and the windows after them that levels which need text are fitted to."""
+SHORTEST = 2 * WINDOW // TAIL_SHARE
+"""Tokens that a window must have."""
 POSITION = 4
 """Bytes of a position."""
 SIDES = ("keys", "values")
@@ -64,8 +67,8 @@ def cache_prices(
     table, own = levels(), list(names if names is not None else levels())
     if unknown := [x for x in own if x not in table]:
         raise InputError(f"unknown cache level {unknown[0]!r}; there are {', '.join(table)}")
-    if ids.ndim != 2 or ids.shape[1] < 2 * WINDOW // TAIL_SHARE:
-        raise InputError(f"text of shape {list(ids.shape)}; give windows of {2 * WINDOW // TAIL_SHARE} tokens or more")
+    if ids.ndim != 2 or ids.shape[1] < SHORTEST:
+        raise InputError(f"text of shape {list(ids.shape)}; give windows of {SHORTEST} tokens or more")
     bench = _Bench.of(model, ids)
     packers = {n: _ready(table[n], model, ids if calibration is None else calibration) for n in own}
     everywhere = [(("both",) if n in ("fp8", "quanto4") else SIDES, n, p) for n, p in engine_levels().items()]
@@ -141,14 +144,22 @@ def _ready(packer: Packer, model: PreTrainedModel, ids: Tensor) -> Packer:
     return packer.calibrated(model, ids) if "calibration" in getattr(packer, "needs", ()) else packer  # type: ignore[attr-defined]
 
 
+def priced_length(model: StreamedModel) -> int:
+    """Tokens of the windows that a model's cache is priced on. Raises InputError for a model with too few positions."""
+    length = window_length(model, WINDOW)
+    if length < SHORTEST:
+        raise InputError(f"a cache is priced on windows of {SHORTEST} tokens or more; this model has {length} positions")
+    return length
+
+
 def price_cache(
     source: str | Path, folder: str | Path, calibration: str | Path | None = None, progress: Progress | None = None
 ) -> list[CachePrice]:
     """Prices of a checkpoint's cache, written into the folder of its profile; those of the same text that are there stay."""
     checkpoint = Checkpoint.open(source)
-    text = windows(
-        checkpoint, calibration, "calibration", (WINDOWS + FITTED) * WINDOW, WINDOW, StreamedModel(checkpoint).vocabulary
-    )
+    streamed = StreamedModel(checkpoint)
+    length = priced_length(streamed)
+    text = windows(checkpoint, calibration, "calibration", (WINDOWS + FITTED) * length, length, streamed.vocabulary)
     facts = {"text": text.digest, "model": checkpoint.fingerprint, "levels": [*levels(), *engine_levels(), *EVICT, *SHARES]}
     if (Path(folder) / FILE).exists() and read_note(Path(folder) / FILE, "damaged").get("facts") == facts:
         return load(Path(folder)) or []

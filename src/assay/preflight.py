@@ -22,7 +22,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.progress import COMPRESSING, PRICING, REHEARSING, SAVING, SWEEPS
 from assay.model.sites import Site
-from assay.profiling import WINDOW, least_gradients
+from assay.profiling import WINDOW, needed_gradients
 
 IDLE = 460_000_000
 """Resident bytes once everything is imported (benchmarks/memory.py)."""
@@ -175,7 +175,7 @@ def rehearse(
         entries = 1 + blocks * (share - 1) / max(1, len(written.stored))
     saving = (ended - clock.ended) * max(1.0, result / max(int(done["bytes"]), 1))
     length = int(settings.get("window") or WINDOW)
-    every, met = (least_gradients(model, (settings["method"],), n // length).every for n in (tokens, used))
+    every, met = (needed_gradients(model, (settings["method"],), n // length, True).every for n in (tokens, used))
     stages = _stages(clock, share, (tokens / used, tokens / used * met / every), profiled, planned)
     other = max(0.0, clock.ended - started - sum(sum(steps) for _, steps in clock.tasks))
     depth = math.log2(max(1.0, len(model.blocks) / REHEARSED_BLOCKS))

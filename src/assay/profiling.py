@@ -20,7 +20,7 @@ from assay.budget.spread import spreads
 from assay.engines.gguf.write import whole_bytes
 from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
-from assay.measure.profile import ALL_GRADIENTS, INDEX, Gradients, Profile, measure, save_index, thinned
+from assay.measure.profile import ALL_GRADIENTS, ENOUGH_TO_SOLVE, INDEX, Gradients, Profile, measure, save_index, thinned
 from assay.measure.stream import StreamedModel
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
@@ -74,10 +74,11 @@ def make_profile(
     sparing: for these methods only, so that of gradients which none of them solves with less is measured.
     """
     token_kinds.check(token_weights)
+    _check_fit(model, levels)
     target = _target(model, selection, window)
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
     weightwise = base.weightwise(*methods)
-    gradients = least_gradients(model, methods, len(text.ids)) if sparing else ALL_GRADIENTS
+    gradients = needed_gradients(model, methods, len(text.ids), sparing)
     settings = _settings(model, text, seed, weightwise, token_weights)
     settings |= {"target": target.digest if target else None}
     settings |= {} if gradients == ALL_GRADIENTS else {"gradients": gradients._asdict()}
@@ -91,11 +92,17 @@ def make_profile(
         return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
 
 
-def least_gradients(model: StreamedModel, methods: Sequence[str], windows: int) -> Gradients:
-    """What these methods need of the gradients on so many windows: only prices need them where a solver takes H alone."""
-    if any(set(base.get(name).needs) - {"H"} or base.get(name).prices == "two_sided" for name in methods):
+def needed_gradients(model: StreamedModel, methods: Sequence[str], windows: int, sparing: bool) -> Gradients:
+    """What is measured of the gradients on so many windows; sparing: for no more than these methods.
+
+    Only prices need them where a solver takes H alone. An expert meets too few tokens to leave any out.
+    """
+    if base.weightwise(*methods):
         return ALL_GRADIENTS
-    return Gradients(1 if model.anatomy.has_experts else thinned(windows), whole=False)
+    every = 1 if model.anatomy.has_experts else None
+    if sparing and all(base.get(name).prices != "two_sided" and not set(base.get(name).needs) - {"H"} for name in methods):
+        return Gradients(every or thinned(windows), whole=False)
+    return Gradients(every or max(1, windows // ENOUGH_TO_SOLVE))
 
 
 def _existing(folder: Path, settings: dict[str, Any], methods: Sequence[str], levels: Sequence[Level]) -> Profile | None:
@@ -116,6 +123,14 @@ def _existing(folder: Path, settings: dict[str, Any], methods: Sequence[str], le
 def _further(levels: Sequence[Level]) -> Callable[[int], list[Level]]:
     """Those of the levels that a matrix of so many columns can have."""
     return lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0]
+
+
+def _check_fit(model: StreamedModel, levels: Sequence[Level]) -> None:
+    """Raises InputError for a level that no matrix can have."""
+    sites = list(model.anatomy.sites.values())
+    for level in levels:
+        if not any(map(_further([level]), {site.shape[1] for site in sites})):
+            offers.check_groups(level, sites)
 
 
 def stable_profile(

@@ -184,7 +184,11 @@ def compress(
     searched = check_search(
         planner, minutes, "--plan" if plan else "--level" if budget.get("level") else "--uniform" if uniform else None
     )
-    checkpoint = open_model(model)
+    checkpoint, ready = open_model(model), Profile.open(profile) if profile else None
+    if ready:
+        if calibration or tokens or window:
+            raise InputError("a profile has its text; leave out --calibration, --tokens and --window, or --profile")
+        tokens, window = (ready.index["calibration"][key] for key in ("tokens", "window"))
     given = plan if isinstance(plan, Plan) or plan is None else Plan.load(plan)
     contract = engines.get(engine or (given.engine if given else "transformers"))
     method = _method(given.method if given and method == "auto" else method, contract.name)
@@ -195,7 +199,7 @@ def compress(
     if given:
         if keep or uniform or method != given.method:
             raise InputError("a plan has its levels and its method; edit it, or leave out --keep, --uniform and --method")
-        known = None if profile or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
+        known = None if ready or tokens == "auto" else text_digest(streamed, calibration, int(tokens or TOKENS), window)
         plans.check_origin(given, checkpoint.fingerprint, known)
         check_held(given, streamed, contract)
         given = replace(given, engine=contract.name)
@@ -207,18 +211,18 @@ def compress(
     streamed.batch_tokens = by.batch
     count = TOKENS if tokens in (None, "auto") else int(tokens or TOKENS)
     if dry_run:
-        if profile:
-            _check_profile(Profile.open(profile), streamed, method)
+        if ready:
+            _check_profile(ready, streamed, method)
         how = {"method": method, "calibration": calibration, "window": window, "engine": contract.name, "uniform": uniform}
         wanted = {"bits": given.bits} if given else vars(limits)
         return preflight.told(
-            streamed, contract, compress, wanted, how, ahead, count, by, profiled=bool(profile), planned=bool(given),
+            streamed, contract, compress, wanted, how, ahead, count, by, profiled=bool(ready), planned=bool(given),
             polish=polish, near=work.parent,
         )  # fmt: skip
     with alone(work):
         unproven = _unproven(work, destination)
-        progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if profile else count, ahead.tensors), ahead.files))
-        measured = Profile.open(profile) if profile else _profile_in(work, streamed, given_text, method, limits, progress)
+        progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if ready else count, ahead.tensors), ahead.files))
+        measured = ready or _profile_in(work, streamed, given_text, method, limits, progress)
         _check_profile(measured, streamed, method)
         if given:
             chosen = plans.checked(measured, given, contract)
@@ -251,6 +255,8 @@ def verify(
     compute: dtype of both models while they run; batches: windows read at once, to show how far that moves the figures;
     tasks: of lm-eval, `limit` examples of each, for both models as well.
     """
+    if limit and not tasks:
+        raise InputError("--limit counts examples of --tasks; name some, or leave it out")
     progress, examined = progress or Silent(), Tasks.of(tasks, limit) if tasks else None
     repeat.check(compute, batches)
     result, original = open_model(out), StreamedModel(open_model(against))

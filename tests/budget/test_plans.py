@@ -173,6 +173,22 @@ def test_a_plan_of_an_engine_of_one_level_is_compared_with_such_plans(rooms: Pat
     assert check(rooms / "p", reloaded(tmp_path, plan)) == plan
 
 
+def test_a_level_whose_groups_do_not_divide_some_matrix_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    model = save("llama", tmp_path / "m", intermediate_size=96)
+    text, level = text_file(tmp_path), "int4-g64-asym"
+    plain = "int4-g64-asym: model.layers.0.mlp.down_proj.weight: group size 64 does not divide 96 inputs; sizes that fit: 32, or"
+    with pytest.raises(InputError, match=plain):
+        assay.compress(model, tmp_path / "o", level=level, calibration=text, **SMALL)
+    with pytest.raises(InputError, match=r"group size 7 does not divide 64 inputs"):
+        assay.profile(model, tmp_path / "p", levels=["int4-g7-asym"], calibration=text, **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "text.txt"]
+    assay.profile(model, tmp_path / "p", levels=[level], calibration=text, **SMALL)
+    with pytest.raises(InputError, match="does not divide 96 inputs"):
+        assay.plan(tmp_path / "p", level=level)
+    choices = assay.plan(tmp_path / "p", level=level, keep=["*down_proj*"]).choices
+    assert {choice.level for name, choice in choices.items() if "layers" in name and "down_proj" not in name} == {level}
+
+
 def test_a_mixed_plan_made_by_hand_is_not_called_uniform(rooms: Path, tmp_path: Path) -> None:
     plan = assay.plan(rooms / "p", bits=5.0, uniform=True)
     assert "not distinguishable from uniform" in plan.sentence

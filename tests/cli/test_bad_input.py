@@ -325,6 +325,8 @@ def test_a_plan_that_parts_what_an_engine_fuses(room: Path, capfd: pytest.Captur
 def test_caches_that_can_not_be_chosen(room: Path, capfd: pytest.CaptureFixture[str]) -> None:
     served = ("plan", "p", "--memory", "2GB", "--context", "32", "--engine", "vllm", "-o", "out")
     refused(capfd, room, (*served, "--cache", "auto"), "--cache auto needs prices of the cache; run assay profile with --cache")
+    measuring = ("profile", "m", "--calibration", "text.txt", *SMALL, "--cache", "-o", "q")
+    refused(capfd, room, measuring, "a cache is priced on windows of 128 tokens or more; this model has 64 positions")
     refused(capfd, room, (*served, "--evict", "snapkv"), "--evict needs prices of the cache; run assay profile with --cache")
     (room / "p" / "cache.json").write_text("{}")
     refused(capfd, room, served, "cache.json: damaged")
@@ -336,10 +338,11 @@ def test_things_that_do_not_belong_together(room: Path, capfd: pytest.CaptureFix
     refused(capfd, room, ("compress", "n", *by_plan, "--tokens", "auto"), "the plan was made for another model")
     refused(capfd, room, ("compress", "n", "--bits", "4.7", "--profile", "p", "-o", "out"), "a profile of another model")
     refused(capfd, room, ("compress", "m", *by_plan, "--tokens", "512"), "the plan was made from another profile")
+    with_profile = ("compress", "m", "--plan", "plan.yaml", "--profile", "p", "-o", "out")
     for more in (("--keep", "*q_proj*"), ("--uniform",), ("--method", "nearest")):
-        refused(
-            capfd, room, ("compress", "m", *by_plan, "--profile", "p", *more), "a plan has its levels and its method; edit it"
-        )
+        refused(capfd, room, (*with_profile, *more), "a plan has its levels and its method; edit it")
+    for more in (("--calibration", "text.txt"), ("--tokens", "512"), ("--window", "32")):
+        refused(capfd, room, (*with_profile, *more), "a profile has its text; leave out --calibration, --tokens and --window")
     refused(capfd, room, ("plan", "p", "--bits", "5", "--uniform", "--planner", "nosuch", "-o", "out"), "nosuch")
     save_tokenizer(room / "m", "zyxwvutsrqponmlkjihgfedcba")
     by_profile = ("compress", "m", "--bits", "4.7", "--profile", "p", "-o", "out")
@@ -359,5 +362,6 @@ def test_verdicts_that_would_mean_nothing(room: Path, capfd: pytest.CaptureFixtu
     assay.compress("m", "small", plan="plan.yaml", profile="p")
     refused(capfd, room, ("verify", "small", "--against", "n", "--text", "text.txt"), "made from another model than n")
     refused(capfd, room, ("verify", "small", "--against", "m", "--text", "text.txt"), "judge it on other text")
+    refused(capfd, room, ("verify", "small", "--against", "m", "--limit", "5"), "--limit counts examples of --tasks; name some")
     refused(capfd, room, ("convert", "small", "--to", "gguff", "-o", "out"), "unknown layout 'gguff'; there are")
     refused(capfd, room, ("export", "m", "--to", "compressed-tensors", "-o", "out"), "no compressed weights that assay can move")

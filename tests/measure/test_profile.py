@@ -9,7 +9,7 @@ from families import build
 from assay.measure import profile
 from assay.measure.damage import Curvature
 from assay.measure.profile import Curvatures, Gradients, measure
-from assay.measure.stream import StreamedModel
+from assay.measure.stream import Activations, StreamedModel
 from assay.measure.text import Windows
 from assay.methods.solve.curvature import feedback_cost
 from assay.model.checkpoint import Checkpoint
@@ -110,29 +110,35 @@ def test_labels_are_drawn_from_the_model() -> None:
     torch.testing.assert_close(shares, p, atol=0.015, rtol=0)  # four standard deviations
 
 
-def test_a_sweep_cut_off_at_any_block_ends_with_the_same_bytes(llama, monkeypatch) -> None:
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_sweep_cut_off_at_any_block_ends_with_the_same_bytes(llama, every: int, monkeypatch, tmp_path: Path) -> None:
     folder, _, text = llama
-    streamed = StreamedModel(Checkpoint.open(folder / "m"))
-    measure(streamed, text, folder / "whole", 0, Silent())
-    save, countdown = profile.save_tensors, [0]
+    streamed, gradients = StreamedModel(Checkpoint.open(folder / "m")), Gradients(every)
+    streamed.batch_tokens = 2 * text.ids.shape[1]
+    measure(streamed, text, tmp_path / "whole", 0, Silent(), gradients=gradients)
+    countdown = [0]
 
-    def cut(path, tensors, metadata=None) -> None:
-        if countdown[0] == 0:
-            raise KeyboardInterrupt
-        countdown[0] -= 1
-        save(path, tensors, metadata)
+    def cut(call):
+        def counted(*arguments) -> None:
+            if countdown[0] == 0:
+                raise KeyboardInterrupt
+            countdown[0] -= 1
+            call(*arguments)
 
-    for stop in range(7):
+        return counted
+
+    monkeypatch.setattr(profile, "save_tensors", cut(profile.save_tensors))
+    monkeypatch.setattr(Activations, "drop", cut(Activations.drop))
+    for stop in range(15 if every == 1 else 17):
         countdown[0] = stop
-        monkeypatch.setattr(profile, "save_tensors", cut)
         streamed.forget()
         with pytest.raises(KeyboardInterrupt):
-            measure(streamed, text, folder / f"cut{stop}", 0, Silent())
-        monkeypatch.setattr(profile, "save_tensors", save)
+            measure(streamed, text, tmp_path / f"cut{stop}", 0, Silent(), gradients=gradients)
+        countdown[0] = -1
         streamed.forget()
-        measure(streamed, text, folder / f"cut{stop}", 0, Silent())
-        for path in (folder / "whole").iterdir():
-            assert path.read_bytes() == (folder / f"cut{stop}" / path.name).read_bytes(), (stop, path.name)
+        measure(streamed, text, tmp_path / f"cut{stop}", 0, Silent(), gradients=gradients)
+        for path in (tmp_path / "whole").iterdir():
+            assert path.read_bytes() == (tmp_path / f"cut{stop}" / path.name).read_bytes(), (stop, path.name)
 
 
 def test_experts_count_their_tokens(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def build(
     where a smaller one loses less and nobody named it. Raises InputError for a `keep` pattern that matches no site.
     """
     rows = list(rows)
-    kept = _kept([row.name for row in rows], keep)
+    kept = matching([row.name for row in rows], keep)
     found = together(rows, fused, experts_by_role)
     chosen = {site: level.name for site, level in (named or {}).items()}
     return [_decision(group, prices, levels, treat_outside, kept, nbytes, chosen) for group in found]
@@ -90,7 +90,8 @@ def together(rows: Iterable[SiteRow], fused: Sequence[frozenset[str]], experts_b
     return list(found.values())
 
 
-def _kept(names: list[str], patterns: Sequence[str]) -> set[str]:
+def matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """The names that some pattern of `--keep` matches. Raises InputError for a pattern that matches none."""
     kept: set[str] = set()
     for pattern in patterns:
         found = {n for n in names if any(fnmatchcase(x, pattern) for x in (n, n.removesuffix(".weight")))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import wraps
@@ -19,6 +20,7 @@ from assay.measure.stream import StreamedModel, read_weight
 from assay.methods import base, menus
 from assay.methods.grid.integer import IntegerGrid
 from assay.model.errors import InputError
+from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.sites import WHOLE, Site
 
@@ -125,6 +127,10 @@ def priced(
     """`decisions` of sites whose damage at a level `price` tells, None where it is not known; refusal: why all stays."""
     kinds = base.get(method)().levels
     reasons = {row.name: refusal or refused(contract, row) for row in found}
+    asked = [row.name for row in found if outside or row.block is not None]
+    if only and not named and contract.takes(only, math.lcm(only.group_size or 1, 32)):
+        stays = menu.matching([row.name for row in found], keep)
+        check_groups(only, [row for row in found if row.name in asked and row.name not in stays and not reasons[row.name]])
     own = {row.name: _stand_in(contract, only, row.shape[1]) for row in found} if only else {}
     edited = any(own.get(name, level) != level for name, level in (named or {}).items())
     offered: dict[str, list[Level]] = {}
@@ -139,7 +145,6 @@ def priced(
                          contract.fused, outside, keep, contract.experts_by_role, contract.nbytes, named)  # fmt: skip
     if any(len(d.options) > 1 for d in options):
         return options
-    asked = [row.name for row in found if outside or row.block is not None]
     if any(prices[name] for name in asked):
         why = "--keep matches all that could be; loosen it" if keep else "no level takes fewer bytes"
     elif any(offered[name] for name in asked):
@@ -151,6 +156,15 @@ def priced(
         example = (only or kinds(64)[0]).name
         why = f"{contract.name} can't hold what {method} makes ({example} and the like); --engine assay can"
     raise InputError(f"nothing can be made smaller: {why}")
+
+
+def check_groups(level: Level, rows: Sequence[SiteRow | Site]) -> None:
+    """Raises InputError where a level's groups don't divide a row of some matrix; blocks of llama.cpp have stand-ins."""
+    for row in () if level.format in KINDS else rows:
+        try:
+            level.groups(row.shape[1])
+        except InputError as error:
+            raise InputError(f"{level.name}: {row.name}: {error}; or leave it out by --keep") from error
 
 
 def _stand_in(contract: Contract, level: Level, columns: int) -> Level:

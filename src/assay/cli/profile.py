@@ -47,6 +47,11 @@ def run(
     from assay.report import tables
     from assay.run import open_model
 
+    if cache:
+        from assay.cache_pricing import priced_length
+        from assay.measure.stream import StreamedModel
+
+        priced_length(StreamedModel(open_model(model)))
     measured = assay.profile(
         model, output, calibration=calibration, tokens=count, window=window, seed=seed, methods=[*REHEARSED, *(method or ())],
         levels=level or (), token_weights=token_weights, select=select, target=target, progress=listener(progress),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ class Board:
         table = self.prepared.table
         if bits < self.reach[0]:
             why = "these pins" if self.pinned.any() else "this model and engine"
-            raise InputError(f"{bits:g} bits are out of reach; {why} allow {self.reach[0]:.3f} to {self.reach[1]:.3f}")
+            least = math.ceil(1000 * self.reach[0]) / 1000
+            raise InputError(f"{bits:g} bits are out of reach; {why} allow {least:.3f} to {self.reach[1]:.3f}")
         most = table.nbytes[table.rows, table.count - 1]
         inside = min(bits_to_bytes(bits, int(table.weights[table.inside].sum())), int(most[table.inside].sum()))
         return inside + int(most[~table.inside].sum())

@@ -34,6 +34,8 @@ WEIGHTWISE = ("gradient", "fisher")
 INDEX = "profile.json"
 THINNED, ENOUGH = 4, 64
 """G on every fourth window, or on 64 of more than 256, leaves prices and predictions as good: see RESULTS.md (Speed)."""
+ENOUGH_TO_SOLVE = 256
+"""G on so many windows rounds as well as on more: see RESULTS.md (Speed)."""
 
 
 class Gradients(NamedTuple):
@@ -148,13 +150,23 @@ class Batches:
         """Number of the noted call of batch `b` of `some`."""
         return b if self.all_picked else len(self.whole) + b
 
-    def states(self, work: Activations, name: str, b: int) -> Tensor:
-        """Hidden states of batch `b` of `some`, from the files of `whole`."""
+    def keep(self, work: Activations, index: int, b: int, hidden: Tensor) -> None:
+        """Write what batch `b` of `whole` is before block `index`, and its windows that are in `some` apart if not all are."""
+        work.put(f"h{index}", b, hidden)
+        if not self.all_picked and len(mine := self._picked_of(b)):
+            work.put(f"p{index}", b, hidden[mine % len(self.whole[0])])
+
+    def states(self, work: Activations, index: int, b: int) -> Tensor:
+        """Hidden states of batch `b` of `some` before block `index`."""
         if self.all_picked:
-            return work.get(name, b)
-        size = len(self.whole[0])
-        homes = self.picked[b] // size
-        return torch.cat([work.get(name, int(w))[self.picked[b][homes == w] % size] for w in homes.unique()])
+            return work.get(f"h{index}", b)
+        homes = (self.picked[b] // len(self.whole[0])).unique().tolist()
+        return torch.cat([work.get(f"p{index}", w)[torch.isin(self._picked_of(w), self.picked[b])] for w in homes])
+
+    def _picked_of(self, b: int) -> Tensor:
+        """Numbers of the windows of batch `b` of `whole` that are in `some`."""
+        picked = torch.cat(self.picked)
+        return picked[picked // len(self.whole[0]) == b]
 
     def to_all(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over `some` raised to what they would be over `whole`; magnitudes stay."""
@@ -182,7 +194,7 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
     model.forget()
     with model.outside(tail=False):
         for b, ids in enumerate(parts):
-            work.put("h0", b, model.embed(ids))
+            text.keep(work, 0, b, model.embed(ids))
         for ids in () if text.all_picked else text.some:
             model.embed(ids)
     advance()
@@ -198,9 +210,11 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
                     sums.weights = tokens.weights(token_weights, model, index, hidden, b)
                     with Capture(block, name, sites, sums.inputs):
                         hidden = model.run_block(index, hidden, b, cached)
-                    work.put(f"h{index + 1}", b, hidden)
+                    text.keep(work, index + 1, b, hidden)
             sums.untouched(sites)
             save_tensors(target, sums.finished() | cached.values)
+            if not text.all_picked:
+                work.drop(f"h{index}")
         advance()
 
 
@@ -218,7 +232,7 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
         for b in range(len(text.some)):
             draws = _draws(seed, b * len(text.some[0]), *text.some[b].shape)
             gradients: list[Tensor] = []
-            for hidden in micro(text.states(work, f"h{depth}", b), model.vocabulary):
+            for hidden in micro(text.states(work, depth, b), model.vocabulary):
                 hidden.requires_grad_(True)
                 with Capture(model.model, "", head if text.all_picked else (), inputs.inputs):
                     logits = model.logits(hidden).flatten(0, 1)
@@ -301,7 +315,7 @@ def _backward(
                 found.untouched(sites)
                 save_tensors(folder / f"{block_name(index)}.{kind}.safetensors", found.averages(counts[kind]))
             save_tensors(target, text.to_all(sums.finished()))
-        for flow in ("h", "g", "t"):
+        for flow in ("h", "p", "g", "t"):
             work.drop(f"{flow}{index + 1}")
         advance()
     _outside(model, text, folder, work)
@@ -316,7 +330,7 @@ def _descend(
         for watcher in watchers:
             watcher(sites, x, y)
 
-    hidden = text.states(work, f"h{index}", b).requires_grad_(True)
+    hidden = text.states(work, index, b).requires_grad_(True)
     with Capture(model.blocks[index], model.anatomy.block_names[index], model.anatomy.block_sites(index), watch):
         out = model.run_block(index, hidden, text.note(b))
     out.backward(work.get(f"{flow}{index + 1}", b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-STRIP = 1024
+STRIP = 256
 
 
 def strips(size: int) -> list[slice]:

@@ -14,6 +14,7 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.methods.transform._subject import Subject
 from assay.methods.transform.norm_fold import gain_of
 from assay.model.errors import InputError
+from assay.model.level import FORMATS, Level
 from assay.model.progress import Progress
 from assay.model.streams import Inner, Linear, Norm
 from assay.model.weights import Edits, Weights
@@ -26,7 +27,7 @@ class Rounding:
     """Round to nearest on groups of inputs, as a score sees it.
 
     rank: of a product that is taken from the matrix first and kept in floating point; rows: of a matrix with more rows,
-    so many evenly spaced ones stand for all.
+    so many evenly spaced ones stand for all. Raises InputError for bits and groups that integers don't have.
     """
 
     bits: int
@@ -34,6 +35,10 @@ class Rounding:
     dtype: torch.dtype = torch.float32
     rank: int = 0
     rows: int = 512
+
+    def __post_init__(self) -> None:
+        if Level(self.bits, self.group_size).group_size not in (sizes := FORMATS["int"].group_sizes[:-1]):
+            raise InputError(f"group_size={self.group_size}: choose {', '.join(map(str, sizes))}")
 
     def grid(self, columns: int) -> IntegerGrid:
         """The grid for rows of `columns` weights: the asked group size, else the next that divides them."""
