@@ -97,10 +97,10 @@ def needed_gradients(model: StreamedModel, methods: Sequence[str], windows: int,
 
     Only prices need them where a solver takes H alone. An expert meets too few tokens to leave any out.
     """
-    if base.weightwise(*methods):
+    if not sparing or base.weightwise(*methods):
         return ALL_GRADIENTS
     every = 1 if model.anatomy.has_experts else None
-    if sparing and all(base.get(name).prices != "two_sided" and not set(base.get(name).needs) - {"H"} for name in methods):
+    if all(base.get(name).prices != "two_sided" and not set(base.get(name).needs) - {"H"} for name in methods):
         return Gradients(every or thinned(windows), whole=False)
     return Gradients(every or max(1, windows // ENOUGH_TO_SOLVE))
 

@@ -35,7 +35,7 @@ INDEX = "profile.json"
 THINNED, ENOUGH = 4, 64
 """G on every fourth window, or on 64 of more than 256, leaves prices and predictions as good: see RESULTS.md (Speed)."""
 ENOUGH_TO_SOLVE = 256
-"""G on so many windows rounds as well as on more: see RESULTS.md (Speed)."""
+"""G on so many windows rounds nearly as well as on more: see RESULTS.md (Speed)."""
 
 
 class Gradients(NamedTuple):
