@@ -130,7 +130,8 @@ def priced(
     asked = [row.name for row in found if outside or row.block is not None]
     if only and not named and contract.takes(only, math.lcm(only.group_size or 1, 32)):
         stays = menu.matching([row.name for row in found], keep)
-        check_groups(only, [row for row in found if row.name in asked and row.name not in stays and not reasons[row.name]])
+        free = [row for row in found if row.name in asked and row.name not in stays and not reasons[row.name]]
+        check_groups(only, free, "; or leave it out by --keep")
     own = {row.name: _stand_in(contract, only, row.shape[1]) for row in found} if only else {}
     edited = any(own.get(name, level) != level for name, level in (named or {}).items())
     offered: dict[str, list[Level]] = {}
@@ -158,13 +159,13 @@ def priced(
     raise InputError(f"nothing can be made smaller: {why}")
 
 
-def check_groups(level: Level, rows: Sequence[SiteRow | Site]) -> None:
+def check_groups(level: Level, rows: Sequence[SiteRow | Site], advice: str = "") -> None:
     """Raises InputError where a level's groups don't divide a row of some matrix; blocks of llama.cpp have stand-ins."""
     for row in () if level.format in KINDS else rows:
         try:
             level.groups(row.shape[1])
         except InputError as error:
-            raise InputError(f"{level.name}: {row.name}: {error}; or leave it out by --keep") from error
+            raise InputError(f"{level.name}: {row.name}: {error}{advice}") from error
 
 
 def _stand_in(contract: Contract, level: Level, columns: int) -> Level:
