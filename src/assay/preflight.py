@@ -22,7 +22,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.progress import COMPRESSING, PRICING, REHEARSING, SAVING, SWEEPS
 from assay.model.sites import Site
-from assay.profiling import WINDOW, needed_gradients
+from assay.profiling import WINDOW, needed_gradients, window_length
 
 IDLE = 460_000_000
 """Resident bytes once everything is imported (benchmarks/memory.py)."""
@@ -52,8 +52,7 @@ class Handling:
 
 def handling(model: StreamedModel, window: int | None, free: int | None) -> Handling:
     """The largest batch, of one window at least, whose memory fits `free` bytes (None: not known)."""
-    limit = int(getattr(model.model.config, "max_position_embeddings", WINDOW) or WINDOW)
-    window = min(window or WINDOW, limit)
+    window = window_length(model, window)
     batch = most = max(BATCH_TOKENS, window)
     while free is not None and batch > window and memory_needed(model, batch, window) > SPARE * free:
         batch = max(window, batch // 2)

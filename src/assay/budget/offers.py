@@ -22,7 +22,7 @@ from assay.methods.grid.integer import IntegerGrid
 from assay.model.errors import InputError
 from assay.model.ggml import KINDS
 from assay.model.level import Level
-from assay.model.sites import WHOLE, Site
+from assay.model.sites import Site, has_experts
 
 SAMPLED_ROWS = 64
 P = ParamSpec("P")
@@ -79,8 +79,8 @@ def decisions(
         return forecast.damage(method, level, known[wanted], row.block) if known and wanted in known else None
 
     found = rows_of(profile)
-    has_experts = WHOLE in profile.index["kept"].values() or any(row.expert is not None for row in found)
-    refusal = contract.refusal(str(profile.index["family"]), has_experts)
+    experts = has_experts((row.expert for row in found), profile.index["kept"])
+    refusal = contract.refusal(str(profile.index["family"]), experts)
     return priced(found, refusal, contract, method, outside, keep, only, price, named)
 
 
@@ -127,10 +127,10 @@ def priced(
     """`decisions` of sites whose damage at a level `price` tells, None where it is not known; refusal: why all stays."""
     kinds = base.get(method)().levels
     reasons = {row.name: refusal or refused(contract, row) for row in found}
-    asked = [row.name for row in found if outside or row.block is not None]
+    asked = {row.name: row for row in found if outside or row.block is not None}
     if only and not named and contract.takes(only, math.lcm(only.group_size or 1, 32)):
         stays = menu.matching([row.name for row in found], keep)
-        free = [row for row in found if row.name in asked and row.name not in stays and not reasons[row.name]]
+        free = [row for name, row in asked.items() if name not in stays and not reasons[name]]
         check_groups(only, free, "; or leave it out by --keep")
     own = {row.name: _stand_in(contract, only, row.shape[1]) for row in found} if only else {}
     edited = any(own.get(name, level) != level for name, level in (named or {}).items())

@@ -33,6 +33,11 @@ def parse_size(text: str | int) -> int:
     return value
 
 
+def bits_allowed(low: float, high: float) -> str:
+    """A range of average bits in words, its lower end one that is allowed."""
+    return f"{math.ceil(1000 * low) / 1000:.3f} to {high:.3f}"
+
+
 def bits_to_bytes(bits: float, count: int) -> int:
     """Bytes of `count` weights at `bits` per weight as written in decimal, rounded down."""
     return int(Fraction(str(bits)) * count / 8)
@@ -125,8 +130,7 @@ class Budget:
         inside = [d for d in decisions if d.inside]
         low, high = (8 * sum(d.options[i].nbytes for d in inside) / max(count, 1) for i in (0, -1))
         if self.bits < low:
-            allowed = f"{math.ceil(1000 * low) / 1000:.3f} to {high:.3f}"
-            raise InputError(f"--bits {self.bits} is out of reach; this model and engine allow {allowed}")
+            raise InputError(f"--bits {self.bits} is out of reach; this model and engine allow {bits_allowed(low, high)}")
         return min(limit, sum(d.options[-1].nbytes for d in inside)) + sum(
             d.options[-1].nbytes for d in decisions if not d.inside
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from assay.budget import joint, offers
 from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, Option, SiteRow
 from assay.budget.planners.lagrange import Prepared
-from assay.budget.size import bits_to_bytes
+from assay.budget.size import bits_allowed, bits_to_bytes
 from assay.budget.table import Floats, Ints, Table
 from assay.engines.contract import Contract
 from assay.explore.state import KEEP, Pin
@@ -123,8 +122,7 @@ class Board:
         table = self.prepared.table
         if bits < self.reach[0]:
             why = "these pins" if self.pinned.any() else "this model and engine"
-            least = math.ceil(1000 * self.reach[0]) / 1000
-            raise InputError(f"{bits:g} bits are out of reach; {why} allow {least:.3f} to {self.reach[1]:.3f}")
+            raise InputError(f"{bits:g} bits are out of reach; {why} allow {bits_allowed(*self.reach)}")
         most = table.nbytes[table.rows, table.count - 1]
         inside = min(bits_to_bytes(bits, int(table.weights[table.inside].sum())), int(most[table.inside].sum()))
         return inside + int(most[~table.inside].sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -56,6 +56,11 @@ class Site:
         return self.shape[0] * self.shape[1]
 
 
+def has_experts(experts: Iterable[int | None], kept: Mapping[str, str]) -> bool:
+    """Whether a model has experts: among its sites, of which the expert or None is given, or those that stay (name -> why)."""
+    return any(expert is not None for expert in experts) or WHOLE in kept.values()
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What is in a model: its blocks, its sites, and why every other tensor stays as it is."""
@@ -70,7 +75,7 @@ class Anatomy:
     @property
     def has_experts(self) -> bool:
         """Whether tokens are shared out among experts."""
-        return any(site.expert is not None for site in self.sites.values()) or WHOLE in self.kept.values()
+        return has_experts((site.expert for site in self.sites.values()), self.kept)
 
     def block_sites(self, block: int) -> list[Site]:
         """Sites of one block, in the order of the model."""
