@@ -37,7 +37,9 @@ class Rounding:
     rows: int = 512
 
     def __post_init__(self) -> None:
-        if Level(self.bits, self.group_size).group_size not in (sizes := FORMATS["int"].group_sizes[:-1]):
+        Level(self.bits, self.group_size)  # refuses bits that integers don't have
+        sizes = [size for size in FORMATS["int"].group_sizes if size is not None]
+        if self.group_size not in sizes:
             raise InputError(f"group_size={self.group_size}: choose {', '.join(map(str, sizes))}")
 
     def grid(self, columns: int) -> IntegerGrid:
