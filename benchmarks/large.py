@@ -43,7 +43,7 @@ class Clock(Silent):
 
 def seconds(model: StreamedModel, profile: Profile, name: str, level: Level) -> float:
     """Wall seconds to solve the first block."""
-    plan, clock = assay.plan(profile.folder, level="W4A16", method="gptq"), Clock()
+    plan, clock = assay.plan(profile.folder, level="int4-g64-asym", method="gptq"), Clock()
     first = {site.name: replace(plan.choices[site.name], level=level.name) for site in model.anatomy.block_sites(0)}
     with tempfile.TemporaryDirectory() as folder:
         execute(model, replace(plan, method=name, choices=first), profile, Path(folder), clock)
@@ -74,7 +74,7 @@ def main() -> None:
         chosen = {name: Level.parse(levels(str(path), name, [given.bits])[given.bits]) for name in names}
         wanted = [name for name in names if base.weightwise(name)]
         profile = assay.profile(
-            path, path.with_name("profile"), calibration=CALIBRATION_TEXT, tokens=given.tokens, methods=wanted
+            path, path.with_name("profile"), calibration=CALIBRATION_TEXT, tokens=given.tokens, methods=sorted({*wanted, "gptq"})
         )
         model = StreamedModel(open_model(path))
         weights = sum(math.prod(site.shape) for site in model.anatomy.block_sites(0))

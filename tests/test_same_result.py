@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
 import assay
-from assay.methods.solve.curvature import inverse_factor
+from assay.methods.solve.curvature import inverse_factor, total
 from assay.model.alike import alike
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1}
@@ -89,7 +89,7 @@ def test_a_function_gives_the_same_numbers_from_any_number_of_threads() -> None:
         with alike() if mended else nullcontext():
             leaf = flat.clone().requires_grad_()
             (silu(leaf) * leaf.sigmoid() + gelu(leaf, approximate="tanh")).backward(flat.flip(0))
-            found[mended, count] = [flat.sum(), flat.mean(), flat.exp2(), silu(rows), softplus(rows), leaf.grad]
+            found[mended, count] = [flat.sum(), flat.mean(), flat.exp2(), 2**flat, silu(rows), softplus(rows), leaf.grad]
         assert torch.get_num_threads() == count
     assert all(torch.equal(a, b) for n in (2, 3, 7) for a, b in zip(found[True, n], found[True, 1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found[True, 1], found[False, 1], strict=True))
@@ -107,3 +107,12 @@ def test_threads_change_no_bit_of_a_factor() -> None:
     inverse = found[0].mT @ found[0]
     damped = moment + 0.01 * moment.diagonal(dim1=1, dim2=2).mean() * torch.eye(600)
     assert (inverse @ damped - torch.eye(600)).abs().max() < 1e-3
+
+
+def test_threads_change_no_bit_of_a_sum() -> None:
+    matrix, found = torch.randn(1, 40_000, 70, generator=torch.Generator().manual_seed(0)), []
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        found.append((total(matrix), matrix.sum((-2, -1))))
+    assert all(torch.equal(one[0], found[0][0]) for one in found)
+    assert not all(torch.equal(one[1], found[0][1]) for one in found)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from assay.methods import compiled
 from assay.methods.grid import values
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.table import TableGrid
-from assay.methods.solve import adaround, admm, clip, gptq, learned, nearest, sign_round, two_sided
+from assay.methods.solve import adaround, admm, clip, gptq, learned, nearest, sandwich, sign_round, two_sided
 from assay.methods.solve.curvature import damage
-from assay.methods.solve.learned import around, begin, pose, pull
+from assay.methods.solve.learned import around, begin, pose, puller
 from assay.methods.solve.refine import Problem, objective
 from assay.methods.solve.rounded import Rounded
 
@@ -64,7 +65,7 @@ def test_the_pull_is_minus_the_derivative_of_the_objective() -> None:
     price = damage(problem.weight - levels, problem.inputs, problem.outputs)
     price.sum().backward()
     assert levels.grad is not None
-    gradient, value = pull(problem, levels.detach())
+    gradient, value = puller(problem)(levels.detach())
     torch.testing.assert_close(gradient, -levels.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(value, price.detach())
 
@@ -95,7 +96,7 @@ def test_range_slopes_are_those_of_straight_through_rounding(symmetric: bool) ->
     wanted = problem.weight + offset * base.scale.repeat_interleave(8, -1)
     present = sign_round.Rounding(grid.snap(wanted, *grid.per_weight(base, 32)), base)
     torch.testing.assert_close(present.centred.double(), steps.detach())
-    gradient, _ = pull(problem, grid.level(present.centred, grid.per_weight(base, 32)[0]))
+    gradient, _ = puller(problem)(grid.level(present.centred, grid.per_weight(base, 32)[0]))
     up, down = sign_round.slopes(grid, problem.weight, wanted, present, gradient)
     assert top.grad is not None
     if symmetric:
@@ -107,18 +108,55 @@ def test_range_slopes_are_those_of_straight_through_rounding(symmetric: bool) ->
     torch.testing.assert_close(down * base.scale * base.zero_point.float(), -bottom.grad, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("learner", ["sign_round", "adaround"])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_rows_in_pieces_learn_what_they_learn_together(learner: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("learner", LEARNED)
+def test_threads_and_rough_products_learn_the_same_in_any_number(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in large matrices: products in bf16 by pieces, steps by rows, on as many threads as there are."""
+    monkeypatch.setattr(learned, "WORTH", 1)
+    monkeypatch.setattr(sandwich, "LARGE", 1)
+    monkeypatch.setattr(sandwich, "ROWS", 20)
     grid, weight, H, G = GRIDS["int2"], weights(20, 2, 48, 64), moment(21, 64, (2,)), moment(22, 48, (2,))
-    together = LEARNED[learner].solve(weight, grid, H, G, steps=30)
-    before = torch.get_num_threads()
-    monkeypatch.setattr(learned, "PIECE", 640)
-    torch.set_num_threads(threads)
+    before, found = torch.get_num_threads(), []
     try:
-        assert same(LEARNED[learner].solve(weight, grid, H, G, steps=30), together)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(LEARNED[learner].solve(weight, grid, H, G, steps=30))
     finally:
         torch.set_num_threads(before)
+    assert same(*found)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_compiled_offsets_move_as_they_are_defined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, problem = GRIDS[name], posed(23, GRIDS[name])
+    affine, weight = grid.fit(problem.weight * 0.6), problem.weight  # so that weights lie beyond both ends
+    width, gradient = weights(24, 2, 16, 32).abs(), weights(25, 2, 16, 32)
+    offset = torch.rand(2, 16, 32, generator=torch.Generator().manual_seed(26)) - 0.5
+    found = []
+    for runs in (True, False):
+        monkeypatch.setattr(compiled, "runs_on", lambda _, runs=runs: runs)
+        own = offset.clone()
+        present, levels = sign_round.rounding(grid, weight, width, own, affine)
+        slopes = sign_round.move(grid, weight, width, own, present, gradient, 0.01)
+        found.append((present.centred, levels, *slopes, own))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+    for a, b in zip(found[0][2:], found[1][2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert (found[0][-1] != offset).all()
+
+
+@pytest.mark.parametrize("force", [0.0, 3.0])
+def test_compiled_gates_move_as_they_are_defined(force: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates from end to end, beyond which they feel nothing."""
+    shape = 2, 16, 32
+    gradient, bottom, width = (weights(s, *shape) for s in (30, 31, 32))
+    found = []
+    for runs in (True, False):
+        monkeypatch.setattr(compiled, "runs_on", lambda _, runs=runs: runs)
+        state = adaround.State(3 * weights(33, *shape), weights(34, *shape), weights(35, *shape).square(), torch.zeros(shape))
+        adaround.move(state, gradient, bottom, width.abs(), (0.1, 1.5), 7.5, force)
+        found.append(state)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 # ---- where the answer is known -----------------------------------------------------------------
@@ -161,7 +199,7 @@ def test_admm_loses_little_by_rough_products(monkeypatch: pytest.MonkeyPatch) ->
     problem, weight = posed(30, GRIDS["int4"], 128, 256), weights(30, 2, 128, 256)
     found = []
     for large in (1, 1 << 20):
-        monkeypatch.setattr(admm, "LARGE", large)
+        monkeypatch.setattr(sandwich, "LARGE", large)
         found.append(price(problem, admm.solve(weight, GRIDS["int4"], moment(31, 256, (2,)), moment(32, 128, (2,)))).sum())
     assert found[0] < 1.02 * found[1]
 
@@ -246,7 +284,7 @@ def test_order_on_real_weights() -> None:
             "gptq": gptq.solve(weight, grid, H),
             "two_sided": two_sided.solve(weight, grid, H, G),
             "sign_round": sign_round.solve(weight, grid, H, G, steps=50),
-            "adaround": adaround.solve(weight, grid, H, G, steps=150, rate=0.2),
+            "adaround": adaround.solve(weight, grid, H, G),
             "admm": admm.solve(weight, grid, H, G),
         }.items():
             total[name] = total.get(name, 0) + float(price(problem, found))

@@ -22,7 +22,7 @@ def runs_on(tensor: Tensor) -> bool:
 
 
 @njit(inline="always")
-def _stored(x: Any, mode: int) -> Any:
+def stored(x: Any, mode: int) -> Any:
     """x as bf16 (mode 1) or fp16 (mode 2) holds it, ties to even."""
     if mode == 0:
         return x
@@ -41,9 +41,9 @@ def _snap(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int) ->
     code = min(max(np.float32(np.rint(value / scale)), low), high)
     if not fine:
         return code
-    error = value - _stored(code * scale, mode)
+    error = value - stored(code * scale, mode)
     other = min(max(code + np.sign(error), low), high)
-    return other if abs(value - _stored(other * scale, mode)) < abs(error) else code
+    return other if abs(value - stored(other * scale, mode)) < abs(error) else code
 
 
 @njit(inline="always")
@@ -74,14 +74,14 @@ def look_up(value: Any, scale: Any, table: Any, fine: bool, mode: int) -> Any:
     step = table[0, place]
     if not fine:
         return step
-    error = value - _stored(step * scale, mode)
+    error = value - stored(step * scale, mode)
     beside = place + 1 if error * scale > 0 else place - 1
     other = table[0, min(max(beside, 0), table.shape[1] - 1)]
-    return other if abs(value - _stored(other * scale, mode)) < abs(error) else step
+    return other if abs(value - stored(other * scale, mode)) < abs(error) else step
 
 
 @njit(inline="always")
-def _step(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int, table: Any) -> Any:
+def step_of(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int, table: Any) -> Any:
     """`Grid.snap` of one weight; which branch it is numba knows when it compiles."""
     if table is None:
         return _snap(value, scale, low, high, fine, mode)
@@ -89,7 +89,7 @@ def _step(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int, ta
         return look_up(value, scale, table, fine, mode)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def round_tiles(fine: bool, mode: int, table: Any, values: Any, rows: Any, columns: Any, scale: Any, low: Any, high: Any,
                 errors: Any, centred: Any) -> None:  # fmt: skip
     """Two-sided feedback inside tiles [tiles, t, t], weight by weight; `values` end as the targets.
@@ -102,8 +102,8 @@ def round_tiles(fine: bool, mode: int, table: Any, values: Any, rows: Any, colum
         for a in range(size):
             for b in range(size):
                 present = values[n, a, b]
-                code = _step(present, scale[n, a, b], low[n, a, b], high[n, a, b], fine, mode, table)
-                error = (present - _stored(code * scale[n, a, b], mode)) / (rows[n, a, a] * columns[n, b, b])
+                code = step_of(present, scale[n, a, b], low[n, a, b], high[n, a, b], fine, mode, table)
+                error = (present - stored(code * scale[n, a, b], mode)) / (rows[n, a, a] * columns[n, b, b])
                 errors[n, a, b], centred[n, a, b] = error, code
                 for k in range(b + 1, size):
                     values[n, a, k] -= rows[n, a, a] * error * columns[n, b, k]
@@ -116,7 +116,7 @@ def round_tiles(fine: bool, mode: int, table: Any, values: Any, rows: Any, colum
                     values[n, below, k] -= rows[n, below, a] * moved[k]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inputs: Any, outputs: Any, through: Any,
                   gradient: Any, scale: Any, low: Any, high: Any, centred: Any, levels: Any) -> None:  # fmt: skip
     """Coordinate descent through columns start..stop of each matrix, one weight after another.
@@ -134,10 +134,10 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
             for i in range(levels.shape[2]):
                 curvature = outputs[n, i, i] * inputs[n, j, j]
                 spacing, present = scale[n, j, i], levels[n, j, i]
-                code = _step(present + slope[i] / curvature, spacing, low[n, j, i], high[n, j, i], fine, mode, table)
+                code = step_of(present + slope[i] / curvature, spacing, low[n, j, i], high[n, j, i], fine, mode, table)
                 if code == centred[n, j, i]:
                     continue
-                level = _stored(code * spacing, mode)
+                level = stored(code * spacing, mode)
                 step = level - present
                 if (curvature * step * np.float32(0.5) - slope[i]) * step >= 0:
                     continue
@@ -155,7 +155,7 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
                         gradient[n, later - start, k] -= inputs[n, later, j] * pushed[k]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def feed_rows(fine: bool, mode: int, table: Any, upper: Any, values: Any, scale: Any, low: Any, high: Any, errors: Any,
               steps: Any) -> None:  # fmt: skip
     """Error feedback along rows [rows, columns] of one block of columns, see `column_feedback`; `values` end as the targets.
@@ -166,14 +166,14 @@ def feed_rows(fine: bool, mode: int, table: Any, upper: Any, values: Any, scale:
     for r in range(rows):
         for k in range(width):
             present = values[r, k]
-            code = _step(present, scale[r, k], low[r, k], high[r, k], fine, mode, table)
-            error = (present - _stored(code * scale[r, k], mode)) / upper[k, k]
+            code = step_of(present, scale[r, k], low[r, k], high[r, k], fine, mode, table)
+            error = (present - stored(code * scale[r, k], mode)) / upper[k, k]
             errors[r, k], steps[r, k] = error, code
             for j in range(k + 1, width):
                 values[r, j] -= error * upper[k, j]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, zeros: Any, errors: Any) -> None:
     """`IntegerGrid.squared_errors` of rows of weights [rows, in]; scales and zeros [rows, groups]."""
     size = weight.shape[1] // scales.shape[1]
@@ -185,7 +185,7 @@ def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, 
                 errors[r, k] = away * away
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def clip_search(top: float, symmetric: bool, fine: bool, mode: int, least: float, huge: float, shrinks: Any, cost: Any,
                 groups: int, weight: Any, costs: Any, scales: Any, zeros: Any) -> None:  # fmt: skip
     """`IntegerGrid.fit_clipped` of rows of weights [rows, in]; fills scales and zeros [rows, groups].
@@ -228,10 +228,10 @@ def clip_search(top: float, symmetric: bool, fine: bool, mode: int, least: float
 def _scale(wanted: Any, least: Any, huge: Any, mode: int) -> Any:
     if not wanted > 0:
         wanted = np.float32(1)
-    return _stored(min(max(np.float32(wanted), least), huge), mode)
+    return stored(min(max(np.float32(wanted), least), huge), mode)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def scale_search(fine: bool, mode: int, table: Any, cost: Any, weight: Any, costs: Any, trials: Any, best: Any,
                  free: Any) -> None:  # fmt: skip
     """The search of `TableGrid.fit_clipped` in rows of weights [rows, in]; fills best and free [rows, groups].
@@ -258,7 +258,7 @@ def scale_search(fine: bool, mode: int, table: Any, cost: Any, weight: Any, cost
                     _steps(target, table, steps)
                 error, along, length = np.float32(0), np.float32(0), np.float32(0)
                 for k in range(size):
-                    away = _stored(steps[k] * scale, mode) - part[k]
+                    away = stored(steps[k] * scale, mode) - part[k]
                     error += away * away * price[k]
                     along += steps[k] * part[k] * price[k]
                     length += steps[k] * steps[k] * price[k]

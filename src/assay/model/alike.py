@@ -49,11 +49,16 @@ class _Alike(TorchDispatchMode):
         if func not in WHOLE and func.overloadpacket not in ELEMENTWISE:
             return func(*args, **given)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1 if func in WHOLE else even(args[0], threads))
+        torch.set_num_threads(1 if func in WHOLE else even(_first(args), threads))
         try:
             return func(*args, **given)
         finally:
             torch.set_num_threads(threads)
+
+
+def _first(args: Sequence[Any]) -> Tensor:
+    """What is divided: the tensor, which in a number raised to tensors comes second."""
+    return next(value for value in args if isinstance(value, Tensor))
 
 
 def even(tensor: Tensor, most: int) -> int:

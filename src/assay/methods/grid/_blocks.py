@@ -28,7 +28,7 @@ def half(x: Any) -> Any:
     return np.uint32((bits >> np.uint32(13)) << np.uint32(13)).view(np.float32)
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def pattern_of(target: Any, bounds: Any) -> Any:
     """Row of `Codebook.nearby` for magnitudes."""
     pattern = 0
@@ -40,39 +40,51 @@ def pattern_of(target: Any, bounds: Any) -> Any:
     return pattern
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def with_room(book: Any) -> Any:
+    """A book and room for what is computed of every code that is tried, [2 + v, reach]."""
+    reach = book[1].shape[2]
+    return (*book, np.empty((2 + book[1].shape[1], reach), dtype=np.float32))
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _best_code(target: Any, price: Any, turning: bool, book: Any) -> Any:
-    """(weighted squared error, code, place whose sign is turned or -1) of the nearest vector to magnitudes."""
-    magnitudes, bounds, nearby, _ = book
-    best, chosen, turned = np.float32(np.inf), 0, -1
-    for code in nearby[pattern_of(target, bounds)]:
-        error = np.float32(0)
-        for j in range(len(target)):
-            away = target[j] - magnitudes[code, j]
-            error += price[j] * away * away
-        if error >= best:
-            continue
-        turn = -1
+    """(weighted squared error, magnitudes, place whose sign is turned or -1) of the nearest vector to magnitudes.
+
+    All codes that are tried stand beside each other, so that the loops over them become vector code.
+    """
+    bounds, nearby, _, room = book
+    near, errors, least = nearby[pattern_of(target, bounds)], room[0], room[1]
+    errors[:] = 0
+    least[:] = np.inf
+    for j in range(len(target)):
+        for k in range(len(errors)):
+            away = target[j] - near[j, k]
+            errors[k] += price[j] * away * away
         if turning:
-            least = np.float32(np.inf)
-            for j in range(len(target)):
-                cost = price[j] * target[j] * magnitudes[code, j]
-                if cost < least:
-                    least, turn = cost, j
-            error += np.float32(4) * least
-        if error < best:
-            best, chosen, turned = error, np.int64(code), turn
-    return best, chosen, turned
+            along = price[j] * target[j]
+            for k in range(len(errors)):
+                least[k] = min(least[k], along * near[j, k])
+    if turning:
+        for k in range(len(errors)):
+            errors[k] += np.float32(4) * least[k]
+    chosen, turned = errors.argmin(), -1
+    if turning:
+        lowest = np.float32(np.inf)
+        for j in range(len(target)):
+            cost = price[j] * target[j] * near[j, chosen]
+            if cost < lowest:
+                lowest, turned = cost, j
+    return errors[chosen], near[:, chosen], turned
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def nearest_run(part: Any, price: Any, scale: Any, book: Any, steps: Any) -> None:
     """Fill `steps` with the vectors of a codebook nearest to part / scale: of one vector, or of all that share an even count.
 
-    book: (magnitudes [codes, v], bounds between their values, codes [patterns, reach] to try, see `Codebook`, even).
+    book: the parts of a `Codebook`, with room.
     """
-    magnitudes, even = book[0], book[3]
-    size = magnitudes.shape[1]
+    size, even = book[1].shape[1], book[2]
     target, odd = np.empty(len(part), dtype=np.float32), False
     for j in range(len(part)):
         ratio = part[j] / scale
@@ -91,27 +103,27 @@ def nearest_run(part: Any, price: Any, scale: Any, book: Any, steps: Any) -> Non
                 cheapest, turn_at = extra, k
     for k in range(0, len(part), size):
         own = slice(k, k + size)
-        _, code, turn = _best_code(target[own], price[own], k == turn_at, book)
+        _, magnitudes, turn = _best_code(target[own], price[own], k == turn_at, book)
         if turn >= 0:
             steps[k + turn] = -steps[k + turn]
         for j in range(size):
-            steps[k + j] *= magnitudes[code, j]
+            steps[k + j] *= magnitudes[j]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def project(book: Any, price: Any, values: Any, scale: Any, steps: Any) -> None:
     """The nearest vectors of rows of values [rows, in], each weight's scale beside it; squared errors cost price [in]."""
-    size = 8 if book[3] else book[0].shape[1]
+    size, roomy = 8 if book[2] else book[1].shape[1], with_room(book)
     for r in range(len(values)):
         for k in range(0, values.shape[1], size):
-            nearest_run(values[r, k : k + size], price[k : k + size], scale[r, k], book, steps[r, k : k + size])
+            nearest_run(values[r, k : k + size], price[k : k + size], scale[r, k], roomy, steps[r, k : k + size])
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
     if mode == BOOK:
-        size = 8 if book[3] else book[0].shape[1]
+        size = 8 if book[2] else book[1].shape[1]
         for k in range(0, len(part), size):
             nearest_run(part[k : k + size], price[k : k + size], scale, book, steps[k : k + size])
     elif mode == TABLE:
@@ -129,7 +141,7 @@ def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, ta
     return error, along, length
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool,
                 power: bool, steps: Any) -> Any:  # fmt: skip
     """The best scale of a group by itself, of those that put its largest weight near the last step; 0 if all are 0."""
@@ -159,7 +171,7 @@ def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: An
     return found
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
     """A sub-scale beside the wanted one that can be stored; sub: (factor, added, least, greatest)."""
     place = (wanted - sub[1]) / sub[0]
@@ -167,7 +179,7 @@ def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
     return min(max(np.float32(place * sub[0] + sub[1]), sub[2]), sub[3])
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int,
             unit: Any, subs: Any, steps: Any) -> Any:  # fmt: skip
     """One scale for a block [groups, group], and the sub-scales (filled) with which its groups come nearest to their own best."""
@@ -226,7 +238,7 @@ def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, b
     return found
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool, power: bool, sub: Any, unit: Any, tries: int,
                factors: Any, group: int, price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
     """Scales of rows of weights [rows, in]: d [rows, blocks] in fp16, and subs [rows, groups] if they have columns.
@@ -236,20 +248,20 @@ def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool
     """
     blocks = d.shape[1]
     groups = weight.shape[1] // group // blocks
-    free, steps = np.empty(groups, dtype=np.float32), np.empty(group, dtype=np.float32)
+    free, steps, roomy = np.empty(groups, dtype=np.float32), np.empty(group, dtype=np.float32), with_room(book)
     for r in range(len(weight)):
         parts, prices = weight[r].reshape(blocks, groups, group), price.reshape(blocks, groups, group)
         for b in range(blocks):
             for g in range(groups):
-                free[g] = _free_scale(parts[b, g], prices[b, g], mode, low, high, table, book, factors, both, power, steps)
+                free[g] = _free_scale(parts[b, g], prices[b, g], mode, low, high, table, roomy, factors, both, power, steps)
             if subs.shape[1]:
                 mine = subs[r, b * groups : (b + 1) * groups]
-                d[r, b] = _divide(parts[b], prices[b], mode, low, high, table, book, sub, free, tries, unit, mine, steps)
+                d[r, b] = _divide(parts[b], prices[b], mode, low, high, table, roomy, sub, free, tries, unit, mine, steps)
             else:
                 d[r, b] = free[0] if power else half(free[0] / unit)
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _round_above(part: Any, price: Any, scale: Any, floor: Any, top: Any, steps: Any) -> Any:
     """Fill steps 0..top for part = scale step - floor; the weighted squared error."""
     error = np.float32(0)
@@ -260,7 +272,7 @@ def _round_above(part: Any, price: Any, scale: Any, floor: Any, top: Any, steps:
     return error
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _refit(part: Any, price: Any, steps: Any, floor: Any, signed: bool, fixed: bool) -> Any:
     """(scale, floor) of least squares for given steps, floor kept if `fixed` and not negative unless `signed`."""
     one, step, square, value, cross = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
@@ -282,7 +294,7 @@ def _refit(part: Any, price: Any, steps: Any, floor: Any, signed: bool, fixed: b
     return np.float32(0), floor
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _free_pair(part: Any, price: Any, top: Any, signed: bool, factors: Any, steps: Any) -> Any:
     """(scale, floor) of a group by itself, of those that cut the range of its weights by two factors."""
     least, most = part.min(), part.max()
@@ -308,7 +320,7 @@ def _free_pair(part: Any, price: Any, top: Any, signed: bool, factors: Any, step
     return scale, floor
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def fit_pairs(top: Any, signed: bool, most: Any, tries: int, factors: Any, group: int, price: Any, weight: Any, d: Any, m: Any,
               subs: Any, mins: Any) -> None:  # fmt: skip
     """Scales and floors of rows of weights [rows, in], weight = d sub step - m min with steps 0..top; see `fit_scales`.
@@ -342,7 +354,7 @@ def fit_pairs(top: Any, signed: bool, most: Any, tries: int, factors: Any, group
             subs[r, own] = trial
 
 
-@njit(nogil=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _share(part: Any, price: Any, scales: Any, floors: Any, of_floors: bool, top: Any, most: Any, tries: int, found: Any,
            steps: Any) -> Any:  # fmt: skip
     """One fp16 number whose multiples 0..most (filled) replace the floors, or the scales, of all groups at least cost."""

@@ -37,25 +37,24 @@ TINY = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """Vectors of magnitudes, and which of them are near.
+    """Which vectors of magnitudes are near.
 
-    magnitudes: float32 [codes, v]; bounds: float32, between the magnitudes that occur; nearby: int16 [patterns, reach],
-    for every rounding of v numbers to such magnitudes the nearest codes first; even: the number of signs is even.
+    bounds: float32, between the magnitudes that occur, or none; nearby: float32 [patterns, v, reach], for every rounding of v
+    numbers to such magnitudes the nearest vectors first, for no bounds all vectors; even: the number of signs is even.
     """
 
-    magnitudes: NDArray[np.float32]
     bounds: NDArray[np.float32]
-    nearby: NDArray[np.int16]
+    nearby: NDArray[np.float32]
     even: bool
 
     @property
-    def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int16], bool]:
+    def parts(self) -> tuple[NDArray[np.float32], NDArray[np.float32], bool]:
         """As the compiled loops take it."""
-        return self.magnitudes, self.bounds, self.nearby, self.even
+        return self.bounds, self.nearby, self.even
 
 
 NO_TABLE = np.zeros((2, 2), dtype=np.float32)
-NO_BOOK = Codebook(np.zeros((1, 8), np.float32), np.zeros(1, np.float32), np.zeros((1, 1), np.int16), False)
+NO_BOOK = Codebook(np.zeros(0, np.float32), np.zeros((1, 8, 1), np.float32), False)
 
 
 @lru_cache(maxsize=16)
@@ -64,12 +63,13 @@ def codebook(kind: str, reach: int | None = REACH) -> Codebook | None:
     if not KINDS[kind].codebook:
         return None
     magnitudes = ggml.codebook(kind)
+    if not reach:
+        return Codebook(np.zeros(0, np.float32), magnitudes.T[None].contiguous().numpy(), KINDS[kind].even)
     levels = magnitudes.unique()
     patterns = torch.cartesian_prod(*[levels] * magnitudes.shape[1])
-    reach = min(reach or len(magnitudes), len(magnitudes))
     near = [torch.cdist(part, magnitudes).sort(dim=-1, stable=True).indices[:, :reach] for part in patterns.split(1024)]
     bounds = (levels[1:] + levels[:-1]) / 2
-    return Codebook(magnitudes.numpy(), bounds.numpy(), torch.cat(near).short().numpy(), KINDS[kind].even)
+    return Codebook(bounds.numpy(), magnitudes[torch.cat(near)].mT.contiguous().numpy(), KINDS[kind].even)
 
 
 def scalar_grid(kind: str) -> Grid:

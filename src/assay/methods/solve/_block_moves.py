@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.grid._blocks import half, pattern_of
+from assay.methods.grid._blocks import half, pattern_of, with_room
 
 FAST = {"contract", "reassoc", "nsz"}
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any, outputs: Any, through: Any, gradient: Any,
                     scale: Any, steps: Any) -> None:  # fmt: skip
     """Offer every vector of columns start..stop of each matrix the codes near its optimum, one vector after another.
@@ -20,10 +20,10 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
     As `compiled.descend_block`; inverses [matrices, in / v, v, v]: of the blocks on the diagonal of `inputs`. Where the
     number of signs in 8 weights is even, it stays so.
     """
-    magnitudes, bounds, nearby, even = book
-    size = magnitudes.shape[1]
-    target, move, best = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    signs = np.empty(size, np.float32)
+    bounds, nearby, even, room = with_room(book)
+    size = nearby.shape[1]
+    target, signs, best = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    change, turned, away = room[0], room[1], room[2:]
     for n in range(len(steps)):
         rows = steps.shape[2]
         pushed = np.zeros((size, rows), dtype=np.float32)
@@ -44,29 +44,20 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                 if size == 4 and even:
                     for a in range(4):
                         odd ^= steps[n, (j ^ 4) + a, i] < 0
-                least = np.float32(0)
-                for code in nearby[pattern_of(target, bounds)]:
-                    turn = -1
-                    if even and odd:
-                        lowest = np.float32(np.inf)
-                        for a in range(size):
-                            cost = local[a, a] * target[a] * magnitudes[code, a]
-                            if cost < lowest:
-                                lowest, turn = cost, a
-                    value = np.float32(0)
-                    for a in range(size):
-                        sign = -signs[a] if a == turn else signs[a]
-                        move[a] = (sign * magnitudes[code, a] - steps[n, j + a, i]) * spacing
-                    for a in range(size):
-                        bent = np.float32(0)
-                        for b in range(size):
-                            bent += local[a, b] * move[b]
-                        value += move[a] * (np.float32(0.5) * weight * bent - gradient[n, j - start + a, i])
-                    if value < least:
-                        least = value
-                        best[:] = move
-                if least == 0:
+                near = nearby[pattern_of(target, bounds)]
+                if even and odd:
+                    _turn(target, local, near, change, turned)
+                else:
+                    turned[:] = -1
+                for a in range(size):
+                    sign, present, index = signs[a], steps[n, j + a, i], np.float32(a)
+                    for k in range(len(turned)):
+                        away[a, k] = ((-sign if turned[k] == index else sign) * near[a, k] - present) * spacing
+                _changes(weight, local, gradient[n, j - start : j - start + size, i], away, turned, change)
+                chosen = change.argmin()
+                if change[chosen] >= 0:
                     continue
+                best[:] = away[:, chosen]
                 moves += 1
                 for a in range(size):
                     steps[n, j + a, i] = np.rint(steps[n, j + a, i] + best[a] / spacing)
@@ -88,7 +79,36 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                             gradient[n, later - start, k] -= push * pushed[a, k]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST)
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _turn(target: Any, local: Any, near: Any, least: Any, turned: Any) -> None:
+    """Fill, for each vector of `near` [v, reach], the place whose sign costs least to turn."""
+    least[:] = np.inf
+    turned[:] = -1
+    for a in range(len(target)):
+        along, index = local[a, a] * target[a], np.float32(a)
+        for k in range(len(least)):
+            cost = along * near[a, k]
+            turned[k] = index if cost < least[k] else turned[k]
+            least[k] = min(cost, least[k])
+
+
+@njit(nogil=True, fastmath=FAST, error_model="numpy")
+def _changes(weight: Any, local: Any, slope: Any, away: Any, bent: Any, change: Any) -> None:
+    """Fill by how much each move [v, reach] changes f: its own curvature, weight times local [v, v], less what it goes down."""
+    change[:] = 0
+    for a in range(len(slope)):
+        down, own = slope[a], np.float32(0.5) * weight * local[a, a]
+        for k in range(len(change)):
+            bent[k] = own * away[a, k] - down
+        for b in range(a + 1, len(slope)):
+            push = weight * local[a, b]
+            for k in range(len(change)):
+                bent[k] += push * away[b, k]
+        for k in range(len(change)):
+            change[k] += away[a, k] * bent[k]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def move_parameters(stored: Any, passes: int, normal: Any, slope: Any, values: Any) -> None:
     """Coordinate descent on one number per row, values [matrices, out], f quadratic in them: normal [matrices, out, out].
 

@@ -10,7 +10,7 @@ from numba import njit
 from assay.methods.grid._trellis import best_path, write
 
 
-@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"})
+@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for k in range(len(a)):

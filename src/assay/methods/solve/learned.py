@@ -5,21 +5,21 @@ expectation, weighted by what the loss feels of it, so no activation is needed: 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Affine, Grid
-from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, damp, diagonal, shrink
-from assay.methods.solve.refine import LARGE, Problem, Rounding, better, polish, rounded
+from assay.methods.solve.curvature import DAMPING, JOINT_INPUT_SHRINKAGE, OUTPUT_SHRINKAGE, damp, diagonal, shrink, total
+from assay.methods.solve.refine import Problem, Rounding, better, polish, rounded
 from assay.methods.solve.rounded import Rounded, check, flatten_batch
-from assay.model.alike import alike
-from assay.model.precision import bf16_products
+from assay.methods.solve.sandwich import sandwich
+from assay.model.threads import spread
 
 Start = Literal["nearest", "clip"]
-PIECE = 1 << 18
-"""Weights whose arrays fit in a processor's cache together."""
+WORTH = 1 << 16
+"""Weights from which threads are worth waking."""
 
 
 def pose(
@@ -56,12 +56,16 @@ def finish(problem: Problem, start: Rounding, learned: Rounding, polished: bool,
     return rounded(problem, best, shape)
 
 
-def pull(problem: Problem, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """(G D H, f) at decoded weights [batch, out, in]: minus the derivative of f, and f [batch]."""
-    difference = problem.weight - levels
-    with bf16_products(difference[0].numel() >= LARGE):  # a step needs its direction, and most of the time is these products
-        gradient = problem.outputs @ difference @ problem.inputs
-    return gradient, (gradient * difference).sum((1, 2)) / 2
+def puller(problem: Problem) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Decoded weights [batch, out, in] to (G D H, f): minus the derivative of f, and f [batch]."""
+    through = sandwich(problem.outputs, problem.inputs, problem.weight.shape[1])
+
+    def pull(levels: Tensor) -> tuple[Tensor, Tensor]:
+        difference = problem.weight - levels
+        gradient = through(difference)
+        return gradient, total(gradient * difference) / 2
+
+    return pull
 
 
 def around(problem: Problem, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,13 +81,7 @@ def around(problem: Problem, affine: Affine) -> tuple[Tensor, Tensor, Tensor]:
     return scale, torch.where(below, near, far), torch.where(below, far, near)
 
 
-def by_rows(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Call `function` with a few rows of tensors [batch, out, ...] at a time; what it writes into them stays.
-
-    For steps that treat every row alone. Over whole large matrices each of their many small functions would go through memory.
-    """
-    first = tensors[0]
-    step = max(1, PIECE // max(1, first[:, :1].numel()))
-    with alike():
-        for start in range(0, first.shape[1], step):
-            function(*(t[:, start : start + step] for t in tensors))
+def spread_rows(kernel: Callable[..., None], shared: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> None:
+    """Run a compiled loop that treats every row alone on tensors [batch, out, ...]; what it writes into them stays."""
+    rows = [t.view(-1, t.shape[-1]) for t in tensors]
+    spread(kernel, len(rows[0]), shared, tuple(rows), rows[0].numel() >= WORTH)

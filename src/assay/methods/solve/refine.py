@@ -11,13 +11,10 @@ from torch import Tensor
 
 from assay.methods import compiled
 from assay.methods.grid.base import Affine, Grid
-from assay.methods.solve.curvature import damage, diagonal
+from assay.methods.solve.curvature import damage, diagonal, total
 from assay.methods.solve.rounded import Rounded
-from assay.model.precision import bf16_products
+from assay.methods.solve.sandwich import sandwich
 from assay.model.threads import spread
-
-LARGE = 1 << 20
-"""Weights of a matrix from which products are what its solution takes."""
 
 
 class Problem(NamedTuple):
@@ -55,7 +52,7 @@ def better(problem: Problem, one: Rounding, other: Rounding) -> Rounding:
     With the errors A and B of the two, f(B) - f(A) = 1/2 tr((B - A)^T G (A + B) H): the products of one objective.
     """
     a, b = _errors(problem, *one), _errors(problem, *other)
-    change = (problem.outputs @ (a + b) @ problem.inputs * (b - a)).sum((1, 2))
+    change = total(problem.outputs @ (a + b) @ problem.inputs * (b - a))
     return choose(change < 0, other, one)
 
 
@@ -162,7 +159,7 @@ class _Descent:
         with_all = alone + offers * (inputs @ (offers @ outputs) - curvature * offers)
         steps = torch.where(with_all < 0, offers, 0.0)
         pushed = steps @ outputs
-        together = ((inputs @ pushed / 2 - gradient) * steps).sum((1, 2))
+        together = total((inputs @ pushed / 2 - gradient) * steps)
         if bool((together >= 0).any()):
             best = alone.flatten(1).argmin(1, keepdim=True)
             single = torch.zeros_like(alone).flatten(1).scatter_(1, best, offers.flatten(1).gather(1, best))
@@ -180,8 +177,7 @@ def refit(problem: Problem, centred: Tensor, affine: Affine, iterations: int = 4
     Rounded to the stored dtype and kept only for the matrices whose objective falls. Scales that would
     change sign, or fall below a third, stay: their codes carry no information about them.
     """
-    with bf16_products(centred[0].numel() >= LARGE):  # a third of the time, and no step is taken that doesn't help
-        free = least_squares_scales(problem, centred, affine.scale, iterations)
+    free = least_squares_scales(problem, centred, affine.scale, iterations)
     present = affine.scale.float()
     scale = problem.grid.round_scale(torch.where(free / present > 1 / 3, free, present))
     trial = Rounding(centred, Affine(scale, affine.zero_point))
@@ -208,27 +204,28 @@ def least_squares_scales(problem: Problem, centred: Tensor, scale: Tensor, itera
     decoded weights are rounded to the stored dtype).
     """
     codes = centred.unflatten(-1, (scale.shape[-1], -1))
+    through = sandwich(problem.outputs, problem.inputs, centred.shape[1])
 
     def weights(scales: Tensor) -> Tensor:
         return (codes * scales[..., None]).flatten(-2)
 
     def normal(scales: Tensor) -> Tensor:
-        return gather(problem.outputs @ weights(scales) @ problem.inputs)
+        return gather(through(weights(scales)))
 
     def gather(gradient: Tensor) -> Tensor:
         return (gradient.unflatten(-1, codes.shape[-2:]) * codes).sum(-1)
 
     scales = scale.float()
-    residual = gather(problem.outputs @ (problem.weight - weights(scales)) @ problem.inputs)
+    residual = gather(through(problem.weight - weights(scales)))
     preconditioner = _normal_diagonal(problem, codes)
     direction = torch.zeros_like(scales)
     previous = torch.ones_like(residual[:, :1, :1])
     for _ in range(iterations):
         scaled = residual / preconditioner
-        power = (residual * scaled).sum((1, 2), keepdim=True)
+        power = total(residual * scaled)[:, None, None]
         direction = scaled + direction * (power / previous)
         image = normal(direction)
-        length = power / (direction * image).sum((1, 2), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        length = power / total(direction * image)[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
         scales = scales + length * direction
         residual = residual - length * image
         previous = power.clamp(min=torch.finfo(torch.float32).tiny)

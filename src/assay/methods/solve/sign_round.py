@@ -5,13 +5,16 @@ group shrinks at its top and its bottom. All of these move by the sign of their 
 identity, at a rate that falls from 1/steps to 0. The best iterate by the true objective is kept.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from assay.methods import compiled
 from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import clip
-from assay.methods.solve.learned import Start, around, begin, by_rows, finish, pose, pull
+from assay.methods.solve._learned_steps import move_offsets, round_offsets
+from assay.methods.solve.learned import Start, around, begin, finish, pose, puller, spread_rows
 from assay.methods.solve.refine import Problem, Rounding, choose
 from assay.methods.solve.rounded import Rounded
 
@@ -49,36 +52,47 @@ def learn(problem: Problem, start: Rounding, steps: int, ranges: bool) -> Roundi
     width = (upper - lower).abs()
     # What is learned: offsets in steps of the grid, -1/2 to 1/2; factors of the ranges above and below 0, or of the scale.
     offset, top, bottom = torch.zeros_like(weight), *(torch.ones_like(base.scale, dtype=torch.float32) for _ in range(2))
-    centred, levels, affine = torch.empty_like(weight), torch.empty_like(weight), Affine(*map(torch.empty_like, base))
+    pull = puller(problem)
     best, lowest = start, torch.full_like(top[:, 0, 0], torch.inf)
-
-    def round_rows(weight: Tensor, width: Tensor, offset: Tensor, top: Tensor, bottom: Tensor, scale: Tensor, zero: Tensor,
-                   centred: Tensor, levels: Tensor, *parameters: Tensor) -> None:  # fmt: skip
-        found = shrunken(grid, Affine(scale, zero), top, bottom)
-        each, low, high = grid.per_weight(found, weight.shape[-1])
-        centred.copy_(grid.snap(weight + offset * width * each.abs(), each, low, high))
-        levels.copy_(grid.level(centred, each))
-        for old, new in zip(parameters, found, strict=True):
-            old.copy_(new)
-
-    def move_rows(weight: Tensor, width: Tensor, offset: Tensor, top: Tensor, bottom: Tensor, centred: Tensor, gradient: Tensor,
-                  *parameters: Tensor) -> None:  # fmt: skip
-        if ranges:
-            present = Rounding(centred, Affine(*parameters))
-            wanted = weight + offset * width * grid.per_weight(present.affine, weight.shape[-1])[0].abs()
-            for factor, slope in zip((top, bottom), slopes(grid, weight, wanted, present, gradient), strict=True):
-                factor.add_(rate * slope.sign()).clamp_(SMALLEST, 1)
-        offset.add_(rate * gradient.sign()).clamp_(-0.5, 0.5)
-
     for step in range(steps + 1):
-        by_rows(round_rows, weight, width, offset, top, bottom, *base, centred, levels, *affine)
-        gradient, value = pull(problem, levels)
-        best, lowest = choose(value < lowest, Rounding(centred, affine), best), value.minimum(lowest)
+        affine = shrunken(grid, base, top, bottom)
+        present, levels = rounding(grid, weight, width, offset, affine)
+        gradient, value = pull(levels)
+        best, lowest = choose(value < lowest, present, best), value.minimum(lowest)
         if step == steps:
             break
         rate = (1 - step / steps) / steps
-        by_rows(move_rows, weight, width, offset, top, bottom, centred, gradient, *affine)
+        found = move(grid, weight, width, offset, present, gradient, rate)
+        for factor, slope in zip((top, bottom), found, strict=True) if ranges else ():
+            factor.add_(rate * slope.sign()).clamp_(SMALLEST, 1)
     return best
+
+
+def rounding(grid: Grid, weight: Tensor, width: Tensor, offset: Tensor, affine: Affine) -> tuple[Rounding, Tensor]:
+    """Weights with their offsets rounded to nearest, and what that decodes to, [batch, out, in]."""
+    if compiled.runs_on(weight):
+        centred, levels = torch.empty_like(weight), torch.empty_like(weight)
+        facts = (grid.fine, compiled.ROUNDING[grid.scale_dtype], grid.table)
+        spread_rows(round_offsets, facts, (weight, width, offset, *grid.centred(affine), centred, levels))
+        return Rounding(centred, affine), levels
+    each, low, high = grid.per_weight(affine, weight.shape[-1])
+    centred = grid.snap(weight + offset * width * each.abs(), each, low, high)
+    return Rounding(centred, affine), grid.level(centred, each)
+
+
+def move(
+    grid: Grid, weight: Tensor, width: Tensor, offset: Tensor, present: Rounding, gradient: Tensor, rate: float
+) -> tuple[Tensor, Tensor]:
+    """Move the offsets in place; returns `slopes`."""
+    if compiled.runs_on(weight):
+        scale, low, high = grid.centred(present.affine)
+        up, down = torch.empty_like(scale), torch.empty_like(scale)
+        state = (weight, width, offset, present.centred, gradient, scale, low, high, up, down)
+        spread_rows(move_offsets, (np.float32(rate), _two_ends(grid)), state)
+        return up, down
+    wanted = weight + offset * width * grid.per_weight(present.affine, weight.shape[-1])[0].abs()
+    offset.add_(rate * gradient.sign()).clamp_(-0.5, 0.5)
+    return slopes(grid, weight, wanted, present, gradient)
 
 
 def shrunken(grid: Grid, base: Affine, top: Tensor, bottom: Tensor) -> Affine:
