@@ -126,13 +126,13 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
     table: None or see `look_up`.
     """
     for n in range(len(levels)):
-        pushed = np.zeros(levels.shape[2], dtype=np.float32)
+        pushed, heavy = np.zeros(levels.shape[2], dtype=np.float32), np.diag(outputs[n])
         for j in range(start, stop):
             slope = gradient[n, j - start]
             moves = 0
             pushed[:] = 0
             for i in range(levels.shape[2]):
-                curvature = outputs[n, i, i] * inputs[n, j, j]
+                curvature = heavy[i] * inputs[n, j, j]
                 spacing, present = scale[n, j, i], levels[n, j, i]
                 code = step_of(present + slope[i] / curvature, spacing, low[n, j, i], high[n, j, i], fine, mode, table)
                 if code == centred[n, j, i]:

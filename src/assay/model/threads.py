@@ -40,16 +40,29 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
     if weights >= WORTH_SHARING or threads == 1 or len(items) < 2:
         with threads_for(weights), alike():
             return [function(item) for item in items]
+    return started(function, items)()
+
+
+def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callable[[], list[Result]]:
+    """Starts `function` of each item on a thread for each, if there is more than one; returns what waits for the results."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return lambda: [function(item) for item in items]
 
     def alone(item: Item) -> Result:
         torch.set_num_threads(1)
         return function(item)
 
-    try:
-        with ThreadPoolExecutor(min(threads, len(items)), "assay-items") as pool:
-            return list(pool.map(alone, items))
-    finally:
-        torch.set_num_threads(threads)
+    def results() -> list[Result]:
+        try:
+            return [job.result() for job in jobs]
+        finally:
+            torch.set_num_threads(threads)
+
+    pool = ThreadPoolExecutor(min(threads, len(items)), "assay-items")
+    jobs = [pool.submit(alone, item) for item in items]
+    pool.shutdown(wait=False)
+    return results
 
 
 def spread(

@@ -1,4 +1,4 @@
-"""Loops over blocks, compiled for CPUs with numba: the scales that round best, and the nearest vectors of a codebook.
+"""Loops over blocks, compiled for CPUs with numba: the scales that round best.
 
 What rounds a group is named by a mode: the integers from low to high, a table of steps or a codebook; what a mode has no
 use for is passed empty, so that each loop is compiled once.
@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from assay.methods.compiled import look_up
+from assay.methods.grid._codebook import nearest_run, with_room
 
 FAST = {"contract", "reassoc", "nsz"}
 INTEGERS, TABLE, BOOK = 0, 1, 2
@@ -29,103 +30,12 @@ def half(x: Any) -> Any:
 
 
 @njit(nogil=True, fastmath=FAST, error_model="numpy")
-def pattern_of(target: Any, bounds: Any) -> Any:
-    """Row of `Codebook.nearby` for magnitudes."""
-    pattern = 0
-    for x in target:
-        place = 0
-        for b in bounds:
-            place += np.int64(x > b)
-        pattern = pattern * (len(bounds) + 1) + place
-    return pattern
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
-def with_room(book: Any) -> Any:
-    """A book and room for what is computed of every code that is tried, [2 + v, reach]."""
-    reach = book[1].shape[2]
-    return (*book, np.empty((2 + book[1].shape[1], reach), dtype=np.float32))
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
-def _best_code(target: Any, price: Any, turning: bool, book: Any) -> Any:
-    """(weighted squared error, magnitudes, place whose sign is turned or -1) of the nearest vector to magnitudes.
-
-    All codes that are tried stand beside each other, so that the loops over them become vector code.
-    """
-    bounds, nearby, _, room = book
-    near, errors, least = nearby[pattern_of(target, bounds)], room[0], room[1]
-    errors[:] = 0
-    least[:] = np.inf
-    for j in range(len(target)):
-        for k in range(len(errors)):
-            away = target[j] - near[j, k]
-            errors[k] += price[j] * away * away
-        if turning:
-            along = price[j] * target[j]
-            for k in range(len(errors)):
-                least[k] = min(least[k], along * near[j, k])
-    if turning:
-        for k in range(len(errors)):
-            errors[k] += np.float32(4) * least[k]
-    chosen, turned = errors.argmin(), -1
-    if turning:
-        lowest = np.float32(np.inf)
-        for j in range(len(target)):
-            cost = price[j] * target[j] * near[j, chosen]
-            if cost < lowest:
-                lowest, turned = cost, j
-    return errors[chosen], near[:, chosen], turned
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
-def nearest_run(part: Any, price: Any, scale: Any, book: Any, steps: Any) -> None:
-    """Fill `steps` with the vectors of a codebook nearest to part / scale: of one vector, or of all that share an even count.
-
-    book: the parts of a `Codebook`, with room.
-    """
-    size, even = book[1].shape[1], book[2]
-    target, odd = np.empty(len(part), dtype=np.float32), False
-    for j in range(len(part)):
-        ratio = part[j] / scale
-        target[j] = abs(ratio)
-        odd ^= ratio < 0
-        steps[j] = np.float32(-1) if ratio < 0 else np.float32(1)
-    cheapest, turn_at = np.float32(np.inf), -1
-    if even and odd:
-        for k in range(0, len(part), size):
-            own = slice(k, k + size)
-            extra = np.float32(0)
-            if size < len(part):
-                extra = -_best_code(target[own], price[own], False, book)[0]
-            extra += _best_code(target[own], price[own], True, book)[0]
-            if extra < cheapest:
-                cheapest, turn_at = extra, k
-    for k in range(0, len(part), size):
-        own = slice(k, k + size)
-        _, magnitudes, turn = _best_code(target[own], price[own], k == turn_at, book)
-        if turn >= 0:
-            steps[k + turn] = -steps[k + turn]
-        for j in range(size):
-            steps[k + j] *= magnitudes[j]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def project(book: Any, price: Any, values: Any, scale: Any, steps: Any) -> None:
-    """The nearest vectors of rows of values [rows, in], each weight's scale beside it; squared errors cost price [in]."""
-    size, roomy = 8 if book[2] else book[1].shape[1], with_room(book)
-    for r in range(len(values)):
-        for k in range(0, values.shape[1], size):
-            nearest_run(values[r, k : k + size], price[k : k + size], scale[r, k], roomy, steps[r, k : k + size])
-
-
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
 def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
     if mode == BOOK:
         size = 8 if book[2] else book[1].shape[1]
         for k in range(0, len(part), size):
-            nearest_run(part[k : k + size], price[k : k + size], scale, book, steps[k : k + size])
+            nearest_run(part, price, k, size, scale, book, steps)
     elif mode == TABLE:
         for k in range(len(part)):
             steps[k] = look_up(part[k], scale, table, False, 0)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from assay.methods.grid import _blocks
+from assay.methods.grid import _blocks, _codebook
 from assay.methods.grid.base import Affine, Grid, flat_costs
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.table import TableGrid
@@ -237,7 +237,7 @@ def project(book: Codebook, values: Tensor, scale: Tensor, importance: Tensor | 
     spacing, steps = scale.expand_as(values).reshape(costs.weight.shape).contiguous(), torch.empty_like(costs.weight)
     for n in range(len(steps)):
         given = (book.parts, costs.shared[n].numpy())
-        spread(_blocks.project, steps.shape[1], given, (costs.weight[n], spacing[n], steps[n]))
+        spread(_codebook.project, steps.shape[1], given, (costs.weight[n], spacing[n], steps[n]))
     return steps.reshape(values.shape)
 
 

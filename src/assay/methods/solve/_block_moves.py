@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.grid._blocks import half, pattern_of, with_room
+from assay.methods.grid._blocks import half
+from assay.methods.grid._codebook import pattern_of
 
 FAST = {"contract", "reassoc", "nsz"}
 
@@ -20,31 +21,34 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
     As `compiled.descend_block`; inverses [matrices, in / v, v, v]: of the blocks on the diagonal of `inputs`. Where the
     number of signs in 8 weights is even, it stays so.
     """
-    bounds, nearby, even, room = with_room(book)
+    bounds, nearby, even = book
     size = nearby.shape[1]
-    target, signs, best = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    change, turned, away = room[0], room[1], room[2:]
+    target, signs, best, slope = np.empty((4, size), np.float32)
+    change, turned = np.empty(nearby.shape[2], np.float32), np.empty(nearby.shape[2], np.float32)
+    away = np.empty(nearby.shape[1:], np.float32)
     for n in range(len(steps)):
         rows = steps.shape[2]
-        pushed = np.zeros((size, rows), dtype=np.float32)
+        pushed, heavy = np.zeros((size, rows), dtype=np.float32), np.diag(outputs[n])
         for j in range(start, stop, size):
             local, inverse = inputs[n, j : j + size, j : j + size], inverses[n, j // size]
             moves = 0
             pushed[:] = 0
             for i in range(rows):
-                weight, spacing = outputs[n, i, i], scale[n, j, i]
+                weight, spacing = heavy[i], scale[n, j, i]
                 odd = False
+                for a in range(size):
+                    slope[a] = gradient[n, j - start + a, i]
                 for a in range(size):
                     pull = np.float32(0)
                     for b in range(size):
-                        pull += inverse[a, b] * gradient[n, j - start + b, i]
+                        pull += inverse[a, b] * slope[b]
                     ratio = steps[n, j + a, i] + pull / (weight * spacing)
                     target[a], signs[a] = abs(ratio), np.float32(-1) if ratio < 0 else np.float32(1)
                     odd ^= ratio < 0
                 if size == 4 and even:
                     for a in range(4):
                         odd ^= steps[n, (j ^ 4) + a, i] < 0
-                near = nearby[pattern_of(target, bounds)]
+                near = nearby[pattern_of(target, 0, size, bounds)]
                 if even and odd:
                     _turn(target, local, near, change, turned)
                 else:
@@ -53,10 +57,15 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                     sign, present, index = signs[a], steps[n, j + a, i], np.float32(a)
                     for k in range(len(turned)):
                         away[a, k] = ((-sign if turned[k] == index else sign) * near[a, k] - present) * spacing
-                _changes(weight, local, gradient[n, j - start : j - start + size, i], away, turned, change)
-                chosen = change.argmin()
-                if change[chosen] >= 0:
+                _changes(weight, local, slope, away, turned, change)
+                least = change[0]
+                for k in range(len(change)):
+                    least = min(least, change[k])
+                if least >= 0:
                     continue
+                chosen = 0
+                while change[chosen] > least:
+                    chosen += 1
                 best[:] = away[:, chosen]
                 moves += 1
                 for a in range(size):
@@ -79,7 +88,7 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                             gradient[n, later - start, k] -= push * pushed[a, k]
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@njit(inline="always")
 def _turn(target: Any, local: Any, near: Any, least: Any, turned: Any) -> None:
     """Fill, for each vector of `near` [v, reach], the place whose sign costs least to turn."""
     least[:] = np.inf
@@ -92,7 +101,7 @@ def _turn(target: Any, local: Any, near: Any, least: Any, turned: Any) -> None:
             least[k] = min(cost, least[k])
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@njit(inline="always")
 def _changes(weight: Any, local: Any, slope: Any, away: Any, bent: Any, change: Any) -> None:
     """Fill by how much each move [v, reach] changes f: its own curvature, weight times local [v, v], less what it goes down."""
     change[:] = 0

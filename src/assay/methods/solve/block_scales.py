@@ -1,8 +1,8 @@
 """The scales of ggml's blocks for given codes, moved one at a time among the numbers that the blocks can hold.
 
 With the codes fixed, a weight is linear in d, and in the sub-scales for given d, and so on; f = 1/2 tr(G D H D^T) is then
-quadratic in each sort of numbers. A sort is visited segment by segment, all rows of a segment together: their normal
-matrix is G o (B H B^T), B the rows' derivatives.
+quadratic in each sort of numbers. A sort is visited segment by segment, together all rows of a segment whose number would
+move if the others stayed: their normal matrix is G o (B H B^T), B the rows' derivatives.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from assay.methods.grid import blocks
 from assay.methods.solve._block_moves import move_parameters
+from assay.methods.solve.curvature import diagonal
 from assay.model import ggml
 from assay.model.ggml import KINDS, Parts
 from assay.model.threads import spread
@@ -60,15 +61,30 @@ def _descend(basis: Tensor, away: Tensor, inputs: Tensor, outputs: Tensor, numbe
     """The numbers [batch, out, segments] moved; away: weight - decoded [batch, out, in]."""
     count = numbers.shape[-1]
     size = away.shape[-1] // count
-    through, found = outputs @ away, numbers.clone()
+    through, found, own_weight = outputs @ away, numbers.clone(), diagonal(outputs)
     given = (tuple(np.float32(x) for x in stored), PASSES)
     for s in range(count):
-        own = slice(s * size, (s + 1) * size)
-        part, corner = basis[..., own], inputs[:, own, own]
-        normal = (outputs * (part @ corner @ part.mT)).contiguous()
-        slope = ((through @ inputs[..., own]) * part).sum(-1)
-        values = numbers[..., s].contiguous()
-        spread(move_parameters, len(values), given, (normal, slope, values))
-        through[..., own] -= outputs @ (part * (values - numbers[..., s])[..., None])
-        found[..., s] = values
+        own, present = slice(s * size, (s + 1) * size), numbers[..., s]
+        part = basis[..., own]
+        bent, slope = part @ inputs[:, own, own], ((through @ inputs[..., own]) * part).sum(-1)
+        curvature = (bent * part).sum(-1) * own_weight
+        rows = (_nearest(present + slope / curvature, stored) != present).any(0).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        all_move = 2 * len(rows) > len(own_weight[0])  # or most, which would need copies of a large matrix
+        rows = torch.arange(len(own_weight[0])) if all_move else rows
+        whole = outputs if all_move else outputs[:, :, rows]
+        normal = ((outputs if all_move else whole[:, rows]) * (bent[:, rows] @ part[:, rows].mT)).contiguous()
+        values = present[:, rows].contiguous()
+        spread(move_parameters, len(values), given, (normal, slope[:, rows].contiguous(), values))
+        through[..., own] -= whole @ (part[:, rows] * (values - present[:, rows])[..., None])
+        found[:, rows, s] = values
     return found
+
+
+def _nearest(wanted: Tensor, stored: tuple[float, ...]) -> Tensor:
+    """The numbers that exist nearest to those wanted; NaN stays. See `move_parameters`."""
+    factor, added, least, greatest = stored
+    if factor == 0:
+        return wanted.clamp(-65504, 65504).half().float()
+    return (((wanted - added) / factor).round() * factor + added).clamp(least, greatest)

@@ -40,6 +40,8 @@ from assay.model.threads import spread
 Solver = Literal["nearest", "clip", "gptq", "two_sided", "admm"]
 SHRINK_INPUTS, SHRINK_OUTPUTS, DAMPING = 0.05, 0.1, 0.01
 BLOCK = 64
+SETTLED = 0.005
+"""Share of the price; when a round gains less in every matrix, it was the last."""
 ROWS_AT_ONCE = 4096
 """Of a matrix whose rows don't depend on each other; their G is the identity, which is as large as their number squared."""
 
@@ -101,10 +103,14 @@ def price(task: Task, candidate: Candidate) -> Tensor:
 
 def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> Parts:
     """Scales and codes in turn, then the codes as they are stored."""
-    found = start
+    found, before = start, price(task, start)
     for _ in range(rounds):
         frame = tune(task.kind, *found, task.weight, task.inputs, task.outputs)
         found = Candidate(frame, _descend(task, Candidate(frame, found.steps), sweeps))
+        now = price(task, found)
+        if bool((now > (1 - SETTLED) * before).all()):
+            break
+        before = now
     return blocks.coded(task.kind, *found)
 
 
@@ -113,7 +119,7 @@ def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> P
 
 def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tight: float = 1.0) -> Candidate:
     """ADMM on the searched scales, or rounding to nearest on them where that is better."""
-    importance = diagonal(task.inputs)
+    importance, bases = diagonal(task.inputs), admm.bases(task.inputs, task.outputs if coupled else None)
     frame = blocks.fit_searched(task.kind, task.weight, importance)
 
     def snap(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +127,7 @@ def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tigh
         return found, blocks.level(task.kind, frame, found)
 
     start = snap(task.weight)
-    moments = task.inputs, task.outputs
-    learned = admm.iterate(task.weight, *moments, start, snap, steps, loose, tight, coupled)
+    learned = admm.iterate(task.weight, task.inputs, task.outputs, bases(), start, snap, steps, loose, tight)
     wins = price(task, Candidate(frame, learned)) < price(task, Candidate(frame, start[0]))
     return Candidate(frame, torch.where(wins[:, None, None], learned, start[0]))
 
@@ -194,8 +199,8 @@ def _descend(task: Task, candidate: Candidate, sweeps: int) -> Tensor:
     cells = task.inputs.unflatten(1, (-1, size)).unflatten(3, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
     inverses, held = torch.linalg.inv(cells).contiguous(), steps.mT.contiguous().clone()
     moments = task.inputs.contiguous(), inverses, task.outputs.contiguous()
+    through = (task.weight.mT - held * scale) @ task.outputs
     for _ in range(sweeps):
-        through = (task.weight.mT - held * scale) @ task.outputs
         for start in range(0, held.shape[1], BLOCK):
             stop = min(start + BLOCK, held.shape[1])
             gradient = task.inputs[:, start:stop] @ through
