@@ -144,9 +144,12 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
                 centred[n, j, i], levels[n, j, i] = code, level
                 moves += 1
                 push = step * inputs[n, j, j]
-                for k in range(len(slope)):
-                    pushed[k] += step * outputs[n, i, k]
-                    slope[k] -= push * outputs[n, i, k]
+                beside = outputs[n, i]
+                later, rest = slope[i + 1 :], beside[i + 1 :]  # rows before it have had their turn
+                for k in range(len(pushed)):
+                    pushed[k] += step * beside[k]
+                for k in range(len(later)):
+                    later[k] -= push * rest[k]
             if moves:
                 for k in range(len(pushed)):
                     through[n, j, k] -= pushed[k]

@@ -73,14 +73,16 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                     bent = np.float32(0)
                     for b in range(size):
                         bent += local[a, b] * best[b]
+                    beside, own = outputs[n, i], pushed[a]
+                    # Rows before it have had their turn, and the next sweep makes its own.
+                    slopes, rest = gradient[n, j - start + a, i + 1 :], beside[i + 1 :]
                     for k in range(rows):
-                        pushed[a, k] += best[a] * outputs[n, i, k]
-                    for k in range(i + 1, rows):  # rows before it have had their turn, and the next sweep makes its own
-                        gradient[n, j - start + a, k] -= bent * outputs[n, i, k]
+                        own[k] += best[a] * beside[k]
+                    for k in range(len(rest)):
+                        slopes[k] -= bent * rest[k]
             if moves:
                 for a in range(size):
-                    for k in range(rows):
-                        through[n, j + a, k] -= pushed[a, k]
+                    through[n, j + a] -= pushed[a]
                 for later in range(j + size, stop):
                     for a in range(size):
                         push = inputs[n, later, j + a]
