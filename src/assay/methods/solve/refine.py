@@ -57,7 +57,9 @@ def better(problem: Problem, one: Rounding, other: Rounding) -> Rounding:
 
 
 def choose(wins: Tensor, one: Rounding, other: Rounding) -> Rounding:
-    """`one` for the matrices where `wins` [batch], else `other`."""
+    """`one` for the matrices where `wins` [batch], else `other`; not a copy where all are of one."""
+    if bool(wins.all()) or not bool(wins.any()):
+        return one if bool(wins[0]) else other
     wins = wins[:, None, None]
     affine = Affine(*(torch.where(wins, a, b) for a, b in zip(one.affine, other.affine, strict=True)))
     return Rounding(torch.where(wins, one.centred, other.centred), affine)

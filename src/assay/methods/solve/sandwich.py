@@ -10,8 +10,8 @@ from assay.model.threads import side_by_side
 
 LARGE = 1 << 20
 """Weights of a matrix from which products are what its solution takes."""
-ROWS = 512
-"""Of a product at once; enough that the other factor is read from memory a few times only."""
+ROWS = 256
+"""Of a product at once: enough pieces for every thread to be busy to the end, few enough to read the other factor rarely."""
 
 
 def sandwich(left: Tensor | None, right: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
