@@ -119,7 +119,7 @@ def iterate(
 
 
 def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
-    """Starts what returns of H, and of G if its outputs depend on each other, eigenvalues and eigenvectors, both scaled to ones.
+    """Start on the eigenvectors of H, and of G if outputs depend on each other, both with ones on the diagonal; returns what waits.
 
     A thread for each matrix: with several for one the last digits differ, and 40 steps make other codes of them.
     """
