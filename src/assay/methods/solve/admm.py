@@ -119,7 +119,7 @@ def iterate(
 
 
 def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
-    """Start on the eigenvectors of H, and of G if outputs depend on each other, scaled to ones on the diagonal; returns what waits.
+    """Start on the eigenvectors of H, and of G where outputs depend on each other, scaled to ones on the diagonal; returns a wait.
 
     A thread for each matrix: with several for one the last digits differ, and 40 steps make other codes of them.
     """
