@@ -119,9 +119,10 @@ def iterate(
 
 
 def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
-    """Start on the eigenvectors of H, and of G where outputs depend on each other, scaled to ones on the diagonal; returns a wait.
+    """Start on the eigenvectors of H, and of G where outputs depend on each other; returns what waits for them.
 
-    A thread for each matrix: with several for one the last digits differ, and 40 steps make other codes of them.
+    Both are scaled to ones on the diagonal. A thread for each matrix: with several for one the last digits differ, and 40
+    steps make other codes of them.
     """
     moments = [m / (diagonal(m).sqrt()[..., None] * diagonal(m).sqrt()[..., None, :]) for m in (inputs, outputs) if m is not None]
     wait = started(torch.linalg.eigh, [matrix for moment in reversed(moments) for matrix in moment])
