@@ -13,7 +13,7 @@ from assay.methods.base import Statistics
 from assay.methods.grid.base import Affine
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.solve import by_input, gptq
-from assay.methods.solve.curvature import damage
+from assay.methods.solve.curvature import damage, total
 from assay.methods.solve.rounded import Rounded
 from assay.model.level import Level
 from assay.model.packed import Packed, PackedAxis, PackedInteger
@@ -51,7 +51,7 @@ class AdaDim:
 
 def _loss(difference: Tensor, H: Tensor | None) -> Tensor:
     """Squared error at the outputs, or of the weights, [batch]."""
-    return difference.square().sum((-2, -1)) if H is None else damage(difference, H)
+    return total(difference.square()) if H is None else damage(difference, H)
 
 
 def _packed(level: Level, rounded: Rounded, index: int, turned: bool) -> PackedAxis:

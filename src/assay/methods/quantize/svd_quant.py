@@ -12,7 +12,7 @@ from assay.methods import base, menus
 from assay.methods.base import Statistics
 from assay.methods.quantize._sum import with_factors
 from assay.methods.solve import low_rank
-from assay.methods.solve.curvature import damage
+from assay.methods.solve.curvature import damage, total
 from assay.model.level import Level
 from assay.model.packed import Packed
 
@@ -66,7 +66,7 @@ class SvdQuant:
 
 def _loss(difference: Tensor, H: Tensor | None) -> Tensor:
     """Squared error at the outputs, or of the weights, [batch]."""
-    return difference.square().sum((-2, -1)) if H is None else damage(difference, H)
+    return total(difference.square()) if H is None else damage(difference, H)
 
 
 METHOD = SvdQuant
