@@ -6,7 +6,8 @@ Work is split over independent matrices or rows, so results don't depend on the 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,13 @@ from numba import njit
 from torch import Tensor
 
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def loop(cache: bool = False) -> Callable[[Function], Function]:
+    """Compiles a loop. Dividing by zero gives infinity in it: a check for that would keep it from becoming vector code."""
+    return njit(nogil=True, cache=cache, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")  # type: ignore[return-value]
 
 
 def runs_on(tensor: Tensor) -> bool:
@@ -89,7 +97,7 @@ def step_of(value: Any, scale: Any, low: Any, high: Any, fine: bool, mode: int, 
         return look_up(value, scale, table, fine, mode)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def round_tiles(fine: bool, mode: int, table: Any, values: Any, rows: Any, columns: Any, scale: Any, low: Any, high: Any,
                 errors: Any, centred: Any) -> None:  # fmt: skip
     """Two-sided feedback inside tiles [tiles, t, t], weight by weight; `values` end as the targets.
@@ -116,7 +124,7 @@ def round_tiles(fine: bool, mode: int, table: Any, values: Any, rows: Any, colum
                     values[n, below, k] -= rows[n, below, a] * moved[k]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inputs: Any, outputs: Any, through: Any,
                   gradient: Any, scale: Any, low: Any, high: Any, centred: Any, levels: Any) -> None:  # fmt: skip
     """Coordinate descent through columns start..stop of each matrix, one weight after another.
@@ -158,7 +166,7 @@ def descend_block(fine: bool, mode: int, table: Any, start: int, stop: int, inpu
                         gradient[n, later - start, k] -= inputs[n, later, j] * pushed[k]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def feed_rows(fine: bool, mode: int, table: Any, upper: Any, values: Any, scale: Any, low: Any, high: Any, errors: Any,
               steps: Any) -> None:  # fmt: skip
     """Error feedback along rows [rows, columns] of one block of columns, see `column_feedback`; `values` end as the targets.
@@ -176,7 +184,7 @@ def feed_rows(fine: bool, mode: int, table: Any, upper: Any, values: Any, scale:
                 values[r, j] -= error * upper[k, j]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, zeros: Any, errors: Any) -> None:
     """`IntegerGrid.squared_errors` of rows of weights [rows, in]; scales and zeros [rows, groups]."""
     size = weight.shape[1] // scales.shape[1]
@@ -188,7 +196,7 @@ def nearest_errors(top: float, fine: bool, mode: int, weight: Any, scales: Any, 
                 errors[r, k] = away * away
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def clip_search(top: float, symmetric: bool, fine: bool, mode: int, least: float, huge: float, shrinks: Any, cost: Any,
                 groups: int, weight: Any, costs: Any, scales: Any, zeros: Any) -> None:  # fmt: skip
     """`IntegerGrid.fit_clipped` of rows of weights [rows, in]; fills scales and zeros [rows, groups].
@@ -234,7 +242,7 @@ def _scale(wanted: Any, least: Any, huge: Any, mode: int) -> Any:
     return stored(min(max(np.float32(wanted), least), huge), mode)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def scale_search(fine: bool, mode: int, table: Any, cost: Any, weight: Any, costs: Any, trials: Any, best: Any,
                  free: Any) -> None:  # fmt: skip
     """The search of `TableGrid.fit_clipped` in rows of weights [rows, in]; fills best and free [rows, groups].

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.compiled import look_up
+from assay.methods.compiled import look_up, loop
 from assay.methods.grid._codebook import nearest_run, with_room
 
-FAST = {"contract", "reassoc", "nsz"}
 INTEGERS, TABLE, BOOK = 0, 1, 2
 
 
@@ -29,7 +28,7 @@ def half(x: Any) -> Any:
     return np.uint32((bits >> np.uint32(13)) << np.uint32(13)).view(np.float32)
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
     if mode == BOOK:
@@ -51,7 +50,7 @@ def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, ta
     return error, along, length
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, factors: Any, both: bool,
                 power: bool, steps: Any) -> Any:  # fmt: skip
     """The best scale of a group by itself, of those that put its largest weight near the last step; 0 if all are 0."""
@@ -81,7 +80,7 @@ def _free_scale(part: Any, price: Any, mode: int, low: Any, high: Any, table: An
     return found
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
     """A sub-scale beside the wanted one that can be stored; sub: (factor, added, least, greatest)."""
     place = (wanted - sub[1]) / sub[0]
@@ -89,7 +88,7 @@ def _sub(wanted: Any, sub: Any, upward: bool) -> Any:
     return min(max(np.float32(place * sub[0] + sub[1]), sub[2]), sub[3])
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, book: Any, sub: Any, free: Any, tries: int,
             unit: Any, subs: Any, steps: Any) -> Any:  # fmt: skip
     """One scale for a block [groups, group], and the sub-scales (filled) with which its groups come nearest to their own best."""
@@ -148,7 +147,7 @@ def _divide(part: Any, price: Any, mode: int, low: Any, high: Any, table: Any, b
     return found
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool, power: bool, sub: Any, unit: Any, tries: int,
                factors: Any, group: int, price: Any, weight: Any, d: Any, subs: Any) -> None:  # fmt: skip
     """Scales of rows of weights [rows, in]: d [rows, blocks] in fp16, and subs [rows, groups] if they have columns.
@@ -171,7 +170,7 @@ def fit_scales(mode: int, low: Any, high: Any, table: Any, book: Any, both: bool
                 d[r, b] = free[0] if power else half(free[0] / unit)
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _round_above(part: Any, price: Any, scale: Any, floor: Any, top: Any, steps: Any) -> Any:
     """Fill steps 0..top for part = scale step - floor; the weighted squared error."""
     error = np.float32(0)
@@ -182,7 +181,7 @@ def _round_above(part: Any, price: Any, scale: Any, floor: Any, top: Any, steps:
     return error
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _refit(part: Any, price: Any, steps: Any, floor: Any, signed: bool, fixed: bool) -> Any:
     """(scale, floor) of least squares for given steps, floor kept if `fixed` and not negative unless `signed`."""
     one, step, square, value, cross = np.float64(0), np.float64(0), np.float64(0), np.float64(0), np.float64(0)
@@ -204,7 +203,7 @@ def _refit(part: Any, price: Any, steps: Any, floor: Any, signed: bool, fixed: b
     return np.float32(0), floor
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _free_pair(part: Any, price: Any, top: Any, signed: bool, factors: Any, steps: Any) -> Any:
     """(scale, floor) of a group by itself, of those that cut the range of its weights by two factors."""
     least, most = part.min(), part.max()
@@ -230,7 +229,7 @@ def _free_pair(part: Any, price: Any, top: Any, signed: bool, factors: Any, step
     return scale, floor
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def fit_pairs(top: Any, signed: bool, most: Any, tries: int, factors: Any, group: int, price: Any, weight: Any, d: Any, m: Any,
               subs: Any, mins: Any) -> None:  # fmt: skip
     """Scales and floors of rows of weights [rows, in], weight = d sub step - m min with steps 0..top; see `fit_scales`.
@@ -264,7 +263,7 @@ def fit_pairs(top: Any, signed: bool, most: Any, tries: int, factors: Any, group
             subs[r, own] = trial
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _share(part: Any, price: Any, scales: Any, floors: Any, of_floors: bool, top: Any, most: Any, tries: int, found: Any,
            steps: Any) -> Any:  # fmt: skip
     """One fp16 number whose multiples 0..most (filled) replace the floors, or the scales, of all groups at least cost."""

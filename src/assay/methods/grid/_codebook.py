@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-FAST = {"contract", "reassoc", "nsz"}
+from assay.methods.compiled import loop
 
 
 @njit(inline="always")
@@ -22,14 +22,14 @@ def pattern_of(target: Any, at: int, size: int, bounds: Any) -> Any:
     return pattern
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def with_room(book: Any) -> Any:
     """A book and room for magnitudes, and for what is computed of every code that is tried."""
     reach = book[1].shape[2]
     return (*book, np.empty(8, dtype=np.float32), np.empty(reach, dtype=np.float32), np.empty(reach, dtype=np.float32))
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _errors(target: Any, at: int, price: Any, first: int, near: Any, errors: Any, later: bool) -> None:
     """Weighted squared errors of four magnitudes by all codes that are tried; these stand side by side, for vector code."""
     t0, t1, t2, t3 = target[at], target[at + 1], target[at + 2], target[at + 3]
@@ -43,6 +43,17 @@ def _errors(target: Any, at: int, price: Any, first: int, near: Any, errors: Any
         for k in range(len(errors)):
             a0, a1, a2, a3 = t0 - n0[k], t1 - n1[k], t2 - n2[k], t3 - n3[k]
             errors[k] = p0 * a0 * a0 + p1 * a1 * a1 + p2 * a2 * a2 + p3 * a3 * a3
+
+
+@njit(inline="always")
+def least_of(values: Any) -> Any:
+    """(the least of them, its first place)."""
+    least, place = values[0], 0
+    for k in range(len(values)):
+        least = min(least, values[k])
+    while values[place] > least:
+        place += 1
+    return least, place
 
 
 @njit(inline="always")
@@ -62,12 +73,8 @@ def _best_code(at: int, price: Any, first: int, turning: bool, book: Any) -> Any
                 least[k] = min(least[k], along * near[j, k])
         for k in range(len(least)):
             errors[k] += np.float32(4) * least[k]
-    lowest = errors[0]
-    for k in range(len(errors)):
-        lowest = min(lowest, errors[k])
-    chosen, turned = 0, -1
-    while errors[chosen] > lowest:
-        chosen += 1
+    lowest, chosen = least_of(errors)
+    turned = -1
     if turning:
         cheapest = np.float32(np.inf)
         for j in range(size):

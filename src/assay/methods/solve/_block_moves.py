@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from assay.methods.compiled import loop
 from assay.methods.grid._blocks import half
-from assay.methods.grid._codebook import pattern_of
-
-FAST = {"contract", "reassoc", "nsz"}
+from assay.methods.grid._codebook import least_of, pattern_of
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any, outputs: Any, through: Any, gradient: Any,
                     scale: Any, steps: Any) -> None:  # fmt: skip
     """Offer every vector of columns start..stop of each matrix the codes near its optimum, one vector after another.
@@ -58,14 +57,9 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                     for k in range(len(turned)):
                         away[a, k] = ((-sign if turned[k] == index else sign) * near[a, k] - present) * spacing
                 _changes(weight, local, slope, away, turned, change)
-                least = change[0]
-                for k in range(len(change)):
-                    least = min(least, change[k])
-                if least >= 0:
+                least, chosen = least_of(change)
+                if not least < 0:
                     continue
-                chosen = 0
-                while change[chosen] > least:
-                    chosen += 1
                 best[:] = away[:, chosen]
                 moves += 1
                 for a in range(size):
@@ -119,7 +113,7 @@ def _changes(weight: Any, local: Any, slope: Any, away: Any, bent: Any, change: 
             change[k] += away[a, k] * bent[k]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def move_parameters(stored: Any, passes: int, normal: Any, slope: Any, values: Any) -> None:
     """Coordinate descent on one number per row, values [matrices, out], f quadratic in them: normal [matrices, out, out].
 

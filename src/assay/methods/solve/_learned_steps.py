@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.compiled import step_of, stored
+from assay.methods.compiled import loop, step_of, stored
 
-FAST = {"contract", "reassoc", "nsz"}
 TINY = np.float32(1e-30)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def round_offsets(fine: bool, mode: int, table: Any, weight: Any, width: Any, offset: Any, scale: Any, low: Any, high: Any,
                   centred: Any, levels: Any) -> None:  # fmt: skip
     """Round rows of weights [rows, in] with their offsets, in steps of `width`; scale, low, high [rows, groups]."""
@@ -27,14 +26,14 @@ def round_offsets(fine: bool, mode: int, table: Any, weight: Any, width: Any, of
                 level[k] = stored(steps[k] * each, mode)
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _round(fine: bool, mode: int, table: Any, scale: Any, low: Any, high: Any, weight: Any, width: Any, offset: Any,
            steps: Any) -> None:  # fmt: skip
     for k in range(len(weight)):
         steps[k] = step_of(weight[k] + offset[k] * width[k] * abs(scale), scale, low, high, fine, mode, table)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def move_offsets(rate: Any, two_ends: bool, weight: Any, width: Any, offset: Any, centred: Any, gradient: Any, scale: Any,
                  low: Any, high: Any, up: Any, down: Any) -> None:  # fmt: skip
     """Fill the slopes of ranges, up and down [rows, groups], and move the offsets."""
@@ -55,7 +54,7 @@ def move_offsets(rate: Any, two_ends: bool, weight: Any, width: Any, offset: Any
                 up[r, g], down[r, g] = (inside + outside) * np.sign(each), np.float32(0)
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _slopes(scale: Any, low: Any, high: Any, weight: Any, width: Any, offset: Any, steps: Any, gradient: Any) -> Any:
     """Sums over a group of gradients: times what rounding added within the range, above it, below it, times steps beyond it."""
     zero = np.float32(0)
@@ -103,7 +102,7 @@ def _sigmoid(x: Any) -> Any:
     return np.float32(1) / (np.float32(1) + _exp2(x * np.float32(-1.442695)))
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@loop(cache=True)
 def move_gates(ends: Any, moments: Any, lengths: Any, beta: Any, force: Any, gradient: Any, bottom: Any, width: Any,
                free: Any, mean: Any, square: Any, levels: Any) -> None:  # fmt: skip
     """A step of Adam on rows of gates [rows, in], and the levels they then give; see `adaround.move`."""
@@ -127,13 +126,13 @@ def move_gates(ends: Any, moments: Any, lengths: Any, beta: Any, force: Any, gra
             levels[r, k] = bottom[r, k] + min(max(soft[k] * span + lowest, zero), one) * width[r, k]
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _sigmoids(free: Any, soft: Any) -> None:
     for k in range(len(free)):
         soft[k] = _sigmoid(free[k])
 
 
-@njit(nogil=True, fastmath=FAST, error_model="numpy")
+@loop()
 def _adam(slope: Any, mean: Any, square: Any, moments: Any, lengths: Any) -> None:
     """Replace slopes by steps down them."""
     fresh, slow = np.float32(1) - moments[0], np.float32(1) - moments[1]

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from assay.methods.compiled import loop
 from assay.methods.grid._trellis import best_path, write
 
 
-@njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop()
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for k in range(len(a)):

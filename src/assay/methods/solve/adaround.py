@@ -16,9 +16,10 @@ from assay.methods.grid.base import Affine, Grid
 from assay.methods.solve import clip
 from assay.methods.solve._learned_steps import move_gates
 from assay.methods.solve.curvature import diagonal
-from assay.methods.solve.learned import Start, around, begin, finish, pose, puller, spread_rows
+from assay.methods.solve.learned import Start, around, begin, finish, pose, spread_rows
 from assay.methods.solve.refine import Problem, Rounding
 from assay.methods.solve.rounded import Rounded
+from assay.methods.solve.sandwich import sandwich
 from assay.model.alike import alike
 
 LOW, HIGH = -0.1, 1.1
@@ -62,14 +63,14 @@ def learn(problem: Problem, affine: Affine, steps: int, rate: float, penalty: fl
     place = ((problem.weight - bottom) / width).clamp_(0.01, 0.99)
     with alike():
         free = torch.logit((place - LOW) / (HIGH - LOW))
-    pull, unit, levels = puller(problem), width / _cost(problem, width), bottom + place * width
-    state = State(free, torch.zeros_like(free), torch.zeros_like(free), levels)
+    through, unit = sandwich(problem.outputs, problem.inputs, free.shape[1]), width / _cost(problem, width)
+    state = State(free, torch.zeros_like(free), torch.zeros_like(free), bottom + place * width)
     for step in range(steps):
         progress = (step / steps - warm_up) / (1 - warm_up)
         beta = BETAS[0] + (BETAS[1] - BETAS[0]) * max(progress, 0.0)
         force = 2 * penalty * beta if progress >= 0 else 0.0
         lengths = rate / (1 - MOMENTS[0] ** (step + 1)), 1 / (1 - MOMENTS[1] ** (step + 1))
-        move(state, pull(state.levels)[0] * unit, bottom, width, lengths, beta, force)
+        move(state, through(problem.weight - state.levels).mul_(unit), bottom, width, lengths, beta, force)
     return Rounding(torch.where(state.free >= 0, upper, lower), affine)
 
 

@@ -125,11 +125,11 @@ def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
     steps make other codes of them.
     """
     moments = [m / (diagonal(m).sqrt()[..., None] * diagonal(m).sqrt()[..., None, :]) for m in (inputs, outputs) if m is not None]
-    wait = started(torch.linalg.eigh, [matrix for moment in reversed(moments) for matrix in moment])
+    wait = started(torch.linalg.eigh, [matrix for moment in moments for matrix in moment])
 
     def found() -> list[Basis]:
         pairs = wait()
         each = [pairs[n : n + len(inputs)] for n in range(0, len(pairs), len(inputs))]
-        return [Basis(torch.stack([a for a, _ in p]).clamp_(min=0), torch.stack([b for _, b in p])) for p in reversed(each)]
+        return [Basis(torch.stack([a for a, _ in p]).clamp_(min=0), torch.stack([b for _, b in p])) for p in each]
 
     return found
