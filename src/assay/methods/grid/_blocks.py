@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from assay.methods.compiled import look_up, loop
-from assay.methods.grid._codebook import nearest_run, with_room
+from assay.methods.grid._codebook import nearest_runs, with_room
 
 INTEGERS, TABLE, BOOK = 0, 1, 2
 
@@ -32,9 +32,9 @@ def half(x: Any) -> Any:
 def _round(part: Any, price: Any, scale: Any, mode: int, low: Any, high: Any, table: Any, book: Any, steps: Any) -> Any:
     """Fill the steps nearest to part / scale; (weighted squared error, sum of price part step, sum of price step^2)."""
     if mode == BOOK:
-        size = 8 if book[2] else book[1].shape[1]
-        for k in range(0, len(part), size):
-            nearest_run(part, price, k, size, scale, book, steps)
+        for k in range(len(part)):
+            steps[k] = part[k] / scale
+        nearest_runs(price, book, steps)
     elif mode == TABLE:
         for k in range(len(part)):
             steps[k] = look_up(part[k], scale, table, False, 0)

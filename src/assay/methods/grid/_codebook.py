@@ -1,51 +1,89 @@
-"""The nearest vectors of a codebook of magnitudes (`blocks.Codebook`), compiled for CPUs with numba."""
+"""The nearest vectors of a codebook of magnitudes (`blocks.Codebook`), compiled for CPUs with numba.
+
+Arrays are indexed and not cut in what is done for every vector: a slice takes as long as the search.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from assay.methods.compiled import loop
 
 
-@njit(inline="always")
-def pattern_of(target: Any, at: int, size: int, bounds: Any) -> Any:
-    """Row of `Codebook.nearby` for the magnitudes target[at : at + size]."""
-    pattern = 0
-    for j in range(at, at + size):
-        place = 0
-        for b in range(len(bounds)):
-            place += np.int64(target[j] > bounds[b])
-        pattern = pattern * (len(bounds) + 1) + place
-    return pattern
+@loop()
+def places_below(target: Any, bounds: Any) -> Any:
+    """How many bounds lie below a magnitude."""
+    place = 0
+    for b in range(len(bounds)):
+        place += np.int64(target > bounds[b])
+    return place
 
 
 @loop()
 def with_room(book: Any) -> Any:
-    """A book and room for magnitudes, and for what is computed of every code that is tried."""
-    reach = book[1].shape[2]
-    return (*book, np.empty(8, dtype=np.float32), np.empty(reach, dtype=np.float32), np.empty(reach, dtype=np.float32))
+    """A book, and room for magnitudes and for what is computed of every code that is tried."""
+    return (*book, np.empty((3, max(8, book[1].shape[2])), dtype=np.float32))
 
 
 @loop()
-def _errors(target: Any, at: int, price: Any, first: int, near: Any, errors: Any, later: bool) -> None:
-    """Weighted squared errors of four magnitudes by all codes that are tried; these stand side by side, for vector code."""
-    t0, t1, t2, t3 = target[at], target[at + 1], target[at + 2], target[at + 3]
-    p0, p1, p2, p3 = price[first], price[first + 1], price[first + 2], price[first + 3]
-    n0, n1, n2, n3 = near[0], near[1], near[2], near[3]
-    if later:
-        for k in range(len(errors)):
-            a0, a1, a2, a3 = t0 - n0[k], t1 - n1[k], t2 - n2[k], t3 - n3[k]
-            errors[k] += p0 * a0 * a0 + p1 * a1 * a1 + p2 * a2 * a2 + p3 * a3 * a3
-    else:
-        for k in range(len(errors)):
-            a0, a1, a2, a3 = t0 - n0[k], t1 - n1[k], t2 - n2[k], t3 - n3[k]
-            errors[k] = p0 * a0 * a0 + p1 * a1 * a1 + p2 * a2 * a2 + p3 * a3 * a3
+def nearest_runs(price: Any, book: Any, steps: Any) -> None:
+    """Replace numbers by the nearest vectors; a squared error costs price. Where they share a count of signs, it stays even.
+
+    price, steps: as many runs as they hold; book: the parts of a `Codebook`, with room.
+    """
+    bounds, nearby, even, room = book
+    size, reach = nearby.shape[1:]
+    run = 8 if even else size
+    found, errors, turns = room[0], room[1, :reach], room[2, :reach]
+    for first in range(0, len(steps), run):
+        odd = False
+        for j in range(first, first + run):
+            odd ^= steps[j] < 0
+            found[j - first] = abs(steps[j])
+            steps[j] = np.float32(-1) if steps[j] < 0 else np.float32(1)
+        cheapest, turned = np.float32(np.inf), -1
+        turned_first, turned_pattern, turned_code = 0, 0, 0
+        for at in range(first, first + run, size):
+            pattern = 0
+            errors[:] = 0
+            for j in range(at, at + size):
+                pattern = pattern * (len(bounds) + 1) + places_below(found[j - first], bounds)
+            for j in range(at, at + size):
+                target, weight = found[j - first], price[j]
+                for k in range(reach):
+                    away = target - nearby[pattern, j - at, k]
+                    errors[k] += weight * away * away
+            least, code = least_of(errors)
+            if even and odd:
+                turns[:] = np.inf
+                for j in range(at, at + size):
+                    along = np.float32(4) * price[j] * found[j - first]
+                    for k in range(reach):
+                        turns[k] = min(turns[k], along * nearby[pattern, j - at, k])
+                for k in range(reach):
+                    errors[k] += turns[k]
+                other, other_code = least_of(errors)
+                if other - least < cheapest:
+                    cheapest = other - least
+                    turned_first, turned_pattern, turned_code = at, pattern, other_code
+                    lowest = np.float32(np.inf)
+                    for j in range(at, at + size):
+                        cost = price[j] * found[j - first] * nearby[pattern, j - at, other_code]
+                        if cost < lowest:
+                            lowest, turned = cost, j
+            for j in range(at, at + size):
+                found[j - first] = nearby[pattern, j - at, code]
+        if turned >= 0:
+            steps[turned] = -steps[turned]
+            for j in range(turned_first, turned_first + size):
+                found[j - first] = nearby[turned_pattern, j - turned_first, turned_code]
+        for j in range(first, first + run):
+            steps[j] *= found[j - first]
 
 
-@njit(inline="always")
+@loop()
 def least_of(values: Any) -> Any:
     """(the least of them, its first place)."""
     least, place = values[0], 0
@@ -56,69 +94,9 @@ def least_of(values: Any) -> Any:
     return least, place
 
 
-@njit(inline="always")
-def _best_code(at: int, price: Any, first: int, turning: bool, book: Any) -> Any:
-    """(weighted squared error, magnitudes, place whose sign is turned or -1) of the vector nearest to what the room holds."""
-    bounds, nearby, target, errors, least = book[0], book[1], book[3], book[4], book[5]
-    size = nearby.shape[1]
-    near = nearby[pattern_of(target, at, size, bounds)]
-    _errors(target, at, price, first, near, errors, False)
-    if size == 8:
-        _errors(target, at + 4, price, first + 4, near[4:], errors, True)
-    if turning:
-        least[:] = np.inf
-        for j in range(size):
-            along = price[first + j] * target[at + j]
-            for k in range(len(least)):
-                least[k] = min(least[k], along * near[j, k])
-        for k in range(len(least)):
-            errors[k] += np.float32(4) * least[k]
-    lowest, chosen = least_of(errors)
-    turned = -1
-    if turning:
-        cheapest = np.float32(np.inf)
-        for j in range(size):
-            cost = price[first + j] * target[at + j] * near[j, chosen]
-            if cost < cheapest:
-                cheapest, turned = cost, j
-    return lowest, near[:, chosen], turned
-
-
-@njit(inline="always")
-def nearest_run(part: Any, price: Any, first: int, length: int, scale: Any, book: Any, steps: Any) -> None:
-    """Fill steps[first : first + length] with the vectors of a codebook nearest to part / scale.
-
-    Of one vector, or of all that share an even count. book: the parts of a `Codebook`, with room.
-    """
-    size, even, target = book[1].shape[1], book[2], book[3]
-    odd = False
-    for j in range(length):
-        ratio = part[first + j] / scale
-        target[j] = abs(ratio)
-        odd ^= ratio < 0
-        steps[first + j] = np.float32(-1) if ratio < 0 else np.float32(1)
-    cheapest, turn_at = np.float32(np.inf), -1
-    if even and odd:
-        for k in range(0, length, size):
-            extra = np.float32(0)
-            if size < length:
-                extra = -_best_code(k, price, first + k, False, book)[0]
-            extra += _best_code(k, price, first + k, True, book)[0]
-            if extra < cheapest:
-                cheapest, turn_at = extra, k
-    for k in range(0, length, size):
-        _, magnitudes, turn = _best_code(k, price, first + k, k == turn_at, book)
-        if turn >= 0:
-            steps[first + k + turn] = -steps[first + k + turn]
-        for j in range(size):
-            steps[first + k + j] *= magnitudes[j]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def project(book: Any, price: Any, values: Any, scale: Any, steps: Any) -> None:
-    """The nearest vectors of rows of values [rows, in], each weight's scale beside it; squared errors cost price [in]."""
-    size, roomy = 8 if book[2] else book[1].shape[1], with_room(book)
-    for r in range(len(values)):
-        row, spacing, found = values[r], scale[r], steps[r]
-        for k in range(0, values.shape[1], size):
-            nearest_run(row, price, k, size, spacing[k], roomy, found)
+@loop(cache=True)
+def project(book: Any, price: Any, steps: Any) -> None:
+    """`nearest_runs` of each of the rows [rows, in]; price [in]."""
+    roomy = with_room(book)
+    for r in range(len(steps)):
+        nearest_runs(price, roomy, steps[r])

@@ -233,12 +233,10 @@ def nearest(kind: str, frame: Parts, weight: Tensor, importance: Tensor | None =
 
 def project(book: Codebook, values: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
     """The vectors of a codebook nearest to values / scale, both [..., out, in]."""
-    costs = flat_costs(values, importance)
-    spacing, steps = scale.expand_as(values).reshape(costs.weight.shape).contiguous(), torch.empty_like(costs.weight)
-    for n in range(len(steps)):
-        given = (book.parts, costs.shared[n].numpy())
-        spread(_codebook.project, steps.shape[1], given, (costs.weight[n], spacing[n], steps[n]))
-    return steps.reshape(values.shape)
+    costs = flat_costs(values / scale, importance)
+    for n in range(len(costs.weight)):
+        spread(_codebook.project, costs.weight.shape[1], (book.parts, costs.shared[n].numpy()), (costs.weight[n],))
+    return costs.weight.reshape(values.shape)
 
 
 def coded(kind: str, frame: Parts, steps: Tensor) -> Parts:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from assay.methods.compiled import loop
 from assay.methods.grid._blocks import half
-from assay.methods.grid._codebook import least_of, pattern_of
+from assay.methods.grid._codebook import least_of, places_below
 
 
 @loop(cache=True)
@@ -47,15 +46,16 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                 if size == 4 and even:
                     for a in range(4):
                         odd ^= steps[n, (j ^ 4) + a, i] < 0
-                near = nearby[pattern_of(target, 0, size, bounds)]
+                pattern = 0
+                for a in range(size):
+                    pattern = pattern * (len(bounds) + 1) + places_below(target[a], bounds)
+                turned[:] = -1
                 if even and odd:
-                    _turn(target, local, near, change, turned)
-                else:
-                    turned[:] = -1
+                    _turn(target, local, nearby, pattern, change, turned)
                 for a in range(size):
                     sign, present, index = signs[a], steps[n, j + a, i], np.float32(a)
                     for k in range(len(turned)):
-                        away[a, k] = ((-sign if turned[k] == index else sign) * near[a, k] - present) * spacing
+                        away[a, k] = ((-sign if turned[k] == index else sign) * nearby[pattern, a, k] - present) * spacing
                 _changes(weight, local, slope, away, turned, change)
                 least, chosen = least_of(change)
                 if not least < 0:
@@ -84,20 +84,19 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                             gradient[n, later - start, k] -= push * pushed[a, k]
 
 
-@njit(inline="always")
-def _turn(target: Any, local: Any, near: Any, least: Any, turned: Any) -> None:
-    """Fill, for each vector of `near` [v, reach], the place whose sign costs least to turn."""
+@loop()
+def _turn(target: Any, local: Any, nearby: Any, pattern: int, least: Any, turned: Any) -> None:
+    """Fill, for each vector near a pattern, the place whose sign costs least to turn."""
     least[:] = np.inf
-    turned[:] = -1
     for a in range(len(target)):
         along, index = local[a, a] * target[a], np.float32(a)
         for k in range(len(least)):
-            cost = along * near[a, k]
+            cost = along * nearby[pattern, a, k]
             turned[k] = index if cost < least[k] else turned[k]
             least[k] = min(cost, least[k])
 
 
-@njit(inline="always")
+@loop()
 def _changes(weight: Any, local: Any, slope: Any, away: Any, bent: Any, change: Any) -> None:
     """Fill by how much each move [v, reach] changes f: its own curvature, weight times local [v, v], less what it goes down."""
     change[:] = 0

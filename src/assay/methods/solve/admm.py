@@ -22,6 +22,9 @@ from assay.methods.solve.rounded import Rounded
 from assay.methods.solve.sandwich import sandwich
 from assay.model.threads import started
 
+STEPS, LOOSE, TIGHT = 32, 0.13, 0.6
+"""How many, and rho at the start and at the end, in units of the curvature along single weights."""
+
 
 class Basis(NamedTuple):
     """Of symmetric matrices [batch, n, n]."""
@@ -39,16 +42,16 @@ def solve(
     G: Tensor | None = None,
     *,
     start: Start = "clip",
-    steps: int = 40,
-    loose: float = 0.06,
-    tight: float = 1.0,
+    steps: int = STEPS,
+    loose: float = LOOSE,
+    tight: float = TIGHT,
     polish: bool = True,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
     start: the grid, and the codes at first. loose, tight: rho at the start and the end, in units of the curvature
     along single weights. polish: finish with `refine.polish`. Never worse than the start. Each step is four matrix
-    products; 20 steps gain half or more of what 200 gain on `two_sided`.
+    products.
     """
     if H is None:
         return clip.solve(weight, grid)
@@ -79,9 +82,9 @@ def iterate(
     found: Sequence[Basis],
     start: tuple[Tensor, Tensor],
     snap: Callable[[Tensor], tuple[Tensor, Tensor]],
-    steps: int,
-    loose: float,
-    tight: float,
+    steps: int = STEPS,
+    loose: float = LOOSE,
+    tight: float = TIGHT,
 ) -> Tensor:
     """The best of `steps` rounded copies of weight [batch, out, in]; start, snap: the steps of a grid, and their levels.
 
@@ -121,8 +124,8 @@ def iterate(
 def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
     """Start on the eigenvectors of H, and of G where outputs depend on each other; returns what waits for them.
 
-    Both are scaled to ones on the diagonal. A thread for each matrix: with several for one the last digits differ, and 40
-    steps make other codes of them.
+    Both are scaled to ones on the diagonal. A thread for each matrix: with several for one the last digits differ, and so do
+    codes in the end.
     """
     moments = [m / (diagonal(m).sqrt()[..., None] * diagonal(m).sqrt()[..., None, :]) for m in (inputs, outputs) if m is not None]
     wait = started(torch.linalg.eigh, [matrix for moment in moments for matrix in moment])

@@ -40,7 +40,7 @@ from assay.model.threads import spread
 Solver = Literal["nearest", "clip", "gptq", "two_sided", "admm"]
 SHRINK_INPUTS, SHRINK_OUTPUTS, DAMPING = 0.05, 0.1, 0.01
 BLOCK = 64
-SETTLED = 0.005
+SETTLED = 0.01
 """Share of the price; when a round gains less in every matrix, it was the last."""
 ROWS_AT_ONCE = 4096
 """Of a matrix whose rows don't depend on each other; their G is the identity, which is as large as their number squared."""
@@ -117,7 +117,7 @@ def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> P
 # ---- codes -----------------------------------------------------------------------------------
 
 
-def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tight: float = 1.0) -> Candidate:
+def _learn(task: Task, coupled: bool) -> Candidate:
     """ADMM on the searched scales, or rounding to nearest on them where that is better."""
     importance, bases = diagonal(task.inputs), admm.bases(task.inputs, task.outputs if coupled else None)
     frame = blocks.fit_searched(task.kind, task.weight, importance)
@@ -127,7 +127,7 @@ def _learn(task: Task, coupled: bool, steps: int = 40, loose: float = 0.06, tigh
         return found, blocks.level(task.kind, frame, found)
 
     start = snap(task.weight)
-    learned = admm.iterate(task.weight, task.inputs, task.outputs, bases(), start, snap, steps, loose, tight)
+    learned = admm.iterate(task.weight, task.inputs, task.outputs, bases(), start, snap)
     wins = price(task, Candidate(frame, learned)) < price(task, Candidate(frame, start[0]))
     return Candidate(frame, torch.where(wins[:, None, None], learned, start[0]))
 
