@@ -1,3 +1,4 @@
+# ruff: noqa: E402  settings come before the libraries that read them
 """How long each weight method takes for a model of 1.1 billion parameters: one block of its shape, times its blocks.
 
 python benchmarks/large.py [--only trellis vptq] [--bits 3] [--tokens 4096] [--threads 4]
@@ -11,7 +12,12 @@ import math
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import process_time
 from typing import Any
+
+from assay.cli import answer
+
+answer.prepare()  # as the command does, before OpenMP reads its settings
 
 import torch
 from _harness import CALIBRATION_TEXT, arguments, machine, table, work_folder, write
@@ -41,19 +47,21 @@ class Clock(Silent):
         self.seconds[facts["block"]] = facts["seconds"]
 
 
-def seconds(model: StreamedModel, profile: Profile, name: str, level: Level) -> float:
-    """Wall seconds to solve the first block."""
+def seconds(model: StreamedModel, profile: Profile, name: str, level: Level) -> tuple[float, float]:
+    """Seconds by the wall to solve the first block, and of processors for that and for opening and closing the job."""
     plan, clock = assay.plan(profile.folder, level="int4-g64-asym", method="gptq"), Clock()
     first = {site.name: replace(plan.choices[site.name], level=level.name) for site in model.anatomy.block_sites(0)}
+    before = process_time()
     with tempfile.TemporaryDirectory() as folder:
         execute(model, replace(plan, method=name, choices=first), profile, Path(folder), clock)
-    return clock.seconds[0]
+    return clock.seconds[0], process_time() - before
 
 
-def row(name: str, level: Level, took: float, weights: int, threads: int) -> list[str]:
+def row(name: str, level: Level, took: tuple[float, float], weights: int, threads: int) -> list[str]:
     """One line of the table."""
-    whole = took * TINY_LLAMA.layers
-    return [name, level.name, f"{took:.1f}", f"{weights / took / threads:,.0f}", f"{whole / 60:.1f}"]
+    wall, work = took
+    whole = (f"{seconds * TINY_LLAMA.layers / 60:.1f}" for seconds in (wall, work / threads))
+    return [name, level.name, f"{wall:.1f}", f"{work:.1f}", f"{weights / wall / threads:,.0f}", *whole]
 
 
 def main() -> None:
@@ -82,7 +90,8 @@ def main() -> None:
             took = figures[name] = seconds(model, profile, name, level)
             rows.append(row(name, level, took, weights, given.threads))
             print(*rows[-1], flush=True)
-    head = ("method", "level", "a block, s", "weights a second and core", f"{TINY_LLAMA.layers} blocks, minutes")
+    blocks = f"{TINY_LLAMA.layers} blocks, minutes"
+    head = ("method", "level", "a block, s", "processor s", "weights a second and core", blocks, "if no core waited")
     write(folder, "large", "\n\n".join([machine(given.threads), table(head, rows)]), figures)
 
 

@@ -13,11 +13,14 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from assay.cli import answer
+
+answer.prepare()  # as the command does, before OpenMP and MKL read their settings
+
 import assay
 from _common import Clock, Job, check, parser, peak_rss, read_job, write_result
 import assay.run  # noqa: F401  outside the clock, like the peers' imports
 from assay.budget.plan import Plan
-from assay.cli import answer
 from assay.model.level import Level
 from transformers import AutoModelForCausalLM
 
@@ -94,7 +97,6 @@ def engine(given: argparse.Namespace) -> str:
 def main() -> None:
     """Compress the model on the command line."""
     given = options()
-    answer.prepare()  # as the command does, for MKL and torch's allocator; OpenMP read its settings with the imports
     job, clock = read_job(given), Clock()
     work = job.out.with_name(f"{job.out.name}.work")
     shutil.rmtree(work, ignore_errors=True)
