@@ -60,7 +60,7 @@ def seconds(model: StreamedModel, profile: Profile, name: str, level: Level) -> 
 def row(name: str, level: Level, took: tuple[float, float], weights: int, threads: int) -> list[str]:
     """One line of the table."""
     wall, work = took
-    whole = (f"{seconds * TINY_LLAMA.layers / 60:.1f}" for seconds in (wall, work / threads))
+    whole = (f"{block * TINY_LLAMA.layers / 60:.1f}" for block in (wall, work / threads))
     return [name, level.name, f"{wall:.1f}", f"{work:.1f}", f"{weights / wall / threads:,.0f}", *whole]
 
 

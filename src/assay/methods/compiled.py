@@ -6,22 +6,16 @@ Work is split over independent matrices or rows, so results don't depend on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.loops import loop
+
 ROUNDING = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def loop(cache: bool = False) -> Callable[[Function], Function]:
-    """Compiles a loop. Dividing by zero gives infinity in it: a check for that would keep it from becoming vector code."""
-    return njit(nogil=True, cache=cache, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")  # type: ignore[return-value]
 
 
 def runs_on(tensor: Tensor) -> bool:

@@ -9,9 +9,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.loops import loop
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
-from assay.runtime.single import AT_ONCE, LOOSE, Sight, Source, add_dots, add_rows, weigh
+from assay.runtime.single import AT_ONCE, Sight, Source, add_dots, add_rows, weigh
 from assay.runtime.unpacking import flat, place, read_row
 
 
@@ -41,7 +42,7 @@ def guesses(query: Tensor, channels: Tensor, labels: Tensor, positions: Tensor) 
     return out
 
 
-@njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
+@loop(cache=True)
 def _attend(query: Any, picked: Any, sight: Any, key: Any, value: Any, keys: Any, values: Any, half: Any, slots: Any, out: Any,
             order: Any) -> None:  # fmt: skip
     heads, count = picked.shape[1], picked.shape[2]
@@ -83,7 +84,7 @@ def _fetch(x: Any, places: Any, half: Any, rows: Any) -> None:
         read_row(x[places[n]], half, rows[n])
 
 
-@njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
+@loop(cache=True)
 def _guesses(query: Any, channels: Any, labels: Any, lp: Any, positions: Any, pp: Any, shared: Any, out: Any) -> None:
     heads, width = channels.shape
     group = query.shape[1] // heads

@@ -14,6 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.loops import loop
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.grown import array_of
 from assay.runtime.unpacking import number, read_row, unpack_row
@@ -21,9 +22,6 @@ from assay.runtime.unpacking import number, read_row, unpack_row
 NONE, PLAIN, TOKEN, CHANNEL, FLOAT, BLOCK = range(6)
 """How stored slots are read: as they are, or as `PerToken`, `PerChannel`, `Float8` (E4M3) and `BlockFloat` write them."""
 AT_ONCE = 32
-LOOSE = {"contract", "reassoc", "nsz"}
-
-
 FIELDS = ("codes", "scale", "low", "group", "exponent", "x")
 """Names under which codecs keep what a `Source` has after its first field."""
 EMPTY = tuple(
@@ -90,7 +88,7 @@ def attend_one(query: Tensor, inside: Tensor | None, sight: Sight, key: Tensor, 
     return torch.from_numpy(out)[:, :, None]
 
 
-@njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
+@loop(cache=True)
 def _attend(query: Any, inside: Any, sight: Any, key: Any, value: Any, keys: Any, values: Any, logits: Any, attention: Any,
             out: Any, order: Any) -> None:  # fmt: skip
     """See `attend_one`; for heads row * heads + head in `order`."""
@@ -138,7 +136,7 @@ def _attend(query: Any, inside: Any, sight: Any, key: Any, value: Any, keys: Any
         out[b, mine] = sums
 
 
-@njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
+@loop(cache=True)
 def add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any) -> None:
     """to[j, start + n] = query[j] * rows[n] over `width` numbers, four rows at a time."""
     whole = count - count % 4
@@ -160,7 +158,7 @@ def add_dots(query: Any, rows: Any, width: Any, start: Any, count: Any, to: Any)
             to[j, start + n] = s0
 
 
-@njit(nogil=True, cache=True, fastmath=LOOSE, error_model="numpy")
+@loop(cache=True)
 def add_rows(weights: Any, rows: Any, start: Any, count: Any, to: Any) -> None:
     """to[j] += weights[j, start + n] * rows[n], four rows at a time."""
     whole = count - count % 4

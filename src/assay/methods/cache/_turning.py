@@ -9,6 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from assay.model.loops import loop
 from assay.model.threads import WORTH_SHARING, spread
 from assay.runtime.single import AT_ONCE, add_dots
 
@@ -27,7 +28,7 @@ def turned_dots(query: Tensor, still: Tensor, where: Tensor, cos: Tensor, sin: T
     return out
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy")
+@loop(cache=True)
 def _turned_dots(query: Any, still: Any, where: Any, cos: Any, sin: Any, out: Any, order: Any) -> None:
     heads = query.shape[1]
     rows = np.empty((AT_ONCE, query.shape[3]), np.float32)

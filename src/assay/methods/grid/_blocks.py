@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.compiled import look_up, loop
+from assay.methods.compiled import look_up
 from assay.methods.grid._codebook import nearest_runs, with_room
+from assay.model.loops import loop
 
 INTEGERS, TABLE, BOOK = 0, 1, 2
 

@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from assay.methods.compiled import loop
+from assay.model.loops import loop
 
 
 @loop()
-def places_below(target: Any, bounds: Any) -> Any:
-    """How many bounds lie below a magnitude."""
-    place = 0
-    for b in range(len(bounds)):
-        place += np.int64(target > bounds[b])
-    return place
+def pattern_of(target: Any, at: int, size: int, bounds: Any) -> Any:
+    """Row of `Codebook.nearby` for the magnitudes target[at : at + size]."""
+    pattern = 0
+    for j in range(at, at + size):
+        place = 0
+        for b in range(len(bounds)):
+            place += np.int64(target[j] > bounds[b])
+        pattern = pattern * (len(bounds) + 1) + place
+    return pattern
 
 
 @loop()
@@ -46,10 +49,8 @@ def nearest_runs(price: Any, book: Any, steps: Any) -> None:
         cheapest, turned = np.float32(np.inf), -1
         turned_first, turned_pattern, turned_code = 0, 0, 0
         for at in range(first, first + run, size):
-            pattern = 0
+            pattern = pattern_of(found, at - first, size, bounds)
             errors[:] = 0
-            for j in range(at, at + size):
-                pattern = pattern * (len(bounds) + 1) + places_below(found[j - first], bounds)
             for j in range(at, at + size):
                 target, weight = found[j - first], price[j]
                 for k in range(reach):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from assay.methods.compiled import loop
 from assay.methods.grid._blocks import half
-from assay.methods.grid._codebook import least_of, places_below
+from assay.methods.grid._codebook import least_of, pattern_of
+from assay.model.loops import loop
 
 
 @loop(cache=True)
@@ -46,9 +46,7 @@ def descend_vectors(book: Any, start: int, stop: int, inputs: Any, inverses: Any
                 if size == 4 and even:
                     for a in range(4):
                         odd ^= steps[n, (j ^ 4) + a, i] < 0
-                pattern = 0
-                for a in range(size):
-                    pattern = pattern * (len(bounds) + 1) + places_below(target[a], bounds)
+                pattern = pattern_of(target, 0, size, bounds)
                 turned[:] = -1
                 if even and odd:
                     _turn(target, local, nearby, pattern, change, turned)

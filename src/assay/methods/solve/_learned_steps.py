@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.compiled import loop, step_of, stored
+from assay.methods.compiled import step_of, stored
+from assay.model.loops import loop
 
 TINY = np.float32(1e-30)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from assay.methods.compiled import loop
 from assay.methods.grid._trellis import best_path, write
+from assay.model.loops import loop
 
 
 @loop()

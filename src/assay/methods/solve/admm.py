@@ -23,7 +23,7 @@ from assay.methods.solve.sandwich import sandwich
 from assay.model.threads import started
 
 STEPS, LOOSE, TIGHT = 32, 0.13, 0.6
-"""How many, and rho at the start and at the end, in units of the curvature along single weights."""
+"""See `solve`; as good on `pebble` as 40 from 0.06 to 1."""
 
 
 class Basis(NamedTuple):
@@ -49,9 +49,8 @@ def solve(
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: the grid, and the codes at first. loose, tight: rho at the start and the end, in units of the curvature
-    along single weights. polish: finish with `refine.polish`. Never worse than the start. Each step is four matrix
-    products.
+    start: the grid, and the codes at first. steps: each is four matrix products. loose, tight: rho at the start and
+    the end, in units of the curvature along single weights. polish: finish with `refine.polish`. Never worse than the start.
     """
     if H is None:
         return clip.solve(weight, grid)
