@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -17,8 +19,11 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu, softplus
 
 import assay
+from assay import execute
+from assay.methods import base
 from assay.methods.solve.curvature import inverse_factor, total
 from assay.model.alike import alike
+from assay.model.threads import started
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_hidden_layers": 1}
 TEXT = {"tokens": 1024, "window": 32, "methods": ["two_sided"]}
@@ -55,6 +60,27 @@ def test_threads_change_no_bit_of_plan_and_result(
         found[count] = digests(room)
     assert {"plan.yaml", "out/model.safetensors", "out/assay/ledger.json", "out/assay/report.html"} <= found[1].keys()
     assert found[1] == found[3]
+
+
+@pytest.mark.parametrize(("method", "level"), [("admm", "int3-g32-asym"), ("ggml", "iq3_s")])
+def test_what_begins_while_another_matrix_is_solved_changes_no_bit(
+    method: str, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, profile = save("llama", tmp_path / "m", **WIDE), tmp_path / "profile"
+    assay.profile(model, profile, calibration=text_file(tmp_path), **TEXT | {"methods": [method]})
+    plan = assay.plan(profile, level=level, method=method, engine="assay")
+    encoder, found, begun = base.get(method), set(), []
+    early = encoder.begin
+    monkeypatch.setattr(encoder, "begin", lambda _, stats: begun.append(stats) or early(stats))
+    for count, worth in product((1, 3), (1 << 20, 1)):
+        torch.set_num_threads(count)
+        monkeypatch.setattr(execute, "WORTH_SHARING", worth)
+        assay.compress(model, tmp_path / "out", plan=plan, profile=profile)
+        found.add(digests(tmp_path / "out")["model.safetensors"])
+        shutil.rmtree(tmp_path / "out")
+        assert bool(begun) == (worth == 1)
+        begun.clear()
+    assert len(found) == 1
 
 
 PROFILES = """
@@ -94,6 +120,16 @@ def test_a_function_gives_the_same_numbers_from_any_number_of_threads() -> None:
     assert all(torch.equal(a, b) for n in (2, 3, 7) for a, b in zip(found[True, n], found[True, 1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found[True, 1], found[False, 1], strict=True))
     assert not all(torch.equal(a, b) for n in (2, 3, 7) for a, b in zip(found[False, n], found[False, 1], strict=True))
+
+
+def test_a_thread_in_the_background_stays_one_whatever_another_sets() -> None:
+    torch.set_num_threads(2)
+    runs, go_on = Event(), Event()
+    wait = started(lambda _: runs.set() or (go_on.wait(60) and torch.get_num_threads()), [0])
+    runs.wait(60)
+    torch.set_num_threads(3)
+    go_on.set()
+    assert wait() == [1]
 
 
 def test_threads_change_no_bit_of_a_factor() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +29,14 @@ from assay.methods import base
 from assay.methods.solve.curvature import dampings, most
 from assay.methods.solve.target import compensated
 from assay.model import memory
+from assay.model.alike import alike
 from assay.model.files import open_tensors, save_tensors
 from assay.model.level import Level
 from assay.model.packed import Packed
 from assay.model.progress import COMPRESSING, Progress
 from assay.model.sites import Site
 from assay.model.terms import restore
-from assay.model.threads import side_by_side
+from assay.model.threads import WORTH_SHARING, meanwhile, side_by_side
 
 BATCH_WEIGHTS = 1 << 25
 Part = tuple[dict[str, Tensor], list["Solved"]]
@@ -165,6 +168,14 @@ def _planned(plan: Plan, site: Site) -> bool:
     return choice is not None and choice.level is not None
 
 
+class _Known(NamedTuple):
+    """Curvatures of a batch: as measured, as the inputs are met by now, and what a method has begun of these."""
+
+    stats: list[Curvature]
+    used: list[Curvature]
+    begun: base.Statistics | None = None
+
+
 @dataclass(frozen=True)
 class _Task:
     """Solving sites of one block."""
@@ -177,21 +188,39 @@ class _Task:
         """Each site's tensors and what became of it. met: what these sites, that read one input, meet by now."""
         batches = list(_batches(self.plan, sites, self._starved))
         largest = max((batch[0].count for _, batch in batches), default=0)
-        parts = side_by_side(lambda batch: self._batch(*batch, met), batches, largest)
+        method = base.get(self.plan.method)()
+        if isinstance(method, base.EarlyEncoder) and largest >= WORTH_SHARING:
+            parts = self._early(method, batches, met)
+        else:
+            parts = side_by_side(lambda batch: self._batch(*batch, met, self._known(batch[1], met)), batches, largest)
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
+
+    def _early(self, method: base.EarlyEncoder, batches: Sequence[tuple[Level, list[Site]]], met: Met | None) -> list[Part]:
+        """One batch after another; the next is begun when one leaves threads idle."""
+        upcoming = (self._known(sites, met, method) for _, sites in batches)
+        begun, parts = deque(islice(upcoming, 1)), []
+        for batch in batches:
+            with alike(), meanwhile(lambda: begun.extend(islice(upcoming, 1))):
+                parts.append(self._batch(*batch, met, begun.popleft()))
+        return parts
 
     def _starved(self, site: Site) -> bool:
         return site.expert is not None and self.curvatures.tokens(site.name) < ENOUGH_TOKENS
 
-    def _batch(self, level: Level, sites: list[Site], met: Met | None) -> Part:
-        weights, stats = [read_weight(self.model, s) for s in sites], [self.curvatures[s.name] for s in sites]
-        targets, used = weights, stats
-        if met is not None and not any(map(starved, stats)):
-            targets = [compensated(weight, met.h, met.cross) for weight in weights]
-            used = [replace(curvature, h=met.h) for curvature in stats]
+    def _known(self, sites: list[Site], met: Met | None, early: base.EarlyEncoder | None = None) -> _Known:
+        stats = [self.curvatures[s.name] for s in sites]
+        if any(map(starved, stats)):
+            return _Known(stats, stats)
+        used = stats if met is None else [replace(curvature, h=met.h) for curvature in stats]
+        return _Known(stats, used, early.begin(statistics(early, used)) if early else None)
+
+    def _batch(self, level: Level, sites: list[Site], met: Met | None, known: _Known) -> Part:
+        weights, (stats, used, begun) = [read_weight(self.model, s) for s in sites], known
+        compensates = met is not None and not any(map(starved, stats))
+        targets = [compensated(weight, met.h, met.cross) for weight in weights] if met and compensates else weights
         dtype = scale_dtype(self.model, sites[0])
         with dampings() as factored:
-            packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used)
+            packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used, begun)
         added = most([] if failure else factored, len(sites))
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []
@@ -212,13 +241,17 @@ def _packed(tensors: Mapping[str, Tensor], solved: Solved) -> Packed:
 
 
 def encode(
-    method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature]
-) -> tuple[list[Packed], str]:
-    """The method's result; where its statistics are of no use, what it makes without them and the reason why."""
+    method: base.Encoder, weights: Tensor, level: Level, dtype: torch.dtype, stats: list[Curvature],
+    begun: base.Statistics | None = None,
+) -> tuple[list[Packed], str]:  # fmt: skip
+    """The method's result; where its statistics are of no use, what it makes without them and the reason why.
+
+    begun: what `EarlyEncoder.begin` made of `statistics`.
+    """
     if "H" in method.needs and any(map(starved, stats)):
         return method.encode(weights, level, dtype, base.Statistics()), reason(stats[0])
     try:
-        return method.encode(weights, level, dtype, statistics(method, stats)), ""
+        return method.encode(weights, level, dtype, begun or statistics(method, stats)), ""
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         return method.encode(weights, level, dtype, base.Statistics()), str(error).splitlines()[0]
 

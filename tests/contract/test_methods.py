@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from assay.methods import base
-from assay.methods.base import Statistics
+from assay.methods.base import EarlyEncoder, Statistics
 from assay.model.ggml import KINDS
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -59,7 +59,7 @@ def problem() -> tuple[Tensor, Statistics]:
 
 
 def part(stats: Statistics, index: int) -> Statistics:
-    return Statistics(*(getattr(stats, f.name)[index : index + 1] for f in dataclasses.fields(stats)))
+    return Statistics(*(m[index : index + 1] for m in (stats.h, stats.g, stats.gradient, stats.fisher) if m is not None))
 
 
 def encode(name: str, level: Level, weight: Tensor, stats: Statistics) -> list[Packed]:
@@ -113,6 +113,15 @@ def test_a_second_call_and_a_batch_of_one_give_the_same_bits(name: str) -> None:
         assert torch.equal(a.decode(), b.decode())
         step = float(weight.abs().max()) / 2 ** (level.bits - 1)
         torch.testing.assert_close(a.decode().float(), c.decode().float(), rtol=0, atol=1.5 * step)
+
+
+@pytest.mark.parametrize("name", [name for name in base.names() if isinstance(base.get(name)(), EarlyEncoder)])
+def test_beginning_early_gives_the_same_bits(name: str) -> None:
+    weight, stats = problem()
+    method, level = base.get(name)(), of_width(name, 3)
+    pairs = (encode(name, level, weight, s) for s in (stats, method.begin(stats)))
+    assert all(torch.equal(a.decode(), b.decode()) for a, b in zip(*pairs, strict=True))
+    assert method.begin(Statistics()) == Statistics()
 
 
 @pytest.mark.parametrize("name", base.names())

@@ -14,6 +14,7 @@ from assay.methods.grid.base import Affine, Grid
 from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.table import TableGrid
 from assay.methods.solve import adaround, admm, clip, gptq, learned, nearest, sandwich, sign_round, two_sided
+from assay.methods.solve.basis import bases
 from assay.methods.solve.curvature import damage
 from assay.methods.solve.learned import around, begin, pose, puller
 from assay.methods.solve.refine import Problem, objective
@@ -189,7 +190,8 @@ def test_admm_need_not_turn_independent_outputs() -> None:
     grid = GRIDS["int2"]
     problem = pose(weights(15, 2, 16, 32), grid, moment(16, 32, (2,)), None)
     first = begin(problem, "clip")
-    one, other = (admm.learn(problem, first, 20, 0.06, 1.0, coupled) for coupled in (False, True))
+    H, G = moment(16, 32, (2,)), torch.eye(16).expand(2, -1, -1)
+    one, other = (admm.learn(problem, first, bases(H, outputs), 20, 0.06, 1.0) for outputs in (None, G))
     torch.testing.assert_close(objective(problem, *one), objective(problem, *other), rtol=1e-3, atol=0)
     assert (one.centred == other.centred).float().mean() > 0.99
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def _some_rows(weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]
 
 def statistics(method: base.Encoder, curvatures: Sequence[Curvature]) -> base.Statistics:
     """What a method needs of a batch of sites. Of embeddings and heads, diagonal moments are left out."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in method.needs:
         parts: list[Tensor | None] = [getattr(c, name.lower()) for c in curvatures]
         square = [p for p in parts if p is not None and p.ndim == 2]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from assay import methods
+from assay.methods.solve.basis import Waiting
 from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.packed import Packed
@@ -24,13 +25,14 @@ class Statistics:
 
     h: [batch, in, in] second moment of the inputs; g: [batch, out, out] second moment of the output gradients;
     gradient: [batch, out, in] of the mean loss on the text; fisher: [batch, out, in] mean over tokens of its square,
-    labels sampled from the model.
+    labels sampled from the model. bases: waits for what an `EarlyEncoder` has begun of these.
     """
 
     h: Tensor | None = None
     g: Tensor | None = None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+    bases: Waiting | None = None
 
 
 @runtime_checkable
@@ -66,6 +68,15 @@ class Encoder(Method, Protocol):
         weight: float32 [batch, out, in]; scale_dtype: of scales, tables, factors and exact weights; stats: those of
         `needs` that were measured.
         """
+        ...
+
+
+@runtime_checkable
+class EarlyEncoder(Encoder, Protocol):
+    """An encoder for which much has to be done on one thread first: it may begin while the matrices before are solved."""
+
+    def begin(self, stats: Statistics) -> Statistics:
+        """`stats` with what was begun; `encode` does the same for others, only later."""
         ...
 
 

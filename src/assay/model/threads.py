@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from assay.model.alike import alike
 WORTH_SHARING = 1 << 20
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_due: ContextVar[list[Callable[[], None]] | None] = ContextVar("due", default=None)
 
 
 @contextmanager
@@ -44,18 +46,19 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
 
 
 def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callable[[], list[Result]]:
-    """Starts `function` of each item on a thread for each, if there is more than one; returns what waits for the results."""
+    """Starts `function` of each item on a thread for each, if torch has several; returns what waits for the results, once."""
     threads = torch.get_num_threads()
     if threads == 1:
         return lambda: [function(item) for item in items]
 
     def alone(item: Item) -> Result:
+        torch.get_num_threads()  # when first asked in a thread, torch takes what any thread set last, and forgets this one's
         torch.set_num_threads(1)
         return function(item)
 
     def results() -> list[Result]:
         try:
-            return [job.result() for job in jobs]
+            return [jobs.pop(0).result() for _ in items]
         finally:
             torch.set_num_threads(threads)
 
@@ -63,6 +66,25 @@ def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callab
     jobs = [pool.submit(alone, item) for item in items]
     pool.shutdown(wait=False)
     return results
+
+
+@contextmanager
+def meanwhile(begin: Callable[[], None]) -> Iterator[None]:
+    """`begin` starts something in the background: when the work inside says `spare`, or at its end."""
+    due = [begin]
+    outer = _due.set(due)
+    try:
+        yield
+    finally:
+        _due.reset(outer)
+    if due:
+        begin()
+
+
+def spare() -> None:
+    """Said by work that leaves threads idle from here on."""
+    if due := _due.get():
+        due.pop()()
 
 
 def spread(

@@ -25,8 +25,8 @@ from assay.model import ggml
 from assay.model.ggml import KINDS, Parts
 from assay.model.threads import spread
 
-REACH = 32
-"""Vectors of a codebook that a search tries, of those nearest to the rounded magnitudes; see `Codebook`."""
+REACH = 4
+"""Vectors of a codebook that a search tries for each number in one, those nearest to its rounded magnitudes; see `Codebook`."""
 TRIES = 4
 """Sub-scales that the group with the largest scale of a block is offered."""
 STRETCHES = tuple(0.6 + 0.1 * i for i in range(7))
@@ -67,7 +67,8 @@ def codebook(kind: str, reach: int | None = REACH) -> Codebook | None:
         return Codebook(np.zeros(0, np.float32), magnitudes.T[None].contiguous().numpy(), KINDS[kind].even)
     levels = magnitudes.unique()
     patterns = torch.cartesian_prod(*[levels] * magnitudes.shape[1])
-    near = [torch.cdist(part, magnitudes).sort(dim=-1, stable=True).indices[:, :reach] for part in patterns.split(1024)]
+    tried = reach * magnitudes.shape[1]
+    near = [torch.cdist(part, magnitudes).sort(dim=-1, stable=True).indices[:, :tried] for part in patterns.split(1024)]
     bounds = (levels[1:] + levels[:-1]) / 2
     return Codebook(bounds.numpy(), magnitudes[torch.cat(near)].mT.contiguous().numpy(), KINDS[kind].even)
 

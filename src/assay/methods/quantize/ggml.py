@@ -10,7 +10,7 @@ from torch import Tensor
 
 from assay.methods import menus
 from assay.methods.base import Statistics
-from assay.methods.quantize._scalar import pack_blocks
+from assay.methods.quantize._scalar import begin, pack_blocks
 from assay.model.level import Level
 from assay.model.packed import Packed
 
@@ -25,10 +25,11 @@ class Ggml:
     paper: ClassVar[str] = "Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM (2017)"
     formats: ClassVar[tuple[str, ...]] = menus.BLOCKS
     levels = staticmethod(menus.blocks)
+    begin = staticmethod(begin)
 
     def encode(self, weight: Tensor, level: Level, scale_dtype: torch.dtype, stats: Statistics) -> list[Packed]:
         """See `Encoder.encode`."""
-        return pack_blocks("admm", weight, level, stats.h, stats.g)
+        return pack_blocks("admm", weight, level, stats.h, stats.g, found=stats.bases)
 
 
 METHOD = Ggml

@@ -7,32 +7,24 @@ Extremely Low Bit Neural Network: Squeeze the Last Bit Out with ADMM, 2017.) The
 at once, where error feedback commits to one after another.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from assay.methods.grid.base import Grid
 from assay.methods.solve import clip
+from assay.methods.solve.basis import Waiting, bases
 from assay.methods.solve.curvature import diagonal, total
 from assay.methods.solve.learned import Start, begin, finish, pose
 from assay.methods.solve.refine import Problem, Rounding
 from assay.methods.solve.rounded import Rounded
 from assay.methods.solve.sandwich import sandwich
-from assay.model.threads import started
+from assay.model.threads import spare
 
+Turn = Callable[[Tensor], Tensor]
 STEPS, LOOSE, TIGHT = 32, 0.13, 0.6
 """See `solve`; as good on `pebble` as 40 from 0.06 to 1."""
-
-
-class Basis(NamedTuple):
-    """Of symmetric matrices [batch, n, n]."""
-
-    values: Tensor
-    """[batch, n], none negative"""
-    vectors: Tensor
-    """[batch, n, n], in columns"""
 
 
 def solve(
@@ -41,6 +33,7 @@ def solve(
     H: Tensor | None = None,
     G: Tensor | None = None,
     *,
+    found: Waiting | None = None,
     start: Start = "clip",
     steps: int = STEPS,
     loose: float = LOOSE,
@@ -49,18 +42,22 @@ def solve(
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: the grid, and the codes at first. steps: each is four matrix products. loose, tight: rho at the start and
-    the end, in units of the curvature along single weights. polish: finish with `refine.polish`. Never worse than the start.
+    found: what `bases` returned for these two. start: the grid, and the codes at first. steps: each is four matrix products.
+    loose, tight: rho at the start and the end, in units of the curvature along single weights. polish: finish with
+    `refine.polish`. Never worse than the start.
     """
     if H is None:
         return clip.solve(weight, grid)
     problem = pose(weight, grid, H, G)
+    found = found or bases(H, G)
     first = begin(problem, start)
-    return finish(problem, first, learn(problem, first, steps, loose, tight, G is not None), polish, weight.shape)
+    learned = learn(problem, first, found, steps, loose, tight)
+    spare()  # descent on single codes uses one
+    return finish(problem, first, learned, polish, weight.shape)
 
 
-def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: float, coupled: bool = True) -> Rounding:
-    """The best rounded copy of `steps`, on the grid of `start`; coupled: False if G is diagonal, and there is nothing to turn."""
+def learn(problem: Problem, start: Rounding, found: Waiting, steps: int, loose: float, tight: float) -> Rounding:
+    """The best rounded copy of `steps`, on the grid of `start`; found: see `bases`."""
     grid = problem.grid
     scale, low, high = grid.per_weight(start.affine, problem.weight.shape[-1])
 
@@ -69,7 +66,6 @@ def learn(problem: Problem, start: Rounding, steps: int, loose: float, tight: fl
         return centred, grid.level(centred, scale)
 
     levels = grid.level(start.centred, scale)
-    found = bases(problem.inputs, problem.outputs if coupled else None)()
     best = iterate(problem.weight, problem.inputs, problem.outputs, found, (start.centred, levels), snap, steps, loose, tight)
     return Rounding(best, start.affine)
 
@@ -78,7 +74,7 @@ def iterate(
     weight: Tensor,
     inputs: Tensor,
     outputs: Tensor,
-    found: Sequence[Basis],
+    found: Waiting,
     start: tuple[Tensor, Tensor],
     snap: Callable[[Tensor], tuple[Tensor, Tensor]],
     steps: int = STEPS,
@@ -88,17 +84,11 @@ def iterate(
     """The best of `steps` rounded copies of weight [batch, out, in]; start, snap: the steps of a grid, and their levels.
 
     Weights are scaled by sqrt(G_ii H_jj), so that G and H have ones on their diagonals and rho ties every weight
-    as tightly as its own cost asks. Scaling changes neither f nor what is nearest, only the way there. found: `bases` of the two.
+    as tightly as its own cost asks. Scaling changes neither f nor what is nearest, only the way there. found: from
+    `bases` of the two.
     """
     loud = diagonal(outputs).sqrt()[..., None] * diagonal(inputs).sqrt()[..., None, :]
-    (columns, right), *others = found
-    rows, left = others[0] if others else (torch.ones_like(outputs[..., 0]), None)
-    curvature = rows[..., None] * columns[..., None, :]
-
-    # Only differences are turned, so bf16 is precise enough: it adds 0.2% to 0.5% of damage, 6% to 24% if weights are turned.
-    size = weight.shape[1]
-    turned = sandwich(None if left is None else left.mT, right, size)
-    restored = sandwich(left, right.mT, size)
+    curvature, turned, restored = _turns(found, weight.shape[1])
 
     # In the eigenbases: how far the rounded copy is from the weight (away), and the free one (back).
     target, best = weight * loud, start[0]
@@ -120,18 +110,13 @@ def iterate(
     return best
 
 
-def bases(inputs: Tensor, outputs: Tensor | None) -> Callable[[], list[Basis]]:
-    """Start on the eigenvectors of H, and of G where outputs depend on each other; returns what waits for them.
+def _turns(found: Waiting, size: int) -> tuple[Tensor, Turn, Turn]:
+    """(curvature [batch, size or 1, in] in the eigenbases of G and H, the way there, the way back).
 
-    Both are scaled to ones on the diagonal. A thread for each matrix: with several for one the last digits differ, and so do
-    codes in the end.
+    Only differences are turned, so bf16 is precise enough: it adds 0.2% to 0.5% of damage, 6% to 24% if weights are turned.
     """
-    moments = [m / (diagonal(m).sqrt()[..., None] * diagonal(m).sqrt()[..., None, :]) for m in (inputs, outputs) if m is not None]
-    wait = started(torch.linalg.eigh, [matrix for moment in moments for matrix in moment])
-
-    def found() -> list[Basis]:
-        pairs = wait()
-        each = [pairs[n : n + len(inputs)] for n in range(0, len(pairs), len(inputs))]
-        return [Basis(torch.stack([a for a, _ in p]).clamp_(min=0), torch.stack([b for _, b in p])) for p in each]
-
-    return found
+    (columns, right), *others = found()
+    if not others:
+        return columns[..., None, :], sandwich(None, right, size), sandwich(None, right.mT, size)
+    rows, left = others[0]
+    return rows[..., None] * columns[..., None, :], sandwich(left.mT, right, size), sandwich(left, right.mT, size)

@@ -16,8 +16,12 @@ from torch import Tensor
 from assay.methods.grid import blocks
 from assay.methods.solve import admm
 from assay.methods.solve._block_moves import descend_vectors
+from assay.methods.solve.basis import Waiting, bases
 from assay.methods.solve.block_scales import tune
 from assay.methods.solve.curvature import (
+    DAMPING,
+    JOINT_INPUT_SHRINKAGE,
+    OUTPUT_SHRINKAGE,
     conditional_importance,
     damage,
     damp,
@@ -35,10 +39,9 @@ from assay.methods.solve.refine import Problem, descend
 from assay.methods.solve.rounded import check_shapes
 from assay.methods.solve.wavefront import wavefront
 from assay.model.ggml import KINDS, Parts
-from assay.model.threads import spread
+from assay.model.threads import spare, spread
 
 Solver = Literal["nearest", "clip", "gptq", "two_sided", "admm"]
-SHRINK_INPUTS, SHRINK_OUTPUTS, DAMPING = 0.05, 0.1, 0.01
 BLOCK = 64
 SETTLED = 0.01
 """Share of the price; when a round gains less in every matrix, it was the last."""
@@ -63,11 +66,19 @@ class Candidate(NamedTuple):
     steps: Tensor
 
 
-def solve(weight: Tensor, kind: str, solver: Solver, H: Tensor | None = None, G: Tensor | None = None) -> Parts:
+def solve(
+    weight: Tensor,
+    kind: str,
+    solver: Solver,
+    H: Tensor | None = None,
+    G: Tensor | None = None,
+    found: Waiting | None = None,
+) -> Parts:
     """Round `weight` [batch, out, in] to blocks of a kind; H [batch, in, in], G [batch, out, out].
 
     Without H what is left of every solver is "clip", which takes the diagonal of H; "nearest" takes nothing, and "gptq"
-    ignores G. Rows must be whole blocks (`Level.groups` checks). Raises ValueError for shapes that don't fit.
+    ignores G. found: what `bases` returned for these two, of use to "admm". Rows must be whole blocks (`Level.groups`
+    checks). Raises ValueError for shapes that don't fit.
     """
     check_shapes(weight, H, G)
     weight = weight.float()
@@ -80,13 +91,21 @@ def solve(weight: Tensor, kind: str, solver: Solver, H: Tensor | None = None, G:
         return blocks.coded(kind, frame, blocks.nearest(kind, frame, weight, importance))
     if solver == "gptq":
         G = None
+    if solver == "admm" and found is None:
+        found = bases(H, G)
     if G is None and weight.shape[1] > ROWS_AT_ONCE:
-        return _join([solve(part, kind, solver, H) for part in weight.split(ROWS_AT_ONCE, 1)])
-    inputs, outputs = shrink(H.float(), SHRINK_INPUTS), None if G is None else shrink(G.float(), SHRINK_OUTPUTS)
+        shared = _repeated(found) if found else None
+        return _join([solve(part, kind, solver, H, None, shared) for part in weight.split(ROWS_AT_ONCE, 1)])
+    inputs, outputs = shrink(H.float(), JOINT_INPUT_SHRINKAGE), None if G is None else shrink(G.float(), OUTPUT_SHRINKAGE)
     whole = torch.eye(weight.shape[1]).expand(len(weight), -1, -1) if outputs is None else damp(outputs, DAMPING)
     task = Task(kind, weight, damp(inputs, DAMPING), whole)
-    found = _learn(task, G is not None) if solver == "admm" else _feed(task, inputs, outputs)
-    return blocks.coded(kind, *found) if solver == "gptq" else _finish(task, found)
+    candidate = _learn(task, found) if found else _feed(task, inputs, outputs)
+    return blocks.coded(kind, *candidate) if solver == "gptq" else _finish(task, candidate)
+
+
+def _repeated(found: Waiting) -> Waiting:
+    shared = found()
+    return lambda: shared
 
 
 def _join(parts: Sequence[Parts]) -> Parts:
@@ -103,6 +122,7 @@ def price(task: Task, candidate: Candidate) -> Tensor:
 
 def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> Parts:
     """Scales and codes in turn, then the codes as they are stored."""
+    spare()  # descent on single codes uses one
     found, before = start, price(task, start)
     for _ in range(rounds):
         frame = tune(task.kind, *found, task.weight, task.inputs, task.outputs)
@@ -117,17 +137,17 @@ def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> P
 # ---- codes -----------------------------------------------------------------------------------
 
 
-def _learn(task: Task, coupled: bool) -> Candidate:
+def _learn(task: Task, found: Waiting) -> Candidate:
     """ADMM on the searched scales, or rounding to nearest on them where that is better."""
-    importance, bases = diagonal(task.inputs), admm.bases(task.inputs, task.outputs if coupled else None)
+    importance = diagonal(task.inputs)
     frame = blocks.fit_searched(task.kind, task.weight, importance)
 
     def snap(values: Tensor) -> tuple[Tensor, Tensor]:
-        found = blocks.nearest(task.kind, frame, values, importance, blocks.REACH)
-        return found, blocks.level(task.kind, frame, found)
+        steps = blocks.nearest(task.kind, frame, values, importance, blocks.REACH)
+        return steps, blocks.level(task.kind, frame, steps)
 
     start = snap(task.weight)
-    learned = admm.iterate(task.weight, task.inputs, task.outputs, bases(), start, snap)
+    learned = admm.iterate(task.weight, task.inputs, task.outputs, found, start, snap)
     wins = price(task, Candidate(frame, learned)) < price(task, Candidate(frame, start[0]))
     return Candidate(frame, torch.where(wins[:, None, None], learned, start[0]))
 

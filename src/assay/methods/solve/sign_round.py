@@ -29,14 +29,15 @@ def solve(
     G: Tensor | None = None,
     *,
     start: Start = "nearest",
-    steps: int = 200,
+    steps: int = 120,
     ranges: bool = True,
     polish: bool = True,
 ) -> Rounded:
     """Round `weight` [..., out, in]. Without H only `clip` is left; without G all rows weigh the same.
 
-    start: the grid whose ranges shrink; ranges: whether they do. polish: finish with `refine.polish`. Never worse
-    than the start. Codes of a solver are no option: from there no step helped on `pebble`.
+    start: the grid whose ranges shrink; ranges: whether they do; steps: as good as the usual 200, since no gradient here is
+    a sample. polish: finish with `refine.polish`. Never worse than the start. Codes of a solver are no option: from there no
+    step helped on `pebble`.
     """
     if H is None:
         return clip.solve(weight, grid)
