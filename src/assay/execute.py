@@ -216,8 +216,8 @@ class _Task:
 
     def _batch(self, level: Level, sites: list[Site], met: Met | None, known: _Known) -> Part:
         weights, (stats, used, begun) = [read_weight(self.model, s) for s in sites], known
-        compensates = met is not None and not any(map(starved, stats))
-        targets = [compensated(weight, met.h, met.cross) for weight in weights] if met and compensates else weights
+        met = None if any(map(starved, stats)) else met
+        targets = weights if met is None else [compensated(weight, met.h, met.cross) for weight in weights]
         dtype = scale_dtype(self.model, sites[0])
         with dampings() as factored:
             packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used, begun)
