@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from assay.methods.grid import blocks
+from assay.methods.solve import curvature
 from assay.methods.solve.block_scales import tune
-from assay.methods.solve.blocks import Candidate, Solver, Task, _descend, price, solve
+from assay.methods.solve.blocks import Candidate, Solver, Task, _descend, solve
 from assay.methods.solve.curvature import damp, shrink
 from assay.model import ggml
 from assay.model.ggml import KINDS, Parts
@@ -21,8 +22,8 @@ MARGINS = {"gptq": 0.65, "two_sided": 0.5, "admm": 0.4}
 
 def matrix(name: str = "self_attn.k_proj") -> tuple[Tensor, Tensor, Tensor]:
     """(weight, H, G) of a matrix of pebble, a batch of one each."""
-    weight, curvature = next(v for k, v in measured.pebble_block().items() if name in k)
-    return weight[None], curvature.h[None], curvature.g[None]
+    weight, known = next(v for k, v in measured.pebble_block().items() if name in k)
+    return weight[None], known.h[None], known.g[None]
 
 
 def task(kind: str) -> Task:
@@ -30,13 +31,17 @@ def task(kind: str) -> Task:
     return Task(kind, weight, damp(shrink(H, 0.05), 0.01), damp(shrink(G, 0.1), 0.01))
 
 
+def price(posed: Task, found: Candidate) -> Tensor:
+    return curvature.damage(posed.weight - blocks.level(posed.kind, *found), posed.inputs, posed.outputs)
+
+
 def damage(kind: str, solver: Solver) -> float:
     """Of three matrices of the block."""
     total = 0.0
     for name in ("self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
-        weight, curvature = next(v for k, v in measured.pebble_block().items() if name in k)
-        decoded = ggml.values(kind, solve(weight[None], kind, solver, curvature.h[None], curvature.g[None]))
-        total += curvature.damage(decoded[0] - weight)
+        weight, known = next(v for k, v in measured.pebble_block().items() if name in k)
+        decoded = ggml.values(kind, solve(weight[None], kind, solver, known.h[None], known.g[None]))
+        total += known.damage(decoded[0] - weight)
     return total
 
 

@@ -81,7 +81,7 @@ def iterate(
     loose: float = LOOSE,
     tight: float = TIGHT,
 ) -> Tensor:
-    """The best of `steps` rounded copies of weight [batch, out, in]; start, snap: the steps of a grid, and their levels.
+    """The best of `start` and `steps` rounded copies of weight [batch, out, in]; start, snap: steps of a grid, their levels.
 
     Weights are scaled by sqrt(G_ii H_jj), so that G and H have ones on their diagonals and rho ties every weight
     as tightly as its own cost asks. Scaling changes neither f nor what is nearest, only the way there. found: from
@@ -93,7 +93,7 @@ def iterate(
     # In the eigenbases: how far the rounded copy is from the weight (away), and the free one (back).
     target, best = weight * loud, start[0]
     away = turned(target - start[1] * loud)
-    lowest = torch.full_like(away[:, :1, :1], torch.inf)
+    lowest = total(away.square() * curvature)[:, None, None]
     push, turned_push = torch.zeros_like(away), torch.zeros_like(away)
     growth = (tight / loose) ** (1 / max(1, steps - 1))
     for step in range(steps):

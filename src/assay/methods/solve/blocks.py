@@ -23,7 +23,6 @@ from assay.methods.solve.curvature import (
     JOINT_INPUT_SHRINKAGE,
     OUTPUT_SHRINKAGE,
     conditional_importance,
-    damage,
     damp,
     diagonal,
     falling_order,
@@ -32,11 +31,13 @@ from assay.methods.solve.curvature import (
     shrink,
     take_columns,
     take_rows,
+    total,
 )
 from assay.methods.solve.feedback import column_feedback
 from assay.methods.solve.gptq import FixedGrid
 from assay.methods.solve.refine import Problem, descend
 from assay.methods.solve.rounded import check_shapes
+from assay.methods.solve.sandwich import sandwich
 from assay.methods.solve.wavefront import wavefront
 from assay.model.ggml import KINDS, Parts
 from assay.model.threads import spare, spread
@@ -115,19 +116,20 @@ def _join(parts: Sequence[Parts]) -> Parts:
     return Parts(d, codes, *others)
 
 
-def price(task: Task, candidate: Candidate) -> Tensor:
-    """f of each matrix, [batch]."""
-    return damage(task.weight - blocks.level(task.kind, *candidate), task.inputs, task.outputs)
-
-
-def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 3) -> Parts:
+def _finish(task: Task, start: Candidate, rounds: int = 3, sweeps: int = 2) -> Parts:
     """Scales and codes in turn, then the codes as they are stored."""
     spare()  # descent on single codes uses one
-    found, before = start, price(task, start)
+    through = sandwich(task.outputs, task.inputs, task.weight.shape[1])
+
+    def price(candidate: Candidate) -> Tensor:
+        away = task.weight - blocks.level(task.kind, *candidate)
+        return total(through(away) * away) / 2
+
+    found, before = start, price(start)
     for _ in range(rounds):
         frame = tune(task.kind, *found, task.weight, task.inputs, task.outputs)
         found = Candidate(frame, _descend(task, Candidate(frame, found.steps), sweeps))
-        now = price(task, found)
+        now = price(found)
         if bool((now > (1 - SETTLED) * before).all()):
             break
         before = now
@@ -147,9 +149,7 @@ def _learn(task: Task, found: Waiting) -> Candidate:
         return steps, blocks.level(task.kind, frame, steps)
 
     start = snap(task.weight)
-    learned = admm.iterate(task.weight, task.inputs, task.outputs, found, start, snap)
-    wins = price(task, Candidate(frame, learned)) < price(task, Candidate(frame, start[0]))
-    return Candidate(frame, torch.where(wins[:, None, None], learned, start[0]))
+    return Candidate(frame, admm.iterate(task.weight, task.inputs, task.outputs, found, start, snap))
 
 
 def _problem(task: Task, frame: Parts) -> Problem:
