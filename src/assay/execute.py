@@ -196,7 +196,8 @@ class _Task:
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
     def _early(self, method: base.EarlyEncoder, batches: Sequence[tuple[Level, list[Site]]], met: Met | None) -> list[Part]:
-        """One batch after another; the next is begun when one leaves threads idle."""
+        """One batch after another, the smallest first; the next is begun when one leaves threads idle."""
+        batches = sorted(batches, key=lambda batch: batch[1][0].count)
         upcoming = (self._known(sites, met, method) for _, sites in batches)
         begun, parts = deque(islice(upcoming, 1)), []
         for batch in batches:

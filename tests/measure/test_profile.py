@@ -6,13 +6,14 @@ import pytest
 import torch
 from families import build
 
-from assay.measure import profile
+from assay.measure import profile, stream
 from assay.measure.damage import Curvature
 from assay.measure.profile import Curvatures, Gradients, measure
 from assay.measure.stream import Activations, StreamedModel
 from assay.measure.text import Windows
 from assay.methods.solve.curvature import feedback_cost
 from assay.model.checkpoint import Checkpoint
+from assay.model.files import load_tensors
 from assay.model.progress import Silent
 
 
@@ -139,6 +140,25 @@ def test_a_sweep_cut_off_at_any_block_ends_with_the_same_bytes(llama, every: int
         measure(streamed, text, tmp_path / f"cut{stop}", 0, Silent(), gradients=gradients)
         for path in (tmp_path / "whole").iterdir():
             assert path.read_bytes() == (tmp_path / f"cut{stop}" / path.name).read_bytes(), (stop, path.name)
+
+
+def test_batches_side_by_side_give_the_sums_of_one_after_another(llama, monkeypatch) -> None:
+    """From any number of threads the same bits; sums made in other steps, so other last bits, where all go to one total."""
+    folder, _, text = llama
+    before, found = torch.get_num_threads(), {}
+    for name, threads in (("one", 1), ("three", 3), ("totals", 3)):
+        if name == "totals":
+            monkeypatch.setattr(stream, "WORTH_SHARING", 0)
+        torch.set_num_threads(threads)
+        model = StreamedModel(Checkpoint.open(folder / "m"), batch_tokens=text.ids.shape[1])
+        assert model.small == (name != "totals")
+        measure(model, text, folder / name, 0, Silent(), ["fisher", "gradient"])
+        found[name] = {path.name: load_tensors(path) for path in (folder / name).glob("*.safetensors")}
+    torch.set_num_threads(before)
+    for file, tensors in found["one"].items():
+        for key, value in tensors.items():
+            assert torch.equal(value, found["three"][file][key]), (file, key)
+            torch.testing.assert_close(value, found["totals"][file][key], rtol=1e-4, atol=1e-6)
 
 
 def test_experts_count_their_tokens(tmp_path: Path) -> None:

@@ -1,10 +1,47 @@
-"""What begins while other work leaves threads idle."""
+"""What runs side by side, and what begins while other work leaves threads idle."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from assay.model.threads import meanwhile, spare
+import pytest
+import torch
+
+from assay.model.threads import in_turn, meanwhile, spare
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("together", [True, False])
+def test_results_come_in_turn_and_few_are_made_ahead(together: bool) -> None:
+    made: list[int] = []
+
+    def make(item: int) -> tuple[int, int, bool]:
+        made.append(item)
+        return item, torch.get_num_threads(), torch.is_grad_enabled()
+
+    with torch.no_grad():
+        results = in_turn(make, range(20), together)
+        assert next(results)[0] == 0
+        assert len(made) <= (4 if together else 1)
+        assert list(results) == [(item, 1 if together else 3, False) for item in range(1, 20)]
+    assert sorted(made) == list(range(20)) and torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_what_fails_side_by_side_fails_in_its_turn() -> None:
+    results = in_turn(lambda item: 1 // (item - 1), range(5), True)
+    assert next(results) == -1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize("says", [True, False])

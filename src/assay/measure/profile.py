@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from assay.model.errors import InputError
 from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import SWEEPS, Progress
 from assay.model.sites import Site
+from assay.model.threads import in_turn, threads_for
 
 VERSION = 6
 WEIGHTWISE = ("gradient", "fisher")
@@ -189,6 +190,30 @@ def _sweep(
         _backward(model, text, folder, work, advance, weightwise, whole)
 
 
+class _Summed(Protocol):
+    def fresh(self) -> Any: ...
+
+    def merge(self, other: Any) -> None: ...
+
+
+def _gather(run: Callable[..., None], count: int, totals: Sequence[_Summed], together: bool) -> None:
+    """`run(b, *sums)` of every b below `count`, which adds to the sums that it is given.
+
+    together: side by side, each to sums of its own, which are added up in order; else one after another to the totals.
+    """
+
+    def alone(b: int) -> list[_Summed]:
+        own = [total.fresh() for total in totals] if together else list(totals)
+        run(b, *own)
+        return own
+
+    for found in in_turn(alone, range(count), together):
+        with threads_for(0):
+            for total, own in zip(totals, found, strict=True):
+                if own is not total:
+                    total.merge(own)
+
+
 def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, token_weights: str) -> None:
     parts, places = text.whole, text.places.split([len(ids) for ids in text.whole])
     model.forget()
@@ -201,18 +226,20 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
     for index in range(len(model.blocks)):
         target = folder / f"{block_name(index)}.H.safetensors"
         if not target.exists():
-            sums, cached = Sums(), LargestCached()
-            sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
-            with torch.no_grad(), model.block(index) as block:
-                for b in range(len(parts)):
-                    hidden = work.get(f"h{index}", b)
-                    sums.places, sums.length = places[b], parts[b].shape[1]
-                    sums.weights = tokens.weights(token_weights, model, index, hidden, b)
-                    with Capture(block, name, sites, sums.inputs):
-                        hidden = model.run_block(index, hidden, b, cached)
-                    text.keep(work, index + 1, b, hidden)
+            sums, sites, name = Sums(), model.anatomy.block_sites(index), model.anatomy.block_names[index]
+
+            def run(b: int, sums: Sums, index: int = index, name: str = name, sites: list[Site] = sites) -> None:
+                hidden = work.get(f"h{index}", b)
+                sums.places, sums.length = places[b], parts[b].shape[1]
+                sums.weights = tokens.weights(token_weights, model, index, hidden, b)
+                with Capture(model.blocks[index], name, sites, sums.inputs):
+                    hidden = model.run_block(index, hidden, b, LargestCached(sums.values))
+                text.keep(work, index + 1, b, hidden)
+
+            with torch.no_grad(), model.block(index):
+                _gather(run, len(parts), (sums,), model.small)
             sums.untouched(sites)
-            save_tensors(target, sums.finished() | cached.values)
+            save_tensors(target, sums.finished())
             if not text.all_picked:
                 work.drop(f"h{index}")
         advance()
@@ -227,26 +254,28 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
     if "gradient" in weightwise:
         _text_tail(model, text.some, work)
     head = [s for s in model.anatomy.sites.values() if s.role == "head"]
-    inputs, outputs = Sums(), torch.zeros(model.vocabulary)
+    inputs, outputs = Sums(), Sums()
+
+    def run(b: int, inputs: Sums, outputs: Sums) -> None:
+        draws = _draws(seed, b * len(text.some[0]), *text.some[b].shape)
+        gradients: list[Tensor] = []
+        for hidden in micro(text.states(work, depth, b), model.vocabulary):
+            hidden.requires_grad_(True)
+            with Capture(model.model, "", head if text.all_picked else (), inputs.inputs):
+                logits = model.logits(hidden).flatten(0, 1)
+            p = logits.detach().softmax(-1)
+            labels, draws = _sampled(p, draws[: len(p)]), draws[len(p) :]
+            functional.cross_entropy(logits, labels, reduction="sum").backward()
+            gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
+            for site in head:
+                outputs.plus(f"{site.name}|{site.reads}", (p - p.square()).sum(0))
+        work.put(f"g{depth}", b, torch.cat(gradients))
+
     with model.outside(tail=True):
-        for b in range(len(text.some)):
-            draws = _draws(seed, b * len(text.some[0]), *text.some[b].shape)
-            gradients: list[Tensor] = []
-            for hidden in micro(text.states(work, depth, b), model.vocabulary):
-                hidden.requires_grad_(True)
-                with Capture(model.model, "", head if text.all_picked else (), inputs.inputs):
-                    logits = model.logits(hidden).flatten(0, 1)
-                p = logits.detach().softmax(-1)
-                labels, draws = _sampled(p, draws[: len(p)]), draws[len(p) :]
-                functional.cross_entropy(logits, labels, reduction="sum").backward()
-                gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
-                outputs += (p - p.square()).sum(0)
-            work.put(f"g{depth}", b, torch.cat(gradients))
+        _gather(run, len(text.some), (inputs, outputs), model.few_logits(text.some[0].shape[1]))
         if head and not text.all_picked:
             _head_inputs(model, head, (work.get(f"h{depth}", b) for b in range(len(text.whole))), inputs)
-    if head:
-        inputs.values[f"{head[0].name}|{head[0].reads}"] = text.raised(outputs)
-    save_tensors(target, inputs.finished() or {EMPTY: torch.zeros(1)})
+    save_tensors(target, inputs.finished() | text.to_all(outputs.values) or {EMPTY: torch.zeros(1)})
 
 
 def _head_inputs(model: StreamedModel, head: list[Site], states: Iterable[Tensor], sums: Sums) -> None:
@@ -300,16 +329,20 @@ def _backward(
         if not target.exists():
             sums, more = Sums(whole), {kind: WeightSums() for kind in weightwise}
             sites = model.anatomy.block_sites(index)
-            flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
-            if "fisher" in more:
-                flows["g"].append(more["fisher"].fisher)
-            if "gradient" in more:
-                flows["t"] = [more["gradient"].gradient]
+
+            def run(b: int, sums: Sums, *others: WeightSums, index: int = index) -> None:
+                more = dict(zip(weightwise, others, strict=True))
+                flows: dict[str, list[OnProduct]] = {"g": [sums.gradients]}
+                if "fisher" in more:
+                    flows["g"].append(more["fisher"].fisher)
+                if "gradient" in more:
+                    flows["t"] = [more["gradient"].gradient]
+                sums.places, sums.length = text.places[text.picked[b]], text.some[b].shape[1]
+                for flow, watchers in flows.items():
+                    _descend(model, index, b, text, work, flow, watchers)
+
             with model.block(index):
-                for b in range(len(text.some)):
-                    sums.places, sums.length = text.places[text.picked[b]], text.some[b].shape[1]
-                    for flow, watchers in flows.items():
-                        _descend(model, index, b, text, work, flow, watchers)
+                _gather(run, len(text.some), (sums, *more.values()), model.small)
             sums.unreached(sites)
             for kind, found in more.items():
                 found.untouched(sites)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import checksum, damaged, read_note, save_note
 from assay.model.finite import finite
+from assay.model.precision import rounded_attention
 from assay.model.sites import Anatomy, Site, empty_model, survey
+from assay.model.threads import WORTH_SHARING
 
 Override = Callable[[Site, Tensor], Tensor]
 """Takes a site and its weight [out, in], float32; returns the weight to run with."""
+Answering = Callable[[int, Tensor, Any], Tensor]
+"""Takes a block's number, its input and its further arguments."""
 LOGITS_AT_ONCE = 1 << 20
 BATCH_TOKENS = 2048
 CACHES = ("past_key_values", "layer_past")
@@ -52,6 +58,9 @@ class StreamedModel:
         self.anatomy: Anatomy = survey(checkpoint, self.model)
         self.override = override
         self.blocks = [self.model.get_submodule(name) for name in self.anatomy.block_names]
+        self._answers = _Answers()
+        for index, block in enumerate(self.blocks):
+            block.forward = self._answers.instead_of(index, block.forward)
         self._sound: set[str] = set()
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._outside = [p for p in self.anatomy.parameters if not self._block_of(p)]
@@ -66,6 +75,16 @@ class StreamedModel:
         if not isinstance(embedding, nn.Embedding):
             raise InputError(f"{self.anatomy.family} does not read tokens; assay measures text models only")
         return embedding.num_embeddings
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether batches are run side by side, a thread for each: products are too small to be divided by threads."""
+        widths = (width for site in self.anatomy.sites.values() if site.block is not None for width in site.shape)
+        return max(widths, default=0) ** 2 < WORTH_SHARING
+
+    def few_logits(self, length: int) -> bool:
+        """The same of the logits of windows."""
+        return self.small and length * self.vocabulary <= LOGITS_AT_ONCE
 
     @contextmanager
     def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:
@@ -88,7 +107,7 @@ class StreamedModel:
         Remembers, per batch, with which further arguments the model calls each block. Call inside `outside()`.
         """
         seen: list[Tensor] = []
-        with self._recorders(lambda index, hidden, call: self._note(index, hidden, call, seen)), suppress(_Stop):
+        with self._answers.are(lambda index, hidden, call: self._note(index, hidden, call, seen)), suppress(_Stop):
             self.model(input_ids=ids)
         return seen[0]
 
@@ -97,7 +116,8 @@ class StreamedModel:
         args, kwargs = self._calls[index][batch]
         if cache is not None:
             kwargs = kwargs | {name: cache for name in CACHES if name in kwargs}
-        result = self.blocks[index](hidden.to(self.compute), *args, **kwargs)
+        with rounded_attention():
+            result = self.blocks[index](hidden.to(self.compute), *args, **kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -107,7 +127,7 @@ class StreamedModel:
             return hidden.to(self.compute)
 
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        with self._recorders(replay):
+        with self._answers.are(replay):
             return self.model(input_ids=ids).logits.float()
 
     @contextmanager
@@ -152,26 +172,6 @@ class StreamedModel:
         if index == len(self.blocks) - 1:
             raise _Stop
         return hidden
-
-    @contextmanager
-    def _recorders(self, on_call: Callable[[int, Tensor, Any], Tensor]) -> Iterator[None]:
-        """Every block answers with `on_call`'s tensor."""
-        originals = [block.forward for block in self.blocks]
-
-        def stand_in(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                return on_call(index, hidden.as_subclass(Tensor), (args[1:], kwargs)).as_subclass(_Answer)
-
-            return forward
-
-        for index, block in enumerate(self.blocks):
-            block.forward = stand_in(index)
-        try:
-            yield
-        finally:
-            for block, original in zip(self.blocks, originals, strict=True):
-                block.forward = original
 
     @contextmanager
     def _loaded(self, paths: list[str], override: Override | None = None) -> Iterator[None]:
@@ -222,6 +222,33 @@ class StreamedModel:
             return value
         new = override(sites[0], value.T.contiguous() if sites[0].transposed else value)
         return new.T.contiguous() if sites[0].transposed else new
+
+
+class _Answers(threading.local):
+    """What blocks answer in the present thread in place of running."""
+
+    given: Answering | None = None
+
+    @contextmanager
+    def are(self, given: Answering) -> Iterator[None]:
+        """Every block answers with `given`'s tensor."""
+        self.given = given
+        try:
+            yield
+        finally:
+            self.given = None
+
+    def instead_of(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of block `index` while there is no other answer."""
+
+        @wraps(forward)
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            if self.given is None:
+                return forward(*args, **kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            return self.given(index, hidden.as_subclass(Tensor), (args[1:], kwargs)).as_subclass(_Answer)
+
+        return answered
 
 
 class _Answer(Tensor):

@@ -57,6 +57,23 @@ class Sums:
             self.values.setdefault(f"{PART}{key}", torch.zeros(PARTS, flat.shape[1])).index_add_(0, places, squares)
             self.values.setdefault(f"{PART}n|{key}", torch.zeros(PARTS)).index_add_(0, places, counts)
 
+    def fresh(self) -> Sums:
+        """As it was before anything was added."""
+        return Sums(self.whole)
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums over other tokens."""
+        for key, value in other.values.items():
+            if key.startswith(LARGEST):
+                self.values[key] = torch.maximum(self.values.get(key, value), value)
+            else:
+                self.plus(key, value)
+
+    def plus(self, key: str, value: Tensor) -> None:
+        """Add to the sum at `key`, or begin it, in place."""
+        known = self.values.get(key)
+        self.values[key] = value if known is None else known.add_(value)
+
     def inputs(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product's input; siblings that read the same one share the sum."""
         reads = sites[0].reads
@@ -65,8 +82,7 @@ class Sums:
             if self.weights is not None and self.weights.numel() != x.numel() // x.shape[-1]:
                 raise InputError(f"{sites[0].name} sees some tokens only; profile models with experts without token weights")
             self.add(reads, x, self.weights)
-            key = f"n|{reads}"
-            self.values[key] = self.values.get(key, torch.tensor(0.0)) + x.numel() // x.shape[-1]
+            self.plus(f"n|{reads}", torch.tensor(float(x.numel() // x.shape[-1])))
             keep_largest(self.values, reads, x)
             self._latest[reads] = x.data_ptr()
         elif self._latest[reads] != x.data_ptr():
@@ -103,11 +119,11 @@ class Sums:
 
 
 class LargestCached(DynamicCache):
-    """A cache that keeps nothing but the largest magnitudes of the keys and values that it gets."""
+    """A cache that keeps nothing but the largest magnitudes of the keys and values that it gets, in `values`."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: dict[str, Tensor]) -> None:
         super().__init__()
-        self.values: dict[str, Tensor] = {}
+        self.values = values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Called by attention with keys and values [batch, heads, tokens, size] as it would cache them."""

@@ -16,6 +16,19 @@ class WeightSums:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
+    def fresh(self) -> WeightSums:
+        """As it was before anything was added."""
+        return WeightSums()
+
+    def merge(self, other: WeightSums) -> None:
+        """Add the sums over other windows."""
+        for name, value in other.values.items():
+            self._add(name, value)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        known = self.values.get(name)
+        self.values[name] = value if known is None else known.add_(value)
+
     def gradient(self, sites: list[Site], x: Tensor, y: Tensor) -> None:
         """A product y = x Wᵀ: its weight's gradient is added when y's arrives."""
         self._listen(sites, x, y, lambda g, x: g.flatten(0, -2).T @ x.flatten(0, -2))
@@ -43,9 +56,7 @@ class WeightSums:
         def arrived(gradient: Tensor) -> None:
             for site in sites:
                 rows = slice(*site.rows) if site.rows else slice(None)
-                found = outcome(gradient[..., rows], inputs)
-                known = self.values.get(site.name)
-                self.values[site.name] = found if known is None else known.add_(found)
+                self._add(site.name, outcome(gradient[..., rows], inputs))
 
         if y.requires_grad:
             y.register_hook(arrived)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 
 def bf16_products(wanted: bool = True) -> AbstractContextManager[None]:
@@ -27,3 +33,27 @@ def _products(precision: str) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
+
+
+def rounded_attention() -> AbstractContextManager[Any]:
+    """Scaled dot product attention in bf16 while products are rounded; torch makes its products fast in no other way."""
+    rounded = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return _RoundedAttention() if rounded and has_bf16("cpu") else nullcontext()
+
+
+class _RoundedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_rounded, (args, kwargs or {}))
+        return func(*args, **kwargs).float()
+
+
+def _rounded(value: Any) -> Any:
+    return value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+@cache
+def has_bf16(device: str) -> bool:
+    """Whether products of bf16 are what the processor is fastest at."""
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()

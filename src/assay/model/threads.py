@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -43,6 +44,41 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
         with threads_for(weights), alike():
             return [function(item) for item in items]
     return started(function, items)()
+
+
+def in_turn(function: Callable[[Item], Result], items: Sequence[Item], together: bool) -> Iterator[Result]:
+    """`function` of each item, in their order. together: a thread for each, and no more ahead of what is taken than there are.
+
+    As in `side_by_side`, every item is treated alone.
+    """
+    if not together:
+        yield from map(function, items)
+        return
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    if threads == 1 or len(items) < 2:
+        for item in items:
+            with threads_for(0):
+                result = function(item)
+            yield result
+        return
+
+    def alone(item: Item) -> Result:
+        torch.get_num_threads()  # see `started`
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(gradients):
+            return function(item)
+
+    try:
+        with ThreadPoolExecutor(threads, "assay-items") as pool:
+            jobs: deque[Future[Result]] = deque()
+            for item in items:
+                jobs.append(pool.submit(alone, item))
+                if len(jobs) > threads:
+                    yield jobs.popleft().result()
+            while jobs:
+                yield jobs.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callable[[], list[Result]]:

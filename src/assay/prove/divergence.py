@@ -15,6 +15,7 @@ from torch import Tensor
 from assay.measure.stream import Activations, Override, StreamedModel, batches, micro
 from assay.measure.text import Windows
 from assay.model.progress import COMPARING, Progress
+from assay.model.threads import in_turn
 
 RESAMPLES = 1000
 
@@ -71,6 +72,11 @@ class Scores:
         self.reference_loss.append(reference.loss)
         self.top.append(candidate.top)
         self.agrees.append((reference.top == candidate.top).float())
+
+    def extend(self, more: Scores) -> None:
+        """Scores of further windows."""
+        for mine, theirs in zip(vars(self).values(), vars(more).values(), strict=True):
+            mine.extend(theirs)
 
     def summary(self) -> dict[str, dict[str, float] | float]:
         """Means with 95% bootstrap intervals over windows, and the KL's median and 99th percentile."""
@@ -131,14 +137,23 @@ def compare(
         with progress.task(COMPARING, len(reference.blocks)) as advance:
             for index in range(len(reference.blocks)):
                 for name, run in runs.items():
-                    with run.model.block(index, run.override):
-                        for b in range(len(parts)):
-                            work.put(name, b, run.model.run_block(index, work.get(name, b), b))
+                    _pass(run, index, name, len(parts), work)
                 advance()
         originals = work if kept is None else Activations(kept)
         for b in range(0 if known or kept is None else len(parts)):
             originals.put("", b, work.get("", b))
         return _scores(reference, candidates, parts, originals, work, kl_only)
+
+
+def _pass(run: Candidate, index: int, name: str, count: int, work: Activations) -> None:
+    """Every batch through a block."""
+
+    def one(b: int) -> None:
+        work.put(name, b, run.model.run_block(index, work.get(name, b), b))
+
+    with run.model.block(index, run.override):
+        for _ in in_turn(one, range(count), run.model.small):
+            pass
 
 
 def _scores(
@@ -149,12 +164,19 @@ def _scores(
     scores = {name: Scores() for name in candidates}
     for model in {id(run.model): run.model for run in candidates.values()}.values():
         names = [name for name, run in candidates.items() if run.model is model]
+
+        def score(b: int, model: StreamedModel = model, names: list[str] = names) -> list[Scores]:
+            found = [Scores() for _ in names]
+            hidden = micro(originals.get("", b), reference.vocabulary)
+            changed = [micro(work.get(name, b), reference.vocabulary) for name in names]
+            for i, labels in enumerate(parts[b].split([len(piece) for piece in hidden])):
+                meant = Predictions(reference.logits(hidden[i]), labels)
+                for own, pieces in zip(found, changed, strict=True):
+                    own.add(meant, Predictions(model.logits(pieces[i]), labels), kl_only)
+            return found
+
         with reference.outside(tail=True), nullcontext() if model is reference else model.outside(tail=True):
-            for b, ids in enumerate(parts):
-                hidden = micro(originals.get("", b), reference.vocabulary)
-                changed = [micro(work.get(name, b), reference.vocabulary) for name in names]
-                for i, labels in enumerate(ids.split([len(piece) for piece in hidden])):
-                    meant = Predictions(reference.logits(hidden[i]), labels)
-                    for name, pieces in zip(names, changed, strict=True):
-                        scores[name].add(meant, Predictions(model.logits(pieces[i]), labels), kl_only)
+            for found in in_turn(score, range(len(parts)), reference.few_logits(parts[0].shape[1])):
+                for name, own in zip(names, found, strict=True):
+                    scores[name].extend(own)
     return scores

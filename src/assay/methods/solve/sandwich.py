@@ -1,11 +1,11 @@
 """left @ X @ right for one X after another: what a step of learning, or of ADMM, costs in a large matrix."""
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from assay.model.precision import has_bf16
 from assay.model.threads import side_by_side
 
 LARGE = 1 << 20
@@ -20,7 +20,7 @@ def sandwich(left: Tensor | None, right: Tensor, rows: int) -> Callable[[Tensor]
     Large products round their factors and the result to bf16, where the processor has units for that: for steps whose
     direction is what counts. They are made in pieces, each on one thread: bf16 products of several threads have other last bits.
     """
-    if rows * right.shape[-1] < LARGE or not _has_bf16(right.device.type):
+    if rows * right.shape[-1] < LARGE or not has_bf16(right.device.type):
         return lambda middle: (middle if left is None else left @ middle) @ right
     outer, inner = None if left is None else left.bfloat16(), right.bfloat16()
 
@@ -36,8 +36,3 @@ def sandwich(left: Tensor | None, right: Tensor, rows: int) -> Callable[[Tensor]
         return found
 
     return product
-
-
-@cache
-def _has_bf16(device: str) -> bool:
-    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
