@@ -67,7 +67,8 @@ class _HeldOut:
     def kl(self, results: Results) -> float:
         """Nats per token."""
         changed = {"plan": Candidate(StreamedModel(self.model.checkpoint, results.decoded))}
-        scores = compare(self.model, changed, self.windows, self.progress, kl_only=True, kept=self.kept)
+        size = self.model.share(self.windows.tokens)
+        scores = compare(self.model, changed, self.windows, self.progress, True, self.kept, size)
         return float(torch.cat(scores["plan"].kl).double().mean())
 
 

@@ -31,6 +31,7 @@ from assay.model.files import read_note, save_note, unless_refused
 from assay.model.level import Level
 from assay.model.lock import alone
 from assay.model.progress import Progress
+from assay.model.threads import threads_for
 
 TOKENS = 16_384
 WINDOW = 256
@@ -179,7 +180,8 @@ def _finish(
     menus.append(_further(levels))
     prices = probe.price_model(model, folder, text.tokens, menus, progress)
     ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
-    spread = spreads(model, folder, text.tokens)
+    with threads_for(0):  # products with vectors, which MKL divides by threads in any case
+        spread = spreads(model, folder, text.tokens)
     probes = probe.probe(model, held_out, prices, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}

@@ -28,7 +28,7 @@ from assay.model.alike import alike
 from assay.model.level import Level
 from assay.model.progress import PRICING, REHEARSING, Progress
 from assay.model.sites import Site
-from assay.model.threads import in_turn, side_by_side, threads_for
+from assay.model.threads import side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -48,31 +48,23 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     prices: dict[str, dict[str, dict[str, float]]] = {}
     blocks: list[int | None] = [*range(len(model.blocks)), None]
     with progress.task(PRICING, len(blocks)) as advance:
-        for found in in_turn(lambda block: _price_block(model, folder, total, menus, block), blocks, model.small):
-            prices |= found
+        for block in blocks:
+            curvatures = Curvatures(folder, block, total)
+            sites = [s for s in model.anatomy.sites.values() if s.block == block and s.name in curvatures]
+            costs: dict[str, InputCosts] = {}
+            typical = Typical.of(curvatures, sites)
+            for site in sites:
+                levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
+                with threads_for(math.prod(site.shape)), alike():
+                    curvature, reads = curvatures[site.name], curvatures.reads(site.name)
+                    if (stand_in := typical.standing_in(site, curvature)) is not None:
+                        prices[site.name] = _unsolved(price(read_weight(model, site), stand_in, levels))
+                        continue
+                    if reads not in costs:
+                        costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
+                    prices[site.name] = price(read_weight(model, site), curvature, levels, costs[reads])
             memory.release()
             advance()
-    return prices
-
-
-def _price_block(
-    model: StreamedModel, folder: Path, total: int, menus: Sequence[Callable[[int], list[Level]]], block: int | None
-) -> dict[str, dict[str, dict[str, float]]]:
-    prices: dict[str, dict[str, dict[str, float]]] = {}
-    curvatures = Curvatures(folder, block, total)
-    sites = [s for s in model.anatomy.sites.values() if s.block == block and s.name in curvatures]
-    costs: dict[str, InputCosts] = {}
-    typical = Typical.of(curvatures, sites)
-    for site in sites:
-        levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
-        with threads_for(math.prod(site.shape)), alike():
-            curvature, reads = curvatures[site.name], curvatures.reads(site.name)
-            if (stand_in := typical.standing_in(site, curvature)) is not None:
-                prices[site.name] = _unsolved(price(read_weight(model, site), stand_in, levels))
-                continue
-            if reads not in costs:
-                costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
-            prices[site.name] = price(read_weight(model, site), curvature, levels, costs[reads])
     return prices
 
 
@@ -182,7 +174,7 @@ def probe(
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, start=1))
     with stored_precision(model.checkpoint):
-        scores = compare(model, candidates, windows, progress, kl_only=True)
+        scores = compare(model, candidates, windows, progress, True, batch_tokens=model.share(windows.tokens))
     per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
     kl = {name: float(found.mean()) for name, found in per_window.items()}
     sites = [s for s in model.anatomy.sites.values() if s.block is not None and s.name in prices]

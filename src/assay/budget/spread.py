@@ -13,7 +13,6 @@ from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature, diagonal
 from assay.measure.stream import StreamedModel, read_weight
 from assay.methods.grid.formats import grid_of
-from assay.model.threads import in_turn, threads_for
 
 BITS = 3
 """Width at which the relative spread is taken; it hardly depends on it."""
@@ -25,19 +24,13 @@ def spreads(model: StreamedModel, folder: Path, total: int) -> dict[str, list[fl
     A site that lacks a part that others have (an expert that no token of it met) is left out, and all are if the text has
     one part only.
     """
-
-    def of_block(block: int) -> dict[str, list[float]]:
-        found, curvatures = {}, Curvatures(folder, block, total)
-        with threads_for(0):  # products with vectors, which MKL divides by threads in any case
-            for site in model.anatomy.block_sites(block):
-                curvature = curvatures.get(site.name)
-                if curvature is not None and curvature.parts is not None and len(curvature.parts[0]) > 1:
-                    found[site.name] = of_weight(read_weight(model, site), curvature)
-        return found
-
-    found: dict[str, list[float]] = {}
-    for of_sites in in_turn(of_block, range(len(model.blocks)), model.small):
-        found |= of_sites
+    found = {}
+    for block in range(len(model.blocks)):
+        curvatures = Curvatures(folder, block, total)
+        for site in model.anatomy.block_sites(block):
+            curvature = curvatures.get(site.name)
+            if curvature is not None and curvature.parts is not None and len(curvature.parts[0]) > 1:
+                found[site.name] = of_weight(read_weight(model, site), curvature)
     most = max(map(len, found.values()), default=0)
     return {name: values for name, values in found.items() if len(values) == most}
 

@@ -31,7 +31,7 @@ Override = Callable[[Site, Tensor], Tensor]
 Answering = Callable[[int, Tensor, Any], Tensor]
 """Takes a block's number, its input and its further arguments."""
 LOGITS_AT_ONCE = 1 << 20
-BATCH_TOKENS = 2048
+BATCH_TOKENS, ENOUGH_BATCHES = 2048, 8
 CACHES = ("past_key_values", "layer_past")
 """What blocks call the cache."""
 
@@ -81,6 +81,10 @@ class StreamedModel:
         """Whether batches are run side by side, a thread for each: products are too small to be divided by threads."""
         widths = (width for site in self.anatomy.sites.values() if site.block is not None for width in site.shape)
         return max(widths, default=0) ** 2 < WORTH_SHARING
+
+    def share(self, tokens: int) -> int:
+        """Tokens of a batch of a short text: where batches run side by side, few enough for every thread to have some."""
+        return min(self.batch_tokens, tokens // ENOUGH_BATCHES) if self.small else self.batch_tokens
 
     def few_logits(self, length: int) -> bool:
         """The same of the logits of windows."""

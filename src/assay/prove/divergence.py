@@ -112,17 +112,17 @@ def interval(per_window: Tensor, seed: int = 0) -> tuple[float, float]:
 @torch.no_grad()
 def compare(
     reference: StreamedModel, candidates: Mapping[str, Candidate], windows: Windows, progress: Progress, kl_only: bool = False,
-    kept: Path | None = None,
+    kept: Path | None = None, batch_tokens: int | None = None,
 ) -> dict[str, Scores]:  # fmt: skip
     """Run the windows through the reference and every candidate, one block in memory at a time.
 
     kl_only: leave the other scores empty; kept: a folder where the reference's outputs stay for the next call with the same
-    windows, which then need not run it.
+    windows, which then need not run it; batch_tokens: how many go through a block at once, None: the reference's own.
     """
     known = kept is not None and kept.exists()
     runs = dict(candidates) if known else {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
-    parts = batches(windows.ids, reference.batch_tokens)
+    parts = batches(windows.ids, batch_tokens or reference.batch_tokens)
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         work = Activations(Path(folder))
         for model in models.values():
