@@ -22,6 +22,7 @@ from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.progress import COMPRESSING, PRICING, REHEARSING, SAVING, SWEEPS
 from assay.model.sites import Site
+from assay.model.threads import at_once
 from assay.profiling import WINDOW, needed_gradients, window_length
 
 IDLE = 460_000_000
@@ -77,10 +78,12 @@ def memory_needed(model: StreamedModel, batch: int, window: int) -> int:
     widths = max((sum(s.shape[0] + s.shape[1] for s in own if s.expert in (None, 0)) for own in blocks.values()), default=0)
     moments = max((sum(s.shape[0] ** 2 for s in own) + sum(n**2 for n in _inputs(own)) for own in blocks.values()), default=0)
     heads = int(getattr(model.model.config, "num_attention_heads", None) or 1)
-    backward = 4 * (weights + 2 * batch * widths + moments + heads * batch * window)
+    together = at_once() if model.small else 0
+    backward = 4 * (weights + (1 + together) * moments + max(1, together) * batch * (2 * widths + heads * window))
     solving = max((40 * (s.shape[0] ** 2 + s.shape[1] ** 2) + 30 * s.count for s in sites), default=0)
     ends = sum(4 * math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names if n not in _in_blocks(model))
-    return IDLE + max(backward, solving, ends + 4 * LOGITS_COPIES * _logits_at_once(model, batch, window))
+    logits = (at_once() if model.few_logits(window) else 1) * _logits_at_once(model, batch, window)
+    return IDLE + max(backward, solving, ends + 4 * LOGITS_COPIES * logits)
 
 
 def _logits_at_once(model: StreamedModel, batch: int, window: int) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor
 from assay.model.alike import alike
 
 WORTH_SHARING = 1 << 20
+MOST_TOGETHER = 8
+"""Items of `in_turn` that are at work together, each with tensors of its own."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _due: ContextVar[list[Callable[[], None]] | None] = ContextVar("due", default=None)
@@ -47,7 +49,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], weig
 
 
 def in_turn(function: Callable[[Item], Result], items: Sequence[Item], together: bool) -> Iterator[Result]:
-    """`function` of each item, in their order. together: a thread for each, and no more ahead of what is taken than there are.
+    """`function` of each item, in their order. together: a thread for each of `at_once`, and no more ahead of what is taken.
 
     As in `side_by_side`, every item is treated alone.
     """
@@ -69,16 +71,21 @@ def in_turn(function: Callable[[Item], Result], items: Sequence[Item], together:
             return function(item)
 
     try:
-        with ThreadPoolExecutor(threads, "assay-items") as pool:
+        with ThreadPoolExecutor(at_once(), "assay-items") as pool:
             jobs: deque[Future[Result]] = deque()
             for item in items:
                 jobs.append(pool.submit(alone, item))
-                if len(jobs) > threads:
+                if len(jobs) > at_once():
                     yield jobs.popleft().result()
             while jobs:
                 yield jobs.popleft().result()
     finally:
         torch.set_num_threads(threads)
+
+
+def at_once() -> int:
+    """How many items `in_turn` works at together."""
+    return min(torch.get_num_threads(), MOST_TOGETHER)
 
 
 def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callable[[], list[Result]]:
