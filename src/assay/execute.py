@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
@@ -36,7 +36,7 @@ from assay.model.packed import Packed
 from assay.model.progress import COMPRESSING, Progress
 from assay.model.sites import Site
 from assay.model.terms import restore
-from assay.model.threads import WORTH_SHARING, meanwhile, side_by_side
+from assay.model.threads import WORTH_SHARING, in_turn, meanwhile, side_by_side
 
 BATCH_WEIGHTS = 1 << 25
 Part = tuple[dict[str, Tensor], list["Solved"]]
@@ -116,14 +116,21 @@ def execute(
     if not all(path.exists() for path in files.values()):
         pair = _pair(model, profile, folder) if sequential else None
         due = {block: target for block, target in files.items() if sequential or not target.exists()}
+
+        def solve(block: int | None) -> dict[str, Any] | None:
+            if due[block].exists():
+                return None
+            started = perf_counter()
+            tensors, solved = _solve_block(model, plan, profile, block, pair)
+            metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
+            save_tensors(due[block], tensors or {"empty": torch.zeros(1)}, metadata)
+            return _figures(model, plan, solved) | {"seconds": perf_counter() - started, "memory": memory.resident()}
+
+        outside, inside = [b for b in due if b is None], [b for b in due if b is not None]
+        done = chain(map(solve, outside), in_turn(solve, inside, together=model.small and pair is None))
         with progress.task(COMPRESSING, len(due)) as advance:
-            for block, target in due.items():
-                if not target.exists():
-                    started = perf_counter()
-                    tensors, solved = _solve_block(model, plan, profile, block, pair)
-                    metadata = {"solved": json.dumps([s.__dict__ for s in solved])}
-                    save_tensors(target, tensors or {"empty": torch.zeros(1)}, metadata)
-                    figures = _figures(model, plan, solved) | {"seconds": perf_counter() - started, "memory": memory.resident()}
+            for block, figures in zip(due, done, strict=True):
+                if figures is not None:
                     progress.log(_line(_name(block), figures), block=block, **figures)
                     memory.release()
                 if pair is not None:

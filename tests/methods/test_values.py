@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assay.methods.grid.scales import (
@@ -159,6 +159,7 @@ def test_powers_of_two_stay_normal() -> None:
 
 
 @given(st.integers(0, 1000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.floats(-8, 4))
+@example(107, torch.bfloat16, 3.0)
 def test_two_level_scales_split_exactly(seed: int, dtype: torch.dtype, exponent: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     scale = 10**exponent * torch.rand(3, 8, 6, generator=generator).square()
@@ -170,7 +171,8 @@ def test_two_level_scales_split_exactly(seed: int, dtype: torch.dtype, exponent:
     assert stored.whole.dtype == torch.float32 and stored.whole.shape == (3,)
     assert torch.equal(stored.parts.float() * stored.whole[:, None, None], rounded.float())
     assert torch.equal(round_nvfp4(rounded.float(), tensor_scale(rounded), dtype), rounded)
-    large = (scale > scale.amax((-2, -1), keepdim=True) * 2.0**-14) & (scale > torch.finfo(dtype).tiny)
+    # The largest scale is stored as 224 to 448, and E4M3 is normal from 2^-6.
+    large = (scale > scale.amax((-2, -1), keepdim=True) * 2.0**-13) & (scale > torch.finfo(dtype).tiny)
     # three bits of mantissa: half a step is 1/16 of the number
     assert ((rounded.float() - scale).abs() <= scale / 16)[large].all()
 
