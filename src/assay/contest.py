@@ -67,8 +67,7 @@ class _HeldOut:
     def kl(self, results: Results) -> float:
         """Nats per token."""
         changed = {"plan": Candidate(StreamedModel(self.model.checkpoint, results.decoded))}
-        size = self.model.share(self.windows.tokens)
-        scores = compare(self.model, changed, self.windows, self.progress, True, self.kept, size)
+        scores = compare(self.model, changed, self.windows, self.progress, kl_only=True, kept=self.kept)
         return float(torch.cat(scores["plan"].kl).double().mean())
 
 

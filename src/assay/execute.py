@@ -148,7 +148,7 @@ def _pair(model: StreamedModel, profile: Profile, folder: Path) -> Pair:
 
 def _solve_block(model: StreamedModel, plan: Plan, profile: Profile, block: int | None, pair: Pair | None) -> Part:
     sites = [s for s in model.anatomy.sites.values() if s.block == block and _planned(plan, s)]
-    task = _Task(model, plan, profile.curvatures(block, base.weightwise(plan.method)))
+    task = _Task(model, plan, base.get(plan.method)(), profile.curvatures(block, base.weightwise(plan.method)))
     if pair is None or block is None:
         return task.solve(sites)
     tensors: dict[str, Tensor] = {}
@@ -176,10 +176,11 @@ def _planned(plan: Plan, site: Site) -> bool:
 
 
 class _Known(NamedTuple):
-    """Curvatures of a batch: as measured, as the inputs are met by now, and what a method has begun of these."""
+    """Curvatures of a batch: as measured, as the inputs are met by now (met: how), and what the method has begun of these."""
 
     stats: list[Curvature]
     used: list[Curvature]
+    met: Met | None = None
     begun: base.Statistics | None = None
 
 
@@ -189,17 +190,17 @@ class _Task:
 
     model: StreamedModel
     plan: Plan
+    method: base.Encoder
     curvatures: Curvatures
 
     def solve(self, sites: Sequence[Site], met: Met | None = None) -> Part:
         """Each site's tensors and what became of it. met: what these sites, that read one input, meet by now."""
         batches = list(_batches(self.plan, sites, self._starved))
         largest = max((batch[0].count for _, batch in batches), default=0)
-        method = base.get(self.plan.method)()
-        if isinstance(method, base.EarlyEncoder) and largest >= WORTH_SHARING:
-            parts = self._early(method, batches, met)
+        if isinstance(self.method, base.EarlyEncoder) and largest >= WORTH_SHARING:
+            parts = self._early(self.method, batches, met)
         else:
-            parts = side_by_side(lambda batch: self._batch(*batch, met, self._known(batch[1], met)), batches, largest)
+            parts = side_by_side(lambda batch: self._batch(*batch, self._known(batch[1], met)), batches, largest)
         return {k: t for tensors, _ in parts for k, t in tensors.items()}, [s for _, solved in parts for s in solved]
 
     def _early(self, method: base.EarlyEncoder, batches: Sequence[tuple[Level, list[Site]]], met: Met | None) -> list[Part]:
@@ -209,7 +210,7 @@ class _Task:
         begun, parts = deque(islice(upcoming, 1)), []
         for batch in batches:
             with alike(), meanwhile(lambda: begun.extend(islice(upcoming, 1))):
-                parts.append(self._batch(*batch, met, begun.popleft()))
+                parts.append(self._batch(*batch, begun.popleft()))
         return parts
 
     def _starved(self, site: Site) -> bool:
@@ -220,15 +221,14 @@ class _Task:
         if any(map(starved, stats)):
             return _Known(stats, stats)
         used = stats if met is None else [replace(curvature, h=met.h) for curvature in stats]
-        return _Known(stats, used, early.begin(statistics(early, used)) if early else None)
+        return _Known(stats, used, met, early.begin(statistics(early, used)) if early else None)
 
-    def _batch(self, level: Level, sites: list[Site], met: Met | None, known: _Known) -> Part:
-        weights, (stats, used, begun) = [read_weight(self.model, s) for s in sites], known
-        met = None if any(map(starved, stats)) else met
+    def _batch(self, level: Level, sites: list[Site], known: _Known) -> Part:
+        weights, (stats, used, met, begun) = [read_weight(self.model, s) for s in sites], known
         targets = weights if met is None else [compensated(weight, met.h, met.cross) for weight in weights]
         dtype = scale_dtype(self.model, sites[0])
         with dampings() as factored:
-            packed, failure = encode(base.get(self.plan.method)(), batched(targets), level, dtype, used, begun)
+            packed, failure = encode(self.method, batched(targets), level, dtype, used, begun)
         added = most([] if failure else factored, len(sites))
         tensors: dict[str, Tensor] = {}
         solved: list[Solved] = []

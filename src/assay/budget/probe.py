@@ -174,7 +174,7 @@ def probe(
     candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
     candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, start=1))
     with stored_precision(model.checkpoint):
-        scores = compare(model, candidates, windows, progress, True, batch_tokens=model.share(windows.tokens))
+        scores = compare(model, candidates, windows, progress, kl_only=True)
     per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
     kl = {name: float(found.mean()) for name, found in per_window.items()}
     sites = [s for s in model.anatomy.sites.values() if s.block is not None and s.name in prices]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,13 @@ from assay.measure.curvatures import EMPTY, LARGEST, Curvatures, block_name
 from assay.measure.index import check
 from assay.measure.precision import stored_precision
 from assay.measure.stream import BATCH_TOKENS, Activations, StreamedModel, batches, micro, token_losses
-from assay.measure.sums import PARTS, LargestCached, Sums
+from assay.measure.sums import PARTS, LargestCached, Sums, gather
 from assay.measure.text import Windows
 from assay.measure.weightwise import WeightSums
 from assay.model.errors import InputError
 from assay.model.files import load_tensors, read_note, save_note, save_tensors
 from assay.model.progress import SWEEPS, Progress
 from assay.model.sites import Site
-from assay.model.threads import in_turn, threads_for
 
 VERSION = 6
 WEIGHTWISE = ("gradient", "fisher")
@@ -190,35 +189,10 @@ def _sweep(
         _backward(model, text, folder, work, advance, weightwise, whole)
 
 
-class _Summed(Protocol):
-    def fresh(self) -> Any: ...
-
-    def merge(self, other: Any) -> None: ...
-
-
-def _gather(run: Callable[..., None], count: int, totals: Sequence[_Summed], together: bool) -> None:
-    """`run(b, *sums)` of every b below `count`, which adds to the sums that it is given.
-
-    together: side by side, each to sums of its own, which are added up in order; else one after another to the totals.
-    """
-
-    def alone(b: int) -> list[_Summed]:
-        own = [total.fresh() for total in totals] if together else list(totals)
-        run(b, *own)
-        return own
-
-    for found in in_turn(alone, range(count), together):
-        with threads_for(0):
-            for total, own in zip(totals, found, strict=True):
-                if own is not total:
-                    total.merge(own)
-
-
 def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activations, advance: Any, token_weights: str) -> None:
-    parts, places = text.whole, text.places.split([len(ids) for ids in text.whole])
     model.forget()
     with model.outside(tail=False):
-        for b, ids in enumerate(parts):
+        for b, ids in enumerate(text.whole):
             text.keep(work, 0, b, model.embed(ids))
         for ids in () if text.all_picked else text.some:
             model.embed(ids)
@@ -226,23 +200,28 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
     for index in range(len(model.blocks)):
         target = folder / f"{block_name(index)}.H.safetensors"
         if not target.exists():
-            sums, sites, name = Sums(), model.anatomy.block_sites(index), model.anatomy.block_names[index]
-
-            def run(b: int, sums: Sums, index: int = index, name: str = name, sites: list[Site] = sites) -> None:
-                hidden = work.get(f"h{index}", b)
-                sums.places, sums.length = places[b], parts[b].shape[1]
-                sums.weights = tokens.weights(token_weights, model, index, hidden, b)
-                with Capture(model.blocks[index], name, sites, sums.inputs):
-                    hidden = model.run_block(index, hidden, b, LargestCached(sums.values))
-                text.keep(work, index + 1, b, hidden)
-
-            with torch.no_grad(), model.block(index):
-                _gather(run, len(parts), (sums,), model.small)
-            sums.untouched(sites)
-            save_tensors(target, sums.finished())
+            save_tensors(target, _forward_block(model, text, work, index, token_weights))
             if not text.all_picked:
                 work.drop(f"h{index}")
         advance()
+
+
+def _forward_block(model: StreamedModel, text: Batches, work: Activations, index: int, token_weights: str) -> dict[str, Tensor]:
+    sums, places = Sums(), text.places.split([len(ids) for ids in text.whole])
+    sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
+
+    def run(b: int, sums: Sums) -> None:
+        hidden = work.get(f"h{index}", b)
+        sums.places, sums.length = places[b], text.whole[b].shape[1]
+        sums.weights = tokens.weights(token_weights, model, index, hidden, b)
+        with Capture(model.blocks[index], name, sites, sums.inputs):
+            hidden = model.run_block(index, hidden, b, LargestCached(sums.values))
+        text.keep(work, index + 1, b, hidden)
+
+    with torch.no_grad(), model.block(index):
+        gather(run, len(text.whole), (sums,), model.small)
+    sums.untouched(sites)
+    return sums.finished()
 
 
 def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, seed: int, weightwise: Sequence[str]) -> None:
@@ -272,7 +251,7 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
         work.put(f"g{depth}", b, torch.cat(gradients))
 
     with model.outside(tail=True):
-        _gather(run, len(text.some), (inputs, outputs), model.few_logits(text.some[0].shape[1]))
+        gather(run, len(text.some), (inputs, outputs), model.few_logits(text.some[0].shape[1]))
         if head and not text.all_picked:
             _head_inputs(model, head, (work.get(f"h{depth}", b) for b in range(len(text.whole))), inputs)
     save_tensors(target, inputs.finished() | text.to_all(outputs.values) or {EMPTY: torch.zeros(1)})
@@ -342,7 +321,7 @@ def _backward(
                     _descend(model, index, b, text, work, flow, watchers)
 
             with model.block(index):
-                _gather(run, len(text.some), (sums, *more.values()), model.small)
+                gather(run, len(text.some), (sums, *more.values()), model.small)
             sums.unreached(sites)
             for kind, found in more.items():
                 found.untouched(sites)

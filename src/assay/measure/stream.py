@@ -82,13 +82,13 @@ class StreamedModel:
         widths = (width for site in self.anatomy.sites.values() if site.block is not None for width in site.shape)
         return max(widths, default=0) ** 2 < WORTH_SHARING
 
+    def few_logits(self, length: int) -> bool:
+        """Whether that goes for the logits of windows of so many tokens too."""
+        return self.small and length * self.vocabulary <= LOGITS_AT_ONCE
+
     def share(self, tokens: int) -> int:
         """Tokens of a batch of a short text: where batches run side by side, few enough for every thread to have some."""
         return min(self.batch_tokens, tokens // ENOUGH_BATCHES) if self.small else self.batch_tokens
-
-    def few_logits(self, length: int) -> bool:
-        """The same of the logits of windows."""
-        return self.small and length * self.vocabulary <= LOGITS_AT_ONCE
 
     @contextmanager
     def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from assay.measure.damage import diagonal
 from assay.measure.triangle import mirror, strips
 from assay.model.errors import InputError
 from assay.model.sites import Site
+from assay.model.threads import in_turn, threads_for
 
 PARTS = 8
 """Parts of the text of which the diagonals of H and G are kept as well, so that their spread is known."""
@@ -136,3 +138,35 @@ def keep_largest(values: dict[str, Tensor], key: str, met: Tensor) -> None:
     """Keep the largest magnitude met so far."""
     largest = torch.stack(met.detach().aminmax()).abs().amax().float() if met.numel() else torch.tensor(0.0)
     values[f"{LARGEST}{key}"] = torch.maximum(values.get(f"{LARGEST}{key}", torch.tensor(0.0)), largest)
+
+
+class Summed(Protocol):
+    """Sums that batches can make apart."""
+
+    def fresh(self) -> Any:
+        """As it was before anything was added."""
+
+    def merge(self, other: Any) -> None:
+        """Add the sums over other tokens."""
+
+
+def gather(run: Callable[..., None], count: int, totals: Sequence[Summed], together: bool) -> None:
+    """`run(b, *sums)` of every b below `count`, which adds to the sums that it is given.
+
+    together: side by side, each to sums of its own, which are added up in order; else one after another to the totals.
+    """
+
+    if not together:
+        for b in range(count):
+            run(b, *totals)
+        return
+
+    def alone(b: int) -> list[Summed]:
+        own = [total.fresh() for total in totals]
+        run(b, *own)
+        return own
+
+    for found in in_turn(alone, range(count), together):
+        with threads_for(0):
+            for total, own in zip(totals, found, strict=True):
+                total.merge(own)

@@ -56,7 +56,7 @@ def in_turn(function: Callable[[Item], Result], items: Sequence[Item], together:
     if not together:
         yield from map(function, items)
         return
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    threads = torch.get_num_threads()
     if threads == 1 or len(items) < 2:
         for item in items:
             with threads_for(0):
@@ -64,12 +64,7 @@ def in_turn(function: Callable[[Item], Result], items: Sequence[Item], together:
             yield result
         return
 
-    def alone(item: Item) -> Result:
-        torch.get_num_threads()  # see `started`
-        torch.set_num_threads(1)
-        with torch.set_grad_enabled(gradients):
-            return function(item)
-
+    alone = _alone(function)
     try:
         with ThreadPoolExecutor(at_once(), "assay-items") as pool:
             jobs: deque[Future[Result]] = deque()
@@ -94,11 +89,6 @@ def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callab
     if threads == 1:
         return lambda: [function(item) for item in items]
 
-    def alone(item: Item) -> Result:
-        torch.get_num_threads()  # when first asked in a thread, torch takes what any thread set last, and forgets this one's
-        torch.set_num_threads(1)
-        return function(item)
-
     def results() -> list[Result]:
         try:
             return [jobs.pop(0).result() for _ in items]
@@ -106,9 +96,22 @@ def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callab
             torch.set_num_threads(threads)
 
     pool = ThreadPoolExecutor(min(threads, len(items)), "assay-items")
-    jobs = [pool.submit(alone, item) for item in items]
+    jobs = [pool.submit(_alone(function), item) for item in items]
     pool.shutdown(wait=False)
     return results
+
+
+def _alone(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """`function` for a thread of its own: one of torch's threads, and gradients as they are recorded here."""
+    gradients = torch.is_grad_enabled()
+
+    def alone(item: Item) -> Result:
+        torch.get_num_threads()  # when first asked in a thread, torch takes what any thread set last, and forgets this one's
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(gradients):
+            return function(item)
+
+    return alone
 
 
 @contextmanager

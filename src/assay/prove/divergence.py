@@ -117,12 +117,12 @@ def compare(
     """Run the windows through the reference and every candidate, one block in memory at a time.
 
     kl_only: leave the other scores empty; kept: a folder where the reference's outputs stay for the next call with the same
-    windows, which then need not run it; batch_tokens: how many go through a block at once, None: the reference's own.
+    windows, which then need not run it; batch_tokens: how many go through a block at once, None: what suits the reference.
     """
     known = kept is not None and kept.exists()
     runs = dict(candidates) if known else {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
-    parts = batches(windows.ids, batch_tokens or reference.batch_tokens)
+    parts = batches(windows.ids, reference.share(windows.tokens) if batch_tokens is None else batch_tokens)
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         work = Activations(Path(folder))
         for model in models.values():
@@ -152,8 +152,7 @@ def _pass(run: Candidate, index: int, name: str, count: int, work: Activations) 
         work.put(name, b, run.model.run_block(index, work.get(name, b), b))
 
     with run.model.block(index, run.override):
-        for _ in in_turn(one, range(count), run.model.small):
-            pass
+        list(in_turn(one, range(count), run.model.small))
 
 
 def _scores(

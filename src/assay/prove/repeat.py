@@ -38,13 +38,11 @@ def judged(
     check(compute, sizes)
     length, runs = int(windows.ids.shape[1]), []
     for size in sizes or [max(1, BATCH_TOKENS // length)]:
-        reference, candidate = (
-            StreamedModel(c, batch_tokens=size * length, compute=COMPUTE[compute]) for c in (original, result)
-        )
+        reference, candidate = (StreamedModel(c, compute=COMPUTE[compute]) for c in (original, result))
         if (shape := _shape(candidate)) != (wanted := _shape(reference)):
             raise InputError(f"{result.folder} has {shape}, {original.folder} {wanted}; they can't be compared")
         with float32_products():
-            runs.append(compare(reference, {"out": Candidate(candidate)}, windows, progress)["out"])
+            runs.append(compare(reference, {"out": Candidate(candidate)}, windows, progress, batch_tokens=size * length)["out"])
     if compute == "float16" and not all(bool(part.isfinite().all()) for run in runs for part in run.kl):
         raise InputError(f"{result.folder}: numbers too large for float16; verify with --compute bfloat16 or float32")
     found: dict[str, Any] = runs[0].summary() | {"compute": compute, "batches": None}
