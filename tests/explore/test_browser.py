@@ -208,7 +208,7 @@ def test_two_windows_are_independent(page: Page) -> None:
 
 
 def test_a_wrong_token_shows_nothing_of_the_page(browser: Any, server: Server) -> None:
-    browser.get(server.address.replace(server.token, "x" + server.token[1:]))
+    browser.get(server.address.replace(server.token, "~" + server.token[1:]))
     assert browser.find_element(By.TAG_NAME, "body").text.startswith('{"error":"not allowed"}')
     assert not browser.find_elements(By.ID, "slide")
     browser.get_log("browser")

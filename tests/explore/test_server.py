@@ -42,7 +42,7 @@ def test_two_servers_have_two_tokens(serve: Callable[..., Server], profile: Path
 def test_without_the_token_nothing_says_what_there_is(server: Server) -> None:
     """Every wrong address gets the same answer, whether the name behind it exists or not."""
     token = server.token
-    wrong = ["/", "", "/facts", "/page.js", f"/{token[:-1]}/", f"/{token[:-1]}x/facts", f"/{token}x/facts", f"/x{token}/facts"]
+    wrong = ["/", "", "/facts", "/page.js", f"/{token[:-1]}/", f"/{token[:-1]}~/facts", f"/{token}x/facts", f"/x{token}/facts"]
     wrong += [f"/./{token}/facts", f"/{quote('é')}/facts", f"/?{token}", f"http://127.0.0.1/{token[:-1]}/facts"]
     found = {request(server, "GET", path)[::2] for path in wrong}
     found |= {request(server, "POST", path, b"{}")[::2] for path in wrong}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,6 @@ from assay.model import trellis as reader
 from assay.model.errors import InputError
 from assay.model.trellis import Trellis
 
-settings.register_profile("assay", max_examples=60, database=None)
-settings.load_profile("assay")
 PUBLISHED = {2: 0.071, 3: 0.0189, 4: 0.0059}
 MEASURED = {2: 0.0687, 3: 0.0175, 4: 0.00447}
 CODES = [(bits, k) for bits, codes in reader._TABLES.items() for k in range(1, len(codes) + 1)]

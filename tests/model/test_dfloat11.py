@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,8 +16,6 @@ from assay.model.errors import InputError
 from assay.model.huffman import CHUNK
 
 SHAPES = st.lists(st.integers(0, 40), max_size=3)
-settings.register_profile("assay", max_examples=60, database=None)
-settings.load_profile("assay")
 
 
 def bits(tensor: Tensor) -> Tensor:

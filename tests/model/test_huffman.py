@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,8 +15,6 @@ from assay.model.huffman import CHUNK, LONGEST, canonical_codes, code_lengths, d
 
 COUNTS = st.lists(st.integers(0, 3) | st.integers(0, 10**12), min_size=2, max_size=256)
 EDGES = st.sampled_from([0, 1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 2])
-settings.register_profile("assay", max_examples=60, database=None)
-settings.load_profile("assay")
 
 
 def fibonacci(symbols: int) -> Tensor:

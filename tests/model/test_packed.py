@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assay.model.errors import InputError
@@ -24,8 +24,6 @@ ANY = st.sampled_from(sorted(FORMATS)).flatmap(
     )
 )
 SCALES = (torch.bfloat16, torch.float16, torch.float32)
-settings.register_profile("assay", max_examples=60, database=None)
-settings.load_profile("assay")
 
 
 def random_packed(level: Level, rows: int, groups: int, dtype: torch.dtype, seed: int) -> PackedInteger:
