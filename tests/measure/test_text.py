@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import save
 
+import assay
 from assay.measure import text
 from assay.measure.text import Split, load_tokenizer, windows
 from assay.model.checkpoint import Checkpoint
@@ -60,3 +61,15 @@ def test_a_data_set_without_text_is_refused_in_one_line(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "datasets", rows)
     with pytest.raises(InputError, match="some/set: no field"):
         list(text._hub("some/set", "calibration"))
+
+
+@pytest.mark.parametrize("opening", ["", "=" * 20_000, "the a of " * 3000])
+def test_a_long_document_is_read_as_far_as_it_must_be_and_cut_without_a_trace(tmp_path: Path, opening: str) -> None:
+    """Its first part may have more characters a token than the rest, or fewer."""
+    path = tmp_path / "text.txt"
+    path.write_text(opening + "".join(f"{n} lines, measured or guessed; " for n in range(40_000)))
+    model = Checkpoint.open(assay.builtin_model())
+    tokenizer = load_tokenizer(model)
+    whole = tokenizer(path.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    for wanted in (64, 16_384, 98_304):
+        assert windows(model, path, "calibration", wanted, 64, len(tokenizer)).ids.flatten().tolist() == whole[:wanted]

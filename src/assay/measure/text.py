@@ -19,6 +19,8 @@ from assay.model.errors import InputError
 
 BUILTIN = "builtin"
 Split = Literal["calibration", "evaluation"]
+FIRST_CHARACTERS = 1 << 14
+"""Of a document, to see how many its tokens have."""
 _FIELDS = ("text", "content", "messages", "prompt")
 
 
@@ -123,13 +125,13 @@ def recall(checkpoint: Checkpoint, facts: Mapping[str, Any], vocabulary: int, pu
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int) -> list[int]:
     """At least `wanted` tokens of the document, or all it has; reads no further than it needs."""
-    size = 6 * wanted + 4096
+    size = FIRST_CHARACTERS
     while True:
         ids: list[int] = tokenizer(document[:size], add_special_tokens=False, verbose=False)["input_ids"]
         # the cut may have changed the last few tokens
         if size >= len(document) or len(ids) >= wanted + 64:
             return ids
-        size *= 2
+        size = max(2 * size, int(1.05 * (wanted + 64) * size / max(1, len(ids))))
 
 
 def _documents(source: str, split: Split) -> Iterator[str]:

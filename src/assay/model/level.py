@@ -132,7 +132,7 @@ class Level:
     @property
     def base(self) -> Level:
         """The level of the codes alone."""
-        return replace(self, sparse=0.0, rank=0)
+        return replace(self, sparse=0.0, rank=0) if self.sparse or self.rank else self
 
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights. Raises InputError if they don't divide."""

@@ -126,10 +126,10 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         transformers.AutoModelForImageClassification, transformers.AutoModel,
     ]  # fmt: skip
     cls = getattr(transformers, wanted[0], None)
-    kind = next((k for k in kinds if type(config) in (k._model_mapping or ())), None)
+    mapped = (k for k in kinds if k._model_mapping is not None and type(config) in k._model_mapping)  # its truth imports them all
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
         make = partial(cls._from_config, config, dtype=torch.float32)
-    elif kind is not None:
+    elif (kind := next(mapped, None)) is not None:
         make = partial(kind.from_config, config, dtype=torch.float32, trust_remote_code=False)
     else:
         raise InputError(f"transformers has no model for {checkpoint.config['model_type']!r}")

@@ -120,9 +120,10 @@ class IntegerGrid:
         matrices, rows, columns = costs.weight.shape
         groups = self.groups(columns)
         scales, zeros = torch.empty(matrices, rows, groups), torch.empty(matrices, rows, groups, dtype=torch.uint8)
+        tried = np.array((1.0, *(s for s in shrinks if s != 1)), dtype=np.float32)
         facts = (
             np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[dtype],
-            np.float32(smallest(dtype)), np.float32(torch.finfo(dtype).max), np.array((1.0, *shrinks), dtype=np.float32),
+            np.float32(smallest(dtype)), np.float32(torch.finfo(dtype).max), tried,
         )  # fmt: skip
         for m in range(matrices):
             given = (*facts, costs.shared[m].numpy(), groups)

@@ -199,4 +199,4 @@ def _template(name: str) -> Template:
 @cache
 def _library() -> str:
     """plotly.js, compressed: browsers unpack it themselves, and the page stays under two megabytes."""
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
