@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from assay.measure import tokens
 from assay.measure.capture import Capture, Enough, OnProduct
@@ -244,10 +243,11 @@ def _tail(model: StreamedModel, text: Batches, folder: Path, work: Activations, 
                 logits = model.logits(hidden).flatten(0, 1)
             p = logits.detach().softmax(-1)
             labels, draws = _sampled(p, draws[: len(p)]), draws[len(p) :]
-            functional.cross_entropy(logits, labels, reduction="sum").backward()
-            gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
             for site in head:
                 outputs.plus(f"{site.name}|{site.reads}", (p - p.square()).sum(0))
+            p[torch.arange(len(p)), labels] -= 1  # now the gradient of the cross-entropy
+            logits.backward(p)
+            gradients.append(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad)
         work.put(f"g{depth}", b, torch.cat(gradients))
 
     with model.outside(tail=True):
