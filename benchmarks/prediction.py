@@ -1,17 +1,17 @@
 """Predicted against measured KL: whole plans over a range of budgets, and one matrix at a time.
 
-python benchmarks/prediction.py [--model DIR] [--bits 2.3 3 4]     (--model builtin for the shipped one)
+python benchmarks/prediction.py [--model DIR|builtin] [--bits 2.3 3 4]
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from _harness import CALIBRATION_TEXT, JUDGE_TEXT, MODEL
+from _harness import CALIBRATION_TEXT, JUDGE_TEXT, arguments, machine, table, work_folder, write
 
 import assay
 from assay.budget.probe import nearest
@@ -23,21 +23,30 @@ from assay.model.progress import Silent
 from assay.prove.divergence import Candidate, compare
 from assay.run import open_model
 
+BITS = (2.3, 2.6, 3.0, 3.5, 4.0, 4.3, 5.0)
 
-def plans(model: str, profile: Path, bits: list[float], judge: Path | None, work: Path) -> None:
-    """One row a budget: bits, predicted and measured KL in nats per token, their ratio, interval hit."""
-    print("| bits | predicted | interval | measured | ratio | inside |\n|---|---|---|---|---|---|")
+
+def plans(model: str, profile: Path, bits: list[float], judge: Path | None, work: Path) -> list[dict[str, Any]]:
+    """What `assay verify` says of the KL, in nats per token, of a mixed plan by the default method at each budget."""
+    rows = []
     for target in bits:
         out = work / f"b{target}"
         assay.compress(model, out, bits=target, profile=profile)
-        kl = assay.verify(out, model, text=judge)["kl"]
-        low, high, ratio = kl["predicted_low"], kl["predicted_high"], kl["predicted"] / kl["measured"]
-        inside = "yes" if low <= kl["measured"] <= high else "no"
-        print(f"| {target} | {kl['predicted']:.5f} | {low:.5f} to {high:.5f} | {kl['measured']:.5f} | {ratio:.2f} | {inside} |")
+        rows.append({"bits": target, **assay.verify(out, model, text=judge)["kl"]})
+        print(rows[-1], flush=True)
+    return rows
 
 
-def matrices(model: str, profile: Path, judge: Path | None) -> None:
-    """Correlation of log price and log KL over matrices rounded to nearest alone, at 3 bits."""
+def line(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    low, high = row["predicted_low"], row["predicted_high"]
+    inside = "yes" if low <= row["measured"] <= high else "no"
+    figures = (f"{row['predicted']:.5f}", f"{low:.5f} to {high:.5f}", f"{row['measured']:.5f}")
+    return [str(row["bits"]), *figures, f"{row['predicted'] / row['measured']:.2f}", inside]
+
+
+def correlation(model: str, profile: Path, judge: Path | None) -> tuple[int, float]:
+    """How many matrices, and the correlation of log price and log KL over them, each rounded to nearest alone, at 3 bits."""
     prices = Profile.open(profile).prices
     streamed = StreamedModel(open_model(model))
     text = windows(streamed.checkpoint, judge, "evaluation", 7680, 256, streamed.vocabulary)
@@ -47,21 +56,25 @@ def matrices(model: str, profile: Path, judge: Path | None) -> None:
     scores = compare(streamed, candidates, text, Silent())
     measured = np.log([float(torch.cat(scores[n].kl).double().mean()) for n in names])
     predicted = np.log([prices[n][level.name]["nearest"] for n in names])
-    print(f"\nlog correlation over {len(names)} matrices: {np.corrcoef(predicted, measured)[0, 1]:.3f}")
+    return len(names), float(np.corrcoef(predicted, measured)[0, 1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--bits", type=float, nargs="+", default=[2.3, 2.6, 3.0, 3.5, 4.0, 4.3, 5.0])
+    """Measure plans and matrices."""
+    parser = arguments(__doc__)
+    parser.add_argument("--bits", type=float, nargs="+", default=BITS)
     given = parser.parse_args()
-    shipped = given.model == "builtin"
-    calibration, judge = (None, None) if shipped else (CALIBRATION_TEXT, JUDGE_TEXT)
+    torch.set_num_threads(given.threads)
+    model = str(given.model)
+    calibration, judge = (None, None) if model == "builtin" else (CALIBRATION_TEXT, JUDGE_TEXT)
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile"
-        assay.profile(given.model, profile, calibration=calibration)
-        plans(given.model, profile, given.bits, judge, Path(folder))
-        matrices(given.model, profile, judge)
+        assay.profile(model, profile, calibration=calibration)
+        rows = plans(model, profile, given.bits, judge, Path(folder))
+        count, related = correlation(model, profile, judge)
+    found = table(("bits", "predicted", "interval", "measured", "ratio", "inside"), map(line, rows))
+    text = "\n\n".join([machine(given.threads), found, f"log correlation over {count} matrices: {related:.3f}"])
+    write(work_folder(given.out), f"prediction-{given.model.name}", text, {"plans": rows, "correlation": related})
 
 
 if __name__ == "__main__":
