@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +128,7 @@ def _cells(trial: Trial, runs: Sequence[Row], seeds: int) -> list[str]:
     kls = [r["kl"] for r in runs]
     spread = [f"{min(kls):.5f} to {max(kls):.5f}" if len(runs) > 1 else "one seed"] if seeds > 1 else []
     kl = f"{kl_of(runs):.5f} [{min(r['low'] for r in runs):.5f}, {max(r['high'] for r in runs):.5f}]"
-    perplexity, seconds = (mean(r[key] for r in runs) for key in ("perplexity", "seconds"))
+    perplexity, seconds = mean(r["perplexity"] for r in runs), median(r["seconds"] for r in runs)
     return [*trial, f"{first['bits']:.3f}", kl, *spread, f"{perplexity:.2f}", f"{seconds:.1f}"]
 
 
