@@ -6,6 +6,7 @@ python benchmarks/prediction.py [--model DIR|builtin] [--bits 2.3 3 4]
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from assay.run import open_model
 BITS = (2.3, 2.6, 3.0, 3.5, 4.0, 4.3, 5.0)
 
 
-def plans(model: str, profile: Path, bits: list[float], judge: Path | None, work: Path) -> list[dict[str, Any]]:
+def plans(model: str, profile: Path, bits: Sequence[float], judge: Path | None, work: Path) -> list[dict[str, Any]]:
     """What `assay verify` says of the KL, in nats per token, of a mixed plan by the default method at each budget."""
     rows = []
     for target in bits:
