@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from assay.measure import tokens
-from assay.measure.capture import Capture, Enough, OnProduct
+from assay.measure.capture import Enough
 from assay.measure.precision import stored_precision
 from assay.measure.stream import Activations, Override, StreamedModel, batches
 from assay.model.files import save_text
@@ -93,8 +93,8 @@ class Pair:
 
         with self._precise(), self.model.block(index, changed):
             for b in range(len(self._parts)):
-                with suppress(Enough), self._capture(index, add, early=True):
-                    self.model.run_block(index, self._work.get(f"changed{index}", b), b)
+                with suppress(Enough):
+                    self.model.run_block(index, self._work.get(f"changed{index}", b), b, watch=add, early=True)
         return Met(sums[0] / count, sums[1] / count)
 
     def _enter(self, changed: Override) -> None:
@@ -132,12 +132,7 @@ class Pair:
                 place = self._places.setdefault(site.reads, len(self._places))
                 self._work.put(f"x{place}", b, x.reshape(-1, x.shape[-1]))
 
-        with self._capture(index, keep):
-            return self.model.run_block(index, hidden, b)
-
-    def _capture(self, index: int, on_product: OnProduct, early: bool = False) -> Capture:
-        anatomy = self.model.anatomy
-        return Capture(self.model.blocks[index], anatomy.block_names[index], anatomy.block_sites(index), on_product, early)
+        return self.model.run_block(index, hidden, b, watch=keep)
 
     def _precise(self) -> AbstractContextManager[None]:
         return stored_precision(self.model.checkpoint)

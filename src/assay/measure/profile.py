@@ -207,19 +207,17 @@ def _forward(model: StreamedModel, text: Batches, folder: Path, work: Activation
 
 def _forward_block(model: StreamedModel, text: Batches, work: Activations, index: int, token_weights: str) -> dict[str, Tensor]:
     sums, places = Sums(), text.places.split([len(ids) for ids in text.whole])
-    sites, name = model.anatomy.block_sites(index), model.anatomy.block_names[index]
 
     def run(b: int, sums: Sums) -> None:
         hidden = work.get(f"h{index}", b)
         sums.places, sums.length = places[b], text.whole[b].shape[1]
         sums.weights = tokens.weights(token_weights, model, index, hidden, b)
-        with Capture(model.blocks[index], name, sites, sums.inputs):
-            hidden = model.run_block(index, hidden, b, LargestCached(sums.values))
+        hidden = model.run_block(index, hidden, b, LargestCached(sums.values), sums.inputs)
         text.keep(work, index + 1, b, hidden)
 
     with torch.no_grad(), model.block(index):
         gather(run, len(text.whole), (sums,), model.small)
-    sums.untouched(sites)
+    sums.untouched(model.anatomy.block_sites(index))
     return sums.finished()
 
 
@@ -343,8 +341,7 @@ def _descend(
             watcher(sites, x, y)
 
     hidden = text.states(work, index, b).requires_grad_(True)
-    with Capture(model.blocks[index], model.anatomy.block_names[index], model.anatomy.block_sites(index), watch):
-        out = model.run_block(index, hidden, text.note(b))
+    out = model.run_block(index, hidden, text.note(b), watch=watch)
     out.backward(work.get(f"{flow}{index + 1}", b))
     work.put(f"{flow}{index}", b, hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
 

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from assay.measure.capture import Capture, OnProduct
 from assay.model import memory
 from assay.model.alike import alike
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
 from assay.model.files import checksum, damaged, read_note, save_note
 from assay.model.finite import finite
-from assay.model.precision import rounded_attention
+from assay.model.precision import rounded_maps
 from assay.model.sites import Anatomy, Site, empty_model, survey
 from assay.model.threads import WORTH_SHARING
 
@@ -115,14 +116,24 @@ class StreamedModel:
             self.model(input_ids=ids)
         return seen[0]
 
-    def run_block(self, index: int, hidden: Tensor, batch: int, cache: Any = None) -> Tensor:
-        """Output [batch, length, hidden] of a loaded block for one batch noted by `embed`; cache: gets its keys and values."""
+    def run_block(
+        self, index: int, hidden: Tensor, batch: int, cache: Any = None, watch: OnProduct | None = None, early: bool = False
+    ) -> Tensor:
+        """Output [batch, length, hidden] of a loaded block for one batch noted by `embed`.
+
+        cache: gets its keys and values; watch: sees the products with its sites' weights, see `Capture`, also for `early`.
+        """
         args, kwargs = self._calls[index][batch]
         if cache is not None:
             kwargs = kwargs | {name: cache for name in CACHES if name in kwargs}
-        with rounded_attention():
+        with rounded_maps(), self._watched(index, watch, early):
             result = self.blocks[index](hidden.to(self.compute), *args, **kwargs)
         return (result[0] if isinstance(result, tuple) else result).float()
+
+    def _watched(self, index: int, watch: OnProduct | None, early: bool) -> AbstractContextManager[Any]:
+        if watch is None:
+            return nullcontext()
+        return Capture(self.blocks[index], self.anatomy.block_names[index], self.anatomy.block_sites(index), watch, early)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output of the last block -> logits [batch, length, vocabulary]. Call inside `outside()`."""

@@ -35,18 +35,26 @@ def _products(precision: str) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def rounded_attention() -> AbstractContextManager[Any]:
-    """Scaled dot product attention in bf16 while products are rounded; torch makes its products fast in no other way."""
+def rounded_maps() -> AbstractContextManager[Any]:
+    """Attention in bf16 while products are rounded, and linear maps where the processor has no unit that rounds factors itself:
+    torch makes their products fast in no other way."""
     rounded = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
-    return _RoundedAttention() if rounded and has_bf16("cpu") else nullcontext()
+    return _RoundedMaps() if rounded and has_bf16("cpu") else nullcontext()
 
 
-class _RoundedAttention(TorchFunctionMode):
+class _RoundedMaps(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func is not functional.scaled_dot_product_attention:
+        if func not in _maps():
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(_rounded, (args, kwargs or {}))
         return func(*args, **kwargs).float()
+
+
+@cache
+def _maps() -> tuple[Any, ...]:
+    """What is called with bf16; AMX rounds the factors of float32 products, and keeps their sums."""
+    attention = functional.scaled_dot_product_attention
+    return (attention,) if torch.cpu._is_amx_tile_supported() else (attention, functional.linear)
 
 
 def _rounded(value: Any) -> Any:
