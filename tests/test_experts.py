@@ -27,7 +27,7 @@ from assay.model.errors import InputError
 from assay.model.level import Level
 from assay.model.progress import Silent
 from assay.model.sites import survey
-from assay.profiling import make_profile
+from assay.profiling import Scope, make_profile
 
 SETTINGS = {"calibration": "text.txt", "tokens": 1024, "window": 32}
 WIDE = {"moe_intermediate_size": 64}
@@ -225,7 +225,7 @@ def test_an_expert_that_no_token_of_a_part_met_is_left_out_of_the_spreads(tmp_pa
 @pytest.mark.parametrize("family", ["opt", "gpt2"])
 @pytest.mark.parametrize("sparing", [True, False])
 def test_products_of_flattened_windows_count_for_the_parts_that_these_are_in(tmp_path: Path, family: str, sparing: bool) -> None:
-    model, more = save(family, tmp_path / "m"), {"methods": ("gptq",), "sparing": sparing}
+    model, more = save(family, tmp_path / "m"), {"scope": Scope(("gptq",), sparing=sparing)}
     by_part, by_text = (in_batches(model, tokens, **more).index["spread"] for tokens in (128, 1024))
     assert by_part.keys() == by_text.keys() and {len(values) for values in by_text.values()} == {8}
     for name, values in by_part.items():

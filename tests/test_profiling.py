@@ -12,7 +12,7 @@ from assay.measure.profile import ALL_GRADIENTS, Gradients, Profile
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
 from assay.model.errors import InputError
-from assay.profiling import needed_gradients
+from assay.profiling import Scope
 
 SMALL = {"window": 16, "tokens": "auto"}
 
@@ -53,13 +53,15 @@ def test_tokens_auto_takes_no_other_profile_for_its_own(model: Path) -> None:
 def test_gradients_are_measured_as_far_as_methods_need_them(model: Path, tmp_path: Path) -> None:
     dense = StreamedModel(Checkpoint.open(model))
     experts = StreamedModel(Checkpoint.open(save("mixtral", tmp_path / "experts")))
-    assert [needed_gradients(dense, ("two_sided",), n, True).every for n in (8, 256, 511, 1024)] == [1, 1, 1, 4]
-    assert needed_gradients(dense, ("gptq", "two_sided"), 1024, True) == Gradients(4, whole=True)
-    assert needed_gradients(dense, ("gptq",), 1024, True) == Gradients(16, whole=False)
-    assert needed_gradients(experts, ("gptq",), 1024, True) == Gradients(1, whole=False)
-    assert needed_gradients(experts, ("two_sided",), 1024, True) == ALL_GRADIENTS
-    assert needed_gradients(dense, ("gptq",), 1024, False) == ALL_GRADIENTS
-    assert needed_gradients(dense, ("squeezellm",), 1024, True) == ALL_GRADIENTS  # needs a sum over all tokens
+    sparing = {name: Scope((name,), sparing=True) for name in ("gptq", "two_sided", "squeezellm")}
+    assert [sparing["two_sided"].gradients(dense, n).every for n in (8, 256, 511, 1024)] == [1, 1, 1, 4]
+    assert Scope(("gptq", "two_sided"), sparing=True).gradients(dense, 1024) == Gradients(4, whole=True)
+    assert sparing["gptq"].gradients(dense, 1024) == Gradients(16, whole=False)
+    assert Scope(("gptq",), sparing=True, flat=True).gradients(dense, 1024) == Gradients(128, whole=False)
+    assert sparing["gptq"].gradients(experts, 1024) == Gradients(1, whole=False)
+    assert sparing["two_sided"].gradients(experts, 1024) == ALL_GRADIENTS
+    assert Scope(("gptq",)).gradients(dense, 1024) == ALL_GRADIENTS
+    assert sparing["squeezellm"].gradients(dense, 1024) == ALL_GRADIENTS  # needs a sum over all tokens
 
 
 def test_what_a_finished_profile_has_no_prices_of_is_refused(model: Path) -> None:

@@ -128,6 +128,8 @@ def _damage(model: StreamedModel, profile: Profile, results: Results) -> dict[st
 
 def _frontier(profile: Profile, plan: Plan, contract: Contract) -> list[dict[str, Any]]:
     """What other sizes would have cost, corrected as the plan was, for the report; empty where a plan has no choice."""
+    if profile.index.get("flat"):
+        return []
     try:
         points = frontier(profile, 1.5, 8, 0.5, contract, plan.method, (), "lagrange")["points"]
         ratio = plan.predicted / plans.checked(profile, plan, contract).predicted

@@ -23,7 +23,7 @@ from assay.model.errors import InputError
 from assay.model.progress import COMPRESSING, PRICING, REHEARSING, SAVING, SWEEPS
 from assay.model.sites import Site
 from assay.model.threads import at_once
-from assay.profiling import WINDOW, needed_gradients, window_length
+from assay.profiling import WINDOW, Scope, window_length
 
 IDLE = 460_000_000
 """Resident bytes once everything is imported (benchmarks/memory.py)."""
@@ -177,7 +177,8 @@ def rehearse(
         entries = 1 + blocks * (share - 1) / max(1, len(written.stored))
     saving = (ended - clock.ended) * max(1.0, result / max(int(done["bytes"]), 1))
     length = int(settings.get("window") or WINDOW)
-    every, met = (needed_gradients(model, (settings["method"],), n // length, True).every for n in (tokens, used))
+    scope = Scope((settings["method"],), sparing=True, flat=bool(settings["uniform"] or budget.get("level")))
+    every, met = (scope.gradients(model, n // length).every for n in (tokens, used))
     stages = _stages(clock, share, (tokens / used, tokens / used * met / every), profiled, planned)
     other = max(0.0, clock.ended - started - sum(sum(steps) for _, steps in clock.tasks))
     depth = math.log2(max(1.0, len(model.blocks) / REHEARSED_BLOCKS))

@@ -22,6 +22,7 @@ from assay.measure import tokens as token_kinds
 from assay.measure.footprint import footprint
 from assay.measure.profile import ALL_GRADIENTS, ENOUGH_TO_SOLVE, INDEX, Gradients, Profile, measure, save_index, thinned
 from assay.measure.stream import StreamedModel
+from assay.measure.sums import PARTS
 from assay.measure.text import Windows, load_tokenizer, tokenizer_digest, windows
 from assay.methods import base
 from assay.methods.menus import stand_in
@@ -40,6 +41,7 @@ POOL = 8
 """Times as much text as is used, from which a selection is made."""
 HELD_OUT_SPAN = 4
 REHEARSED = ("gptq", "two_sided")
+Menu = Callable[[int], list[Level]]
 MAX_AUTO_TOKENS = 131_072
 STABLE_SHARE = 0.05
 
@@ -62,65 +64,93 @@ class Selection:
 ALL_FIRST = Selection()
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What a profile is for. methods: those whose levels are priced and that are rehearsed; levels: further ones to price.
+
+    sparing: for these methods only, so that of gradients which none of them solves with less is measured;
+    flat: for one level everywhere, one of `levels`: no others are priced, and their widths alone are rehearsed and probed.
+    """
+
+    methods: Sequence[str] = REHEARSED
+    levels: Sequence[Level] = ()
+    sparing: bool = False
+    flat: bool = False
+
+    def menu(self, method: str) -> Menu:
+        """The levels of a method that are priced, for rows of so many weights."""
+        return _further(self.levels) if self.flat else base.get(method)().levels
+
+    @property
+    def menus(self) -> list[Menu]:
+        """All that is priced."""
+        widths = {*self.widths, agreement.BITS}
+        return [*map(self.menu, self.methods), _further(self.levels), lambda columns: probe.probed_levels(columns, widths)]
+
+    @property
+    def widths(self) -> list[int]:
+        """Bits at which the model is probed and methods are rehearsed."""
+        near = {min(probe.PROBED_BITS, key=lambda bits: abs(bits - level.bits)) for level in self.levels}
+        return [bits for bits in probe.PROBED_BITS if not self.flat or bits in near]
+
+    def gradients(self, model: StreamedModel, windows: int) -> Gradients:
+        """What is measured of the gradients on so many windows.
+
+        Only prices need them where a solver takes H alone. An expert meets too few tokens to leave any out.
+        """
+        if not self.sparing or base.weightwise(*self.methods):
+            return ALL_GRADIENTS
+        every = 1 if model.anatomy.has_experts else None
+        if all(base.get(name).prices != "two_sided" and not set(base.get(name).needs) - {"H"} for name in self.methods):
+            return Gradients(every or (max(1, windows // PARTS) if self.flat else thinned(windows)), whole=False)
+        return Gradients(every or max(1, windows // ENOUGH_TO_SOLVE))
+
+
+ANY = Scope()
+
+
 def make_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, tokens: int, window: int | None, seed: int,
-    progress: Progress, methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
-    selection: Selection = ALL_FIRST, sparing: bool = False,
+    progress: Progress, scope: Scope = ANY, token_weights: str = "none", selection: Selection = ALL_FIRST,
 ) -> Profile:  # fmt: skip
     """Measure into `folder`; continues where a call with the same settings was cut off. Raises InputError.
 
-    methods: those whose levels are priced and that are rehearsed;
-    levels: further ones to price; token_weights: see `measure.tokens`;
-    sparing: for these methods only, so that of gradients which none of them solves with less is measured.
+    token_weights: see `measure.tokens`.
     """
     token_kinds.check(token_weights)
-    _check_fit(model, levels)
+    _check_fit(model, scope.levels)
     target = _target(model, selection, window)
     text, held_out, origin = _texts(model, calibration, tokens, window, selection, target, seed)
-    weightwise = base.weightwise(*methods)
-    gradients = needed_gradients(model, methods, len(text.ids), sparing)
+    weightwise, gradients = base.weightwise(*scope.methods), scope.gradients(model, len(text.ids))
     settings = _settings(model, text, seed, weightwise, token_weights)
     settings |= {"target": target.digest if target else None}
     settings |= {} if gradients == ALL_GRADIENTS else {"gradients": gradients._asdict()}
-    if (existing := _existing(folder, settings, methods, levels)) is not None:
+    if (existing := _existing(folder, settings, scope)) is not None:
         return existing
     with alone(folder) as fresh, unless_refused(folder, fresh):
-        if (existing := _existing(folder, settings, methods, levels)) is not None:
+        if (existing := _existing(folder, settings, scope)) is not None:
             return existing
         _claim(folder, settings)
         measure(model, text, folder, seed, progress, weightwise, token_weights, gradients)
-        return _finish(model, folder, text, held_out, origin, target, settings, methods, levels, progress)
+        return _finish(model, folder, text, held_out, origin, target, settings, scope, progress)
 
 
-def needed_gradients(model: StreamedModel, methods: Sequence[str], windows: int, sparing: bool) -> Gradients:
-    """What is measured of the gradients on so many windows; sparing: for no more than these methods.
-
-    Only prices need them where a solver takes H alone. An expert meets too few tokens to leave any out.
-    """
-    if not sparing or base.weightwise(*methods):
-        return ALL_GRADIENTS
-    every = 1 if model.anatomy.has_experts else None
-    if all(base.get(name).prices != "two_sided" and not set(base.get(name).needs) - {"H"} for name in methods):
-        return Gradients(every or thinned(windows), whole=False)
-    return Gradients(every or max(1, windows // ENOUGH_TO_SOLVE))
-
-
-def _existing(folder: Path, settings: dict[str, Any], methods: Sequence[str], levels: Sequence[Level]) -> Profile | None:
+def _existing(folder: Path, settings: dict[str, Any], scope: Scope) -> Profile | None:
     """The finished profile of a folder. Raises InputError for one of other settings, or without what is asked for."""
     if not (folder / INDEX).exists():
         return None
     found = Profile.open(folder)
     if found.index["settings"] != settings:
         raise InputError(f"{folder} holds a profile of other settings or another model; choose another folder")
-    menu, columns = _further(levels), {row["name"]: row["shape"][1] for row in found.index["rows"]}
-    lacking = [m for m in methods if m not in {*REHEARSED, *found.index["ratios"]}]
+    menu, columns = _further(scope.levels), {row["name"]: row["shape"][1] for row in found.index["rows"]}
+    lacking = [m for m in scope.methods if m not in {*REHEARSED, *found.index["ratios"]}]
     lacking += [x.name for name, known in found.prices.items() for x in menu(columns[name]) if x.base.name not in known]
     if lacking:
         raise InputError(f"{folder} holds a profile without prices of {lacking[0]}; choose another folder")
     return found
 
 
-def _further(levels: Sequence[Level]) -> Callable[[int], list[Level]]:
+def _further(levels: Sequence[Level]) -> Menu:
     """Those of the levels that a matrix of so many columns can have."""
     return lambda columns: [y for x in levels if columns % ((y := stand_in(x, columns)).group_size or 1) == 0]
 
@@ -135,15 +165,15 @@ def _check_fit(model: StreamedModel, levels: Sequence[Level]) -> None:
 
 def stable_profile(
     model: StreamedModel, folder: Path, calibration: str | Path | None, window: int | None, seed: int, progress: Progress,
-    methods: Sequence[str] = REHEARSED, levels: Sequence[Level] = (), token_weights: str = "none",
-    selection: Selection = ALL_FIRST, sparing: bool = False,
+    scope: Scope = ANY, token_weights: str = "none", selection: Selection = ALL_FIRST,
 ) -> Profile:  # fmt: skip
-    """Double the calibration tokens until the plan at 3.5 bits stops changing. Raises InputError."""
+    """Double the calibration tokens until the plan at 3.5 bits stops changing. Raises InputError.
+
+    scope: not of one level, which leaves nothing to plan.
+    """
 
     def on(count: int, folder: Path) -> Profile:
-        return make_profile(
-            model, folder, calibration, count, window, seed, progress, methods, levels, token_weights, selection, sparing
-        )
+        return make_profile(model, folder, calibration, count, window, seed, progress, scope, token_weights, selection)
 
     if (folder / INDEX).exists():
         return on(int(Profile.open(folder).index["calibration"]["tokens"]), folder)
@@ -173,16 +203,14 @@ def text_digest(model: StreamedModel, calibration: str | Path | None, tokens: in
 
 def _finish(
     model: StreamedModel, folder: Path, text: Windows, held_out: Windows, origin: dict[str, Any], target: Windows | None,
-    settings: dict[str, Any], methods: Sequence[str], levels: Sequence[Level], progress: Progress,
+    settings: dict[str, Any], scope: Scope, progress: Progress,
 ) -> Profile:  # fmt: skip
-    menus: list[Callable[[int], list[Level]]] = [base.get(name)().levels for name in methods]
-    menus.append(probe.probed_levels)
-    menus.append(_further(levels))
-    prices = probe.price_model(model, folder, text.tokens, menus, progress)
-    ratios = probe.rehearse(model, folder, text.tokens, prices, methods, progress)
+    prices = probe.price_model(model, folder, text.tokens, scope.menus, progress)
+    menus = {name: scope.menu(name) for name in scope.methods}
+    ratios = probe.rehearse(model, folder, text.tokens, prices, menus, scope.widths, progress)
     with threads_for(0):  # products with vectors, which MKL divides by threads in any case
         spread = spreads(model, folder, text.tokens)
-    probes = probe.probe(model, held_out, prices, progress)
+    probes = probe.probe(model, held_out, prices, scope.widths, progress)
     kept_nbytes = model.checkpoint.kept_nbytes
     names = {n: kept_nbytes(n) for n in model.checkpoint.names}
     index = {
@@ -196,7 +224,7 @@ def _finish(
         "parameters": sum(math.prod(model.checkpoint.shape(n)) for n in model.checkpoint.names),
         "file_bytes": model.checkpoint.kept_file_bytes, "gguf": _gguf(model.checkpoint),
         "prices": prices, "ratios": ratios, "probes": probes.points, "first": probes.first, "spread": spread,
-        "probe_spread": probes.spread, "target": None,
+        "probe_spread": probes.spread, "target": None, "flat": scope.flat,
     }  # fmt: skip
     if target is not None:
         index["target"] = compared(model, Reference.of(Profile(folder, index)), target, progress)

@@ -46,7 +46,7 @@ from assay.model.notes import read_recipe
 from assay.model.progress import Progress, Silent
 from assay.polish import check as check_polish
 from assay.polish import polish as polish_whole
-from assay.profiling import REHEARSED, TOKENS, WINDOW, Selection, make_profile, stable_profile, text_digest, window_length
+from assay.profiling import REHEARSED, TOKENS, WINDOW, Scope, Selection, make_profile, stable_profile, text_digest, window_length
 from assay.prove import repeat
 from assay.prove.tasks import Tasks, compared
 from assay.report.page.render import write as write_page
@@ -118,9 +118,10 @@ def profile(
     """
     streamed, listener = StreamedModel(open_model(model)), progress or Silent()
     streamed.batch_tokens = preflight.handling(streamed, window, memory.available()).batch
+    scope = Scope(methods, [presets.level(name) for name in levels])
     return _measured(
-        streamed, Path(out), calibration, tokens, window, seed=seed, progress=listener, methods=methods,
-        levels=[presets.level(name) for name in levels], token_weights=token_weights, selection=Selection(select, target),
+        streamed, Path(out), calibration, tokens, window, seed=seed, progress=listener, scope=scope,
+        token_weights=token_weights, selection=Selection(select, target),
     )  # fmt: skip
 
 
@@ -222,7 +223,9 @@ def compress(
     with alone(work):
         unproven = _unproven(work, destination)
         progress.log(preflight.line(by, preflight.disk_needed(streamed, 0 if ready else count, ahead.tensors), ahead.files))
-        measured = ready or _profile_in(work, streamed, given_text, method, limits, progress)
+        levels = [Level.parse(name) for name in sorted(ahead.levels)]
+        scope = Scope((method,), levels, sparing=True, flat=bool(levels) and not given and tokens != "auto")
+        measured = ready or _profile_in(work, streamed, given_text, scope, progress)
         _check_profile(measured, streamed, method)
         if given:
             chosen = plans.checked(measured, given, contract)
@@ -344,14 +347,11 @@ def _measured(
     return make_profile(model, folder, calibration, int(tokens or TOKENS), window, **more)
 
 
-def _profile_in(
-    work: Path, model: StreamedModel, text: Mapping[str, Any], method: str, budget: Budget, progress: Progress
-) -> Profile:
+def _profile_in(work: Path, model: StreamedModel, text: Mapping[str, Any], scope: Scope, progress: Progress) -> Profile:
     given = Path(text["calibration"] or "")
     read = sums.digest(given) if given.is_file() else ""
-    folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{read}:{method}:{budget.level}')}"
-    levels = [presets.level(budget.level)] if budget.level else []
-    return _measured(model, folder, **text, seed=0, progress=progress, methods=(method,), levels=levels, sparing=True)
+    folder = work / f"profile-{_digest(f'{model.checkpoint.fingerprint}:{text}:{read}:{scope}')}"
+    return _measured(model, folder, **text, seed=0, progress=progress, scope=scope)
 
 
 def _check_done(counts: Mapping[str, int], out: str | Path, model: StreamedModel) -> None:

@@ -14,6 +14,7 @@ from assay.budget.forecast import Forecast
 from assay.budget.menu import Decision, SiteRow
 from assay.budget.offers import decisions, menus_of, only_level, preferring, priced, roughly, rows, rows_of
 from assay.budget.plan import Plan, validate
+from assay.budget.planners import uniform as flat
 from assay.budget.size import Budget
 from assay.budget.speed import Speeds
 from assay.budget.spending import Request, buy
@@ -30,11 +31,12 @@ from assay.model.level import Level
 @dataclass(frozen=True)
 class Outlook:
     """What a result will be, as far as a budget says. files: most bytes of the weight files; tensors: bytes in them;
-    stays: tensors that nothing may compress."""
+    stays: tensors that nothing may compress; levels: of which a plan of one level takes one, empty for others."""
 
     files: int
     tensors: int
     stays: list[str]
+    levels: frozenset[str] = frozenset()
 
 
 @preferring
@@ -53,11 +55,14 @@ def outlook(
     options = priced(found, refusal, contract, method, budget.whole, keep, only, worth)
     whole, most = bounds.stored(model, contract), sum(d.options[-1].nbytes for d in options)
     fixed, taken = bounds.fixed(whole[0], options, contract), sum(d.options[0].nbytes for d in options)
+    levels = {o.level for d in options for o in d.options if o.level} if only else set()
     if budget.bounds_bytes:
         limit = min(bounds.limit(budget, contract, options, whole, footprint(model), cache), most)
-        taken = totals(options, planners.get("uniform").plan(options, limit))[1] if uniform else limit
+        taken = totals(options, flat.plan(options, limit))[1] if uniform else limit
+        levels = flat.likely(options, limit) if uniform else levels
     free = {site for d in options if len(d.options) > 1 for site in d.sites}
-    return Outlook(fixed + taken, whole[1] - most + taken, [n for n in model.checkpoint.names if n not in free])
+    stays = [n for n in model.checkpoint.names if n not in free]
+    return Outlook(fixed + taken, whole[1] - most + taken, stays, frozenset(levels))
 
 
 def outlook_of(plan: Plan) -> Outlook:

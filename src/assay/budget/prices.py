@@ -7,8 +7,9 @@ factorisations where errors are fed back (QuIP: 2-Bit Quantization of LLMs With 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from assay.measure.damage import Curvature, diagonal
 from assay.methods import base
 from assay.methods.grid import blocks
 from assay.methods.grid.formats import grid_of
+from assay.methods.grid.integer import IntegerGrid
 from assay.methods.grid.trellis import distortion
 from assay.methods.solve.curvature import (
     DAMPING,
@@ -33,6 +35,7 @@ from assay.model.ggml import KINDS
 from assay.model.lattice import DISTORTION as LATTICE
 from assay.model.level import Level
 from assay.model.rotation import rotate_both
+from assay.model.threads import Begin, now
 
 MEASURED_BITS = 4
 """Above this width the error falls as the square of the step, so one rounding serves all of them."""
@@ -73,44 +76,53 @@ def rotates(level: Level) -> bool:
     return level.format in ("trellis", "lattice")
 
 
-def price(
-    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts | None = None
-) -> dict[str, dict[str, float]]:
+Prices = dict[str, dict[str, float]]
+
+
+def price(weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts | None = None) -> Prices:
     """Damage in nats per token by level name and price ("nearest", "gptq", "two_sided").
 
     weight: float32 [out, in]. inputs: the costs of the curvature's H, where they are known.
     """
+    return begin_price(weight, curvature, levels, inputs)()
+
+
+def begin_price(
+    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts | None = None, begin: Begin = now
+) -> Callable[[], Prices]:
+    """Starts `price` and returns what waits for it. begin: what starts its compiled loops."""
     inputs = inputs or InputCosts.of(curvature.h, any(map(rotates, levels)))
     scalar, rotated = [x for x in levels if not rotates(x)], [x for x in levels if rotates(x)]
-    return _scalar_prices(weight, curvature, scalar, inputs) | _rotated_prices(weight, curvature, rotated, inputs)
+    found = _scalar_prices(weight, curvature, scalar, inputs, begin)
+    others = _rotated_prices(weight, curvature, rotated, inputs)
+    return lambda: found() | others
 
 
 def _scalar_prices(
-    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts
-) -> dict[str, dict[str, float]]:
+    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts, begin: Begin
+) -> Callable[[], Prices]:
     if not levels:
-        return {}
-    columns, fed_columns = inputs.plain, inputs.fed
-    weight, (rows, fed_rows) = _sample(weight, columns, diagonal(curvature.g), _outputs(curvature.g))
-    errors: dict[Level, dict[str, float]] = {}
-    found = {}
-    for level in levels:
-        coarse = replace(level, bits=min(level.bits, MEASURED_BITS)) if level.format == "int" else level
-        if coarse not in errors:
-            plain, clipped = _squared_errors(weight, coarse, columns)
-            errors[coarse] = {
-                "nearest": 0.5 * curvature.share * float(rows @ plain @ columns),
-                "gptq": 0.5 * curvature.share * float(rows @ clipped @ fed_columns),
-                "two_sided": 0.5 * curvature.share * float(fed_rows @ clipped @ fed_columns),
+        return dict
+    weight, (rows, fed_rows) = _sample(weight, inputs.plain, diagonal(curvature.g), _outputs(curvature.g))
+    coarse = {x: replace(x, bits=min(x.bits, MEASURED_BITS)) if x.format == "int" else x for x in levels}
+    costs = {x: _row_costs(weight, x, inputs.plain, inputs.fed, begin) for x in dict.fromkeys(coarse.values())}
+
+    def found() -> Prices:
+        errors = {}
+        for level, row_costs in costs.items():
+            plain, clipped = row_costs()
+            errors[level] = {
+                "nearest": 0.5 * curvature.share * float(rows @ plain),
+                "gptq": 0.5 * curvature.share * float(rows @ clipped),
+                "two_sided": 0.5 * curvature.share * float(fed_rows @ clipped),
             }
-        finer = ((2**coarse.bits - 1) / (2**level.bits - 1)) ** 2
-        found[level.name] = {k: v * finer for k, v in errors[coarse].items()}
+        finer = {x: ((2**y.bits - 1) / (2**x.bits - 1)) ** 2 for x, y in coarse.items()}
+        return {x.name: {k: v * finer[x] for k, v in errors[y].items()} for x, y in coarse.items()}
+
     return found
 
 
-def _rotated_prices(
-    weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts
-) -> dict[str, dict[str, float]]:
+def _rotated_prices(weight: Tensor, curvature: Curvature, levels: Sequence[Level], inputs: InputCosts) -> Prices:
     """Of grids for Gaussian weights: their distortion is known, and the rotation leaves every row's energy as it is."""
     if not levels or inputs.rotated is None:
         return {}
@@ -163,18 +175,23 @@ def _sample(weight: Tensor, columns: Tensor, *prices: Tensor) -> tuple[Tensor, l
     return weight[picked], raised
 
 
-def _squared_errors(weight: Tensor, level: Level, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared rounding errors [out, in] on the grid of the full range, and on the one that clips best.
+def _row_costs(
+    weight: Tensor, level: Level, columns: Tensor, fed_columns: Tensor, begin: Begin
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What rounding errors cost in each row, [out], at the columns' costs [in].
 
-    Of formats with a method of their own: what that makes without statistics, for both.
+    On the grid of the full range with `columns`; with `fed_columns` on the one that clips best for `columns`. Of formats with
+    a method of their own: what that makes without statistics, for both.
     """
     if level.format in OWN:
         method = base.get(OWN[level.format])()
         made = method.encode(weight[None], level, torch.float32, base.Statistics())[0].decode()
-        return (made - weight).square(), (made - weight).square()
-    if level.format in KINDS:
-        return blocks.squared_errors(level.format, weight), blocks.squared_errors(level.format, weight, importance)
-    grid = grid_of(level, torch.float32)
-    affines = (grid.fit(weight), grid.fit_clipped(weight, importance))
-    plain, clipped = (grid.squared_errors(weight, affine) for affine in affines)
-    return plain, clipped
+        plain = clipped = (made - weight).square()
+    elif level.format in KINDS:
+        plain, clipped = (blocks.squared_errors(level.format, weight, importance) for importance in (None, columns))
+    else:
+        grid = grid_of(level, torch.float32)
+        if isinstance(grid, IntegerGrid):
+            return begin(partial(grid.row_costs, weight, columns, fed_columns))
+        plain, clipped = (grid.squared_errors(weight, x) for x in (grid.fit(weight), grid.fit_clipped(weight, columns)))
+    return now(lambda: (plain @ columns, clipped @ fed_columns))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_low
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from assay.budget.forecast import UNKNOWN_SPREAD
-from assay.budget.prices import InputCosts, price, rotates
+from assay.budget.prices import InputCosts, Prices, begin_price, price, rotates
 from assay.measure.curvatures import Curvatures
 from assay.measure.damage import Curvature
 from assay.measure.experts import ENOUGH_TOKENS, Typical
@@ -28,7 +28,7 @@ from assay.model.alike import alike
 from assay.model.level import Level
 from assay.model.progress import PRICING, REHEARSING, Progress
 from assay.model.sites import Site
-from assay.model.threads import side_by_side, threads_for
+from assay.model.threads import Begin, ahead, background, now, side_by_side, threads_for
 from assay.prove.divergence import Candidate, compare
 
 PROBED_BITS = (4, 3, 2)
@@ -37,6 +37,8 @@ REST = "all but the first block"
 FIRST_LIMITS = (0.5, 2.0)
 """What `Probes.first` is cut to: beyond is noise of a model that hardly loses anything."""
 GROUP = 64
+PRICED_AHEAD = 3
+"""Weights whose rounding may be under way while the next is read."""
 REHEARSED_ROWS = 1024
 REHEARSED_WIDTH = 2
 """Times the block's median number of inputs; a solver's factorisation takes its cube, and what it leaves is the same share."""
@@ -47,25 +49,35 @@ def price_model(model: StreamedModel, folder: Path, total: int, menus: Sequence[
     """Prices of every site at every level of the menus, block by block."""
     prices: dict[str, dict[str, dict[str, float]]] = {}
     blocks: list[int | None] = [*range(len(model.blocks)), None]
-    with progress.task(PRICING, len(blocks)) as advance:
+    with progress.task(PRICING, len(blocks)) as advance, background() as begin:
         for block in blocks:
             curvatures = Curvatures(folder, block, total)
             sites = [s for s in model.anatomy.sites.values() if s.block == block and s.name in curvatures]
-            costs: dict[str, InputCosts] = {}
-            typical = Typical.of(curvatures, sites)
-            for site in sites:
-                levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
-                with threads_for(math.prod(site.shape)), alike():
-                    curvature, reads = curvatures[site.name], curvatures.reads(site.name)
-                    if (stand_in := typical.standing_in(site, curvature)) is not None:
-                        prices[site.name] = _unsolved(price(read_weight(model, site), stand_in, levels))
-                        continue
-                    if reads not in costs:
-                        costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
-                    prices[site.name] = price(read_weight(model, site), curvature, levels, costs[reads])
+            prices |= _price_block(model, curvatures, sites, menus, begin)
             memory.release()
             advance()
     return prices
+
+
+def _price_block(
+    model: StreamedModel, curvatures: Curvatures, sites: Sequence[Site], menus: Sequence[Callable[[int], list[Level]]],
+    begin: Begin,
+) -> dict[str, Prices]:  # fmt: skip
+    """Prices of every site of one block, what siblings share computed once."""
+    costs: dict[str, InputCosts] = {}
+    typical = Typical.of(curvatures, sites)
+
+    def begun(site: Site) -> Callable[[], Prices]:
+        levels = sorted({x.base for menu in menus for x in menu(site.shape[1])})
+        with threads_for(math.prod(site.shape)), alike():
+            weight, curvature, reads = read_weight(model, site), curvatures[site.name], curvatures.reads(site.name)
+            if (stand_in := typical.standing_in(site, curvature)) is not None:
+                return now(lambda: _unsolved(price(weight, stand_in, levels)))
+            if reads not in costs:
+                costs[reads] = InputCosts.of(curvature.h, any(map(rotates, levels)))
+            return begin_price(weight, curvature, levels, costs[reads], begin)
+
+    return dict(zip((s.name for s in sites), ahead(map(begun, sites), PRICED_AHEAD), strict=True))
 
 
 def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -74,14 +86,18 @@ def _unsolved(prices: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
 
 
 def rehearse(model: StreamedModel, folder: Path, total: int, prices: Mapping[str, Mapping[str, Mapping[str, float]]],
-             methods: Sequence[str], progress: Progress) -> dict[str, dict[int, dict[int, float]]]:  # fmt: skip
-    """Solve the first and the middle block with each method: method -> block -> bits -> damage over price."""
-    kinds = base.weightwise(*methods)
+             menus: Mapping[str, Callable[[int], list[Level]]], widths: Sequence[int],
+             progress: Progress) -> dict[str, dict[int, dict[int, float]]]:  # fmt: skip
+    """Solve the first and the middle block with each method: method -> block -> bits of `widths` -> damage over price.
+
+    menus: the levels of each method that have prices, for rows of so many weights.
+    """
+    kinds = base.weightwise(*menus)
     curvatures = {block: Curvatures(folder, block, total, kinds) for block in sorted({0, len(model.blocks) // 2})}
     sites = {block: _rehearsed(model, found, block) for block, found in curvatures.items()}
     with progress.task(REHEARSING, sum(map(len, sites.values()))) as advance:
-        rows = {b: _rehearse(model, curvatures[b], sites[b], prices, methods, advance) for b in curvatures}
-    return {method: {block: row[method] for block, row in rows.items()} for method in methods}
+        rows = {b: _rehearse(model, curvatures[b], sites[b], prices, menus, widths, advance) for b in curvatures}
+    return {method: {block: row[method] for block, row in rows.items()} for method in menus}
 
 
 def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list[Site]:
@@ -94,15 +110,16 @@ def _rehearsed(model: StreamedModel, curvatures: Curvatures, block: int) -> list
 
 def _rehearse(
     model: StreamedModel, curvatures: Curvatures, sites: Sequence[Site],
-    prices: Mapping[str, Mapping[str, Mapping[str, float]]], methods: Sequence[str], advance: Callable[[], None],
+    prices: Mapping[str, Mapping[str, Mapping[str, float]]], menus: Mapping[str, Callable[[int], list[Level]]],
+    widths: Sequence[int], advance: Callable[[], None],
 ) -> dict[str, dict[int, float]]:  # fmt: skip
-    tries = list(itertools.product(methods, PROBED_BITS))
+    tries = list(itertools.product(menus, widths))
 
     def solved(site: Site) -> list[tuple[float, float]]:
         listed, found = prices[site.name], []
         weight, curvature = _some_rows(read_weight(model, site), curvatures[site.name])
-        menus = {name: [x for x in base.get(name)().levels(site.shape[1]) if x.base.name in listed] for name in methods}
-        picked = {(name, bits): _nearest_level(menus[name], bits) for name, bits in tries if menus[name]}
+        known = {name: [x for x in menu(site.shape[1]) if x.base.name in listed] for name, menu in menus.items()}
+        picked = {(name, bits): _nearest_level(known[name], bits) for name, bits in tries if known[name]}
         if len(weight) < site.shape[0]:
             listed = price(weight, curvature, sorted({level.base for level in picked.values()}))
         for name, bits in tries:
@@ -118,7 +135,7 @@ def _rehearse(
 
     rows = side_by_side(solved, sites, max((min(s.shape[0], REHEARSED_ROWS) * s.shape[1] for s in sites), default=0))
     sums = {key: [sum(row[i][side] for row in rows) for side in (0, 1)] for i, key in enumerate(tries)}
-    return {m: {b: d / p if p else 1.0 for b in PROBED_BITS for d, p in [sums[m, b]]} for m in methods}
+    return {m: {b: d / p if p else 1.0 for b in widths for d, p in [sums[m, b]]} for m in menus}
 
 
 def _some_rows(weight: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
@@ -154,7 +171,7 @@ def _nearest_level(levels: Sequence[Level], bits: float) -> Level:
 class Probes(NamedTuple):
     """KL in nats per token of the whole model rounded to nearest.
 
-    points: (damage, KL) at each of `PROBED_BITS`; spread: the KL's relative standard error over windows; first: how much more
+    points: (damage, KL) at each width; spread: the KL's relative standard error over windows; first: how much more
     than the others' a nat of damage in the first block costs, by which its damage counts in `points` as well.
     """
 
@@ -164,15 +181,17 @@ class Probes(NamedTuple):
 
 
 def probe(
-    model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]], progress: Progress
-) -> Probes:
-    """Measure the model at a few widths, and at one of them with its first block as it is.
+    model: StreamedModel, windows: Windows, prices: Mapping[str, Mapping[str, Mapping[str, float]]], widths: Sequence[int],
+    progress: Progress,
+) -> Probes:  # fmt: skip
+    """Measure the model at some widths of `PROBED_BITS`, and where that is all of them at one with its first block as it is.
 
     Prices take inputs and gradients to be independent, also from token to token. They are least so in the first block, where
-    every occurrence of a token has the same input.
+    every occurrence of a token has the same input. That matters where a plan gives blocks different levels.
     """
-    candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in PROBED_BITS}
-    candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, start=1))
+    candidates = {str(bits): Candidate(model, _rounded_to(bits)) for bits in widths}
+    if mixed := len(widths) == len(PROBED_BITS):
+        candidates[REST] = Candidate(model, _rounded_to(FIRST_BITS, start=1))
     with stored_precision(model.checkpoint):
         scores = compare(model, candidates, windows, progress, kl_only=True)
     per_window = {name: torch.cat(found.kl).double().mean(1) for name, found in scores.items()}
@@ -183,10 +202,11 @@ def probe(
         own = (s for s in sites if (s.block == 0) == first)
         return sum(prices[s.name][probed_level(s.shape[1], bits).name]["nearest"] for s in own)
 
-    wanted = str(FIRST_BITS)
-    first = _excess(kl[wanted] - kl[REST], damage(FIRST_BITS, True), kl[REST], damage(FIRST_BITS, False))
-    points = [(damage(bits, True) * first + damage(bits, False), kl[str(bits)]) for bits in PROBED_BITS]
-    return Probes(points, max(_relative_error(per_window[str(bits)]) for bits in PROBED_BITS), first)
+    first = 1.0
+    if mixed:
+        first = _excess(kl[str(FIRST_BITS)] - kl[REST], damage(FIRST_BITS, True), kl[REST], damage(FIRST_BITS, False))
+    points = [(damage(bits, True) * first + damage(bits, False), kl[str(bits)]) for bits in widths]
+    return Probes(points, max(_relative_error(per_window[str(bits)]) for bits in widths), first)
 
 
 def _excess(kl: float, damage: float, rest_kl: float, rest_damage: float) -> float:
@@ -217,15 +237,16 @@ def nearest(level_of: Callable[[Site], Level | None]) -> Override:
         if level is None:
             return weight
         grid = IntegerGrid(int(level.bits), level.group_size, level.symmetric)
-        affine = grid.fit(weight)
-        return grid.decode(grid.encode(weight, affine), affine).float()
+        with threads_for(weight.numel()):
+            affine = grid.fit(weight)
+            return grid.decode(grid.encode(weight, affine), affine).float()
 
     return override
 
 
-def probed_levels(columns: int) -> list[Level]:
+def probed_levels(columns: int, widths: Iterable[int] = PROBED_BITS) -> list[Level]:
     """The levels that `probe` rounds matrices to, which need prices."""
-    return [probed_level(columns, bits) for bits in PROBED_BITS]
+    return [probed_level(columns, bits) for bits in widths]
 
 
 def probed_level(columns: int, bits: int) -> Level:

@@ -104,6 +104,7 @@ class Index(TypedDict):
     spread: dict[str, Annotated[list[Finite], Field(min_length=1, max_length=64)]]
     probe_spread: Annotated[float, Field(ge=0, le=10)]
     target: Target | None
+    flat: NotRequired[bool]
     version: NotRequired[int]
 
 

@@ -101,7 +101,8 @@ def measure(
     if (folder / "outside.G.safetensors").exists():
         shutil.rmtree(work.folder)
         return
-    text = Batches.of(windows.ids, work.batch_tokens(model.batch_tokens), gradients.every)
+    tokens = work.batch_tokens(model.batch_tokens)
+    text = Batches.of(windows.ids, tokens, gradients.every, model.share(windows.tokens // gradients.every, tokens))
     with stored_precision(model.checkpoint):
         _sweep(model, text, folder, work, seed, progress, weightwise, token_weights, gradients.whole)
     (folder / "head.partial.safetensors").unlink()
@@ -127,10 +128,12 @@ class Batches:
     places: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, tokens: int, every: int) -> Batches:
+    def of(cls, ids: Tensor, tokens: int, every: int, fewer: int) -> Batches:
+        """Batches of so many tokens; of `every`-th window, where that isn't all, of `fewer`."""
         places = torch.arange(len(ids)) * min(PARTS, len(ids)) // len(ids)
         picked = torch.arange(0, len(ids), every)
-        return cls(batches(ids, tokens), batches(ids[picked], tokens), list(picked.split(max(1, tokens // ids.shape[1]))), places)
+        each = max(1, (tokens if every == 1 else fewer) // ids.shape[1])
+        return cls(batches(ids, tokens), list(ids[picked].split(each)), list(picked.split(each)), places)
 
     @property
     def all_picked(self) -> bool:

@@ -32,7 +32,7 @@ Override = Callable[[Site, Tensor], Tensor]
 Answering = Callable[[int, Tensor, Any], Tensor]
 """Takes a block's number, its input and its further arguments."""
 LOGITS_AT_ONCE = 1 << 20
-BATCH_TOKENS, ENOUGH_BATCHES = 2048, 8
+BATCH_TOKENS, ENOUGH_BATCHES = 2048, 4
 CACHES = ("past_key_values", "layer_past")
 """What blocks call the cache."""
 
@@ -87,9 +87,9 @@ class StreamedModel:
         """Whether that goes for the logits of windows of so many tokens too."""
         return self.small and length * self.vocabulary <= LOGITS_AT_ONCE
 
-    def share(self, tokens: int) -> int:
-        """Tokens of a batch of a short text: where batches run side by side, few enough for every thread to have some."""
-        return min(self.batch_tokens, tokens // ENOUGH_BATCHES) if self.small else self.batch_tokens
+    def share(self, tokens: int, most: int) -> int:
+        """Tokens of a batch of a short text, `most` of a long one: where batches run side by side, every thread has some."""
+        return min(most, tokens // ENOUGH_BATCHES) if self.small else most
 
     @contextmanager
     def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:

@@ -202,31 +202,62 @@ def clip_search(top: float, symmetric: bool, fine: bool, mode: int, least: float
         for g in range(groups):
             part = weight[r, g * size : (g + 1) * size]
             price = costs[r, g * size : (g + 1) * size] if costs.shape[1] else cost[g * size : (g + 1) * size]
-            low, high = min(part.min(), np.float32(0)), max(part.max(), np.float32(0))
-            best = np.float32(np.inf)
-            best_scale, best_zero = np.float32(1), np.float32(0)
-            for attempt in range(len(shrinks) + (0 if symmetric else 2)):
-                if attempt < len(shrinks):
-                    factor = shrinks[attempt]
-                    if symmetric:
-                        scale = _scale(factor * max(high, -low) / (top * np.float32(0.5)), least, huge, mode)
-                        zero = np.float32((top + 1) / 2)
-                    else:
-                        scale = _scale((factor * high - factor * low) / top, least, huge, mode)
-                        zero = min(max(np.float32(np.rint(-factor * low / scale)), np.float32(0)), top)
-                    centre = zero
-                else:
-                    if attempt == len(shrinks):
-                        centre = best_zero
-                    scale = best_scale
-                    zero = min(max(centre + np.float32(2 * (attempt - len(shrinks)) - 1), np.float32(0)), top)
-                error = np.float32(0)
-                for k in range(size):
-                    away = _snap(part[k], scale, -zero, top - zero, fine, mode) * scale - part[k]
-                    error += away * away * price[k]
-                if error < best:
-                    best, best_scale, best_zero = error, scale, zero
-            scales[r, g], zeros[r, g] = best_scale, np.uint8(best_zero)
+            scale, zero, _ = _searched(top, symmetric, fine, mode, least, huge, shrinks, part, price)
+            scales[r, g], zeros[r, g] = scale, np.uint8(zero)
+
+
+@loop(cache=True)
+def clip_costs(top: float, symmetric: bool, fine: bool, mode: int, least: float, huge: float, shrinks: Any, cost: Any,
+               other: Any, groups: int, weight: Any, plain: Any, clipped: Any) -> None:  # fmt: skip
+    """`IntegerGrid.row_costs` of rows of weights [rows, in]; cost, other: [in]; fills plain and clipped [rows]."""
+    size = weight.shape[1] // groups
+    for r in range(len(weight)):
+        whole, best = 0.0, 0.0
+        for g in range(groups):
+            part, price = weight[r, g * size : (g + 1) * size], cost[g * size : (g + 1) * size]
+            scale, zero, first = _searched(top, symmetric, fine, mode, least, huge, shrinks, part, price)
+            whole += first
+            best += _weighed(top, fine, mode, scale, zero, part, other[g * size : (g + 1) * size])
+        plain[r], clipped[r] = whole, best
+
+
+@njit(inline="always")
+def _searched(top: Any, symmetric: Any, fine: Any, mode: Any, least: Any, huge: Any, shrinks: Any, part: Any, price: Any) -> Any:
+    """Scale and zero point of one group with the smallest weighted error, and the error of the first of `shrinks`."""
+    low, high = min(part.min(), np.float32(0)), max(part.max(), np.float32(0))
+    best, first = np.float32(np.inf), np.float32(0)
+    best_scale, best_zero = np.float32(1), np.float32(0)
+    for attempt in range(len(shrinks) + (0 if symmetric else 2)):
+        if attempt < len(shrinks):
+            factor = shrinks[attempt]
+            if symmetric:
+                scale = _scale(factor * max(high, -low) / (top * np.float32(0.5)), least, huge, mode)
+                zero = np.float32((top + 1) / 2)
+            else:
+                scale = _scale((factor * high - factor * low) / top, least, huge, mode)
+                zero = min(max(np.float32(np.rint(-factor * low / scale)), np.float32(0)), top)
+            centre = zero
+        else:
+            if attempt == len(shrinks):
+                centre = best_zero
+            scale = best_scale
+            zero = min(max(centre + np.float32(2 * (attempt - len(shrinks)) - 1), np.float32(0)), top)
+        error = _weighed(top, fine, mode, scale, zero, part, price)
+        if attempt == 0:
+            first = error
+        if error < best:
+            best, best_scale, best_zero = error, scale, zero
+    return best_scale, best_zero, first
+
+
+@njit(inline="always")
+def _weighed(top: Any, fine: Any, mode: Any, scale: Any, zero: Any, part: Any, price: Any) -> Any:
+    """Weighted squared error of rounding one group to nearest."""
+    error = np.float32(0)
+    for k in range(len(part)):
+        away = _snap(part[k], scale, -zero, top - zero, fine, mode) * scale - part[k]
+        error += away * away * price[k]
+    return error
 
 
 @njit(inline="always")

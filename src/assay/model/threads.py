@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +21,8 @@ MOST_TOGETHER = 8
 """Items of `in_turn` that are at work together, each with tensors of its own."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Begin = Callable[[Callable[[], Any]], Callable[[], Any]]
+"""Starts a function; returns what waits for its result."""
 _due: ContextVar[list[Callable[[], None]] | None] = ContextVar("due", default=None)
 
 
@@ -99,6 +101,37 @@ def started(function: Callable[[Item], Result], items: Sequence[Item]) -> Callab
     jobs = [pool.submit(_alone(function), item) for item in items]
     pool.shutdown(wait=False)
     return results
+
+
+def now(function: Callable[[], Result]) -> Callable[[], Result]:
+    """Calls a function; returns what gives its result."""
+    result = function()
+    return lambda: result
+
+
+def ahead(begun: Iterable[Callable[[], Result]], most: int) -> Iterator[Result]:
+    """Results, in order, of what an iterable begins one after another, `most` of them before the first is waited for."""
+    due: deque[Callable[[], Result]] = deque()
+    for result in begun:
+        due.append(result)
+        if len(due) > most:
+            yield due.popleft()()
+    while due:
+        yield due.popleft()()
+
+
+@contextmanager
+def background() -> Iterator[Begin]:
+    """Gives what starts a function on one of as many threads as torch has, and returns what waits for its result.
+
+    For compiled loops: functions that hold the GIL only wait for one another.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield now
+        return
+    with ThreadPoolExecutor(threads, "assay-loops") as pool:
+        yield lambda function: pool.submit(_alone(lambda _: function()), None).result
 
 
 def _alone(function: Callable[[Item], Result]) -> Callable[[Item], Result]:

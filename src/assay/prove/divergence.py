@@ -122,7 +122,9 @@ def compare(
     known = kept is not None and kept.exists()
     runs = dict(candidates) if known else {"": Candidate(reference)} | dict(candidates)
     models = {id(run.model): run.model for run in runs.values()}
-    parts = batches(windows.ids, reference.share(windows.tokens) if batch_tokens is None else batch_tokens)
+    parts = batches(
+        windows.ids, reference.share(windows.tokens, reference.batch_tokens) if batch_tokens is None else batch_tokens
+    )
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         work = Activations(Path(folder))
         for model in models.values():

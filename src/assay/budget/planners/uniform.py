@@ -12,6 +12,8 @@ from assay.budget.planners import refuse_impossible
 from assay.budget.table import Floats, Ints, Table
 from assay.model.errors import InputError
 
+LIKELY = 1.25
+
 
 def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     """The single level with the least damage that fits `budget` bytes. Raises InputError.
@@ -21,6 +23,13 @@ def plan(decisions: Sequence[Decision], budget: int) -> list[int]:
     """
     refuse_impossible(decisions, budget)
     return best(Table.of(decisions), budget).tolist()
+
+
+def likely(decisions: Sequence[Decision], budget: int) -> set[str]:
+    """The levels that `plan` can come to, where damages are roughly known."""
+    choices = Flats.of(Table.of(decisions)).likely(budget)
+    found = {d.options[option].level for choice in choices for d, option in zip(decisions, choice, strict=True)}
+    return {level for level in found if level is not None}
 
 
 def plan_for_loss(decisions: Sequence[Decision], max_damage: float) -> list[int]:
@@ -63,6 +72,12 @@ class Flats:
         fitting = np.flatnonzero(self.nbytes <= budget)
         order = np.lexsort((self.nbytes[fitting], self.damage[fitting]))
         return self.choices[fitting[order[0]]] if len(fitting) else self.choices[0]
+
+    def likely(self, budget: int) -> Ints:
+        """Those within `budget` bytes, and within `LIKELY` times the damage of the best one: damages that are roughly known."""
+        fitting = np.flatnonzero(self.nbytes <= budget)
+        least = self.damage[fitting].min(initial=np.inf)
+        return self.choices[fitting[self.damage[fitting] <= LIKELY * least]] if len(fitting) else self.choices[:1]
 
     def or_better(self, table: Table, choice: Ints, budget: int) -> Ints:
         """See the function."""

@@ -9,6 +9,7 @@ scale is a code picked for a weight that no reader will ever see.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,20 +117,37 @@ class IntegerGrid:
 
     def _fit_clipped_compiled(self, weight: Tensor, importance: Tensor | None, shrinks: Sequence[float]) -> Affine:
         """`fit_clipped` by `compiled.clip_search`."""
-        costs, dtype = flat_costs(weight, importance), self.scale_dtype
+        costs = flat_costs(weight, importance)
         matrices, rows, columns = costs.weight.shape
         groups = self.groups(columns)
         scales, zeros = torch.empty(matrices, rows, groups), torch.empty(matrices, rows, groups, dtype=torch.uint8)
-        tried = np.array((1.0, *(s for s in shrinks if s != 1)), dtype=np.float32)
-        facts = (
+        for m in range(matrices):
+            given = (*self._facts(shrinks), costs.shared[m].numpy(), groups)
+            spread(compiled.clip_search, rows, given, (costs.weight[m], costs.each[m], scales[m], zeros[m]))
+        shape = (*weight.shape[:-1], groups)
+        return Affine(scales.to(self.scale_dtype).reshape(shape), zeros.reshape(shape))
+
+    def row_costs(self, weight: Tensor, cost: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """What rounding a weight [out, in] to nearest costs in each row, [out], float32.
+
+        By the grid of `fit` with `cost` [in] for a squared error; by that of `fit_clipped` for `cost`, with `other` [in].
+        """
+        if not compiled.runs_on(weight):
+            affines = (self.fit(weight), self.fit_clipped(weight, cost))
+            plain, clipped = (self.squared_errors(weight, affine) for affine in affines)
+            return plain @ cost, clipped @ other
+        plain, clipped = torch.empty(2, len(weight))
+        given = (*self._facts(SHRINKS), cost.float().numpy(), other.float().numpy(), self.groups(weight.shape[1]))
+        spread(compiled.clip_costs, len(weight), given, (weight.float().contiguous(), plain, clipped))
+        return plain, clipped
+
+    def _facts(self, shrinks: Sequence[float]) -> tuple[Any, ...]:
+        """What `compiled.clip_search` wants to know first."""
+        dtype, tried = self.scale_dtype, np.array((1.0, *(s for s in shrinks if s != 1)), dtype=np.float32)
+        return (
             np.float32(self.top), self.symmetric, self.fine, compiled.ROUNDING[dtype],
             np.float32(smallest(dtype)), np.float32(torch.finfo(dtype).max), tried,
         )  # fmt: skip
-        for m in range(matrices):
-            given = (*facts, costs.shared[m].numpy(), groups)
-            spread(compiled.clip_search, rows, given, (costs.weight[m], costs.each[m], scales[m], zeros[m]))
-        shape = (*weight.shape[:-1], groups)
-        return Affine(scales.to(dtype).reshape(shape), zeros.reshape(shape))
 
     def _better(self, grouped: Tensor, cost: Tensor | None, best: Affine, error: Tensor, trial: Affine) -> tuple[Affine, Tensor]:
         """Group by group the better of two grids, and its error."""

@@ -37,7 +37,7 @@ def page(facts: Facts) -> str:
         title=f"{facts.plan.bits:.2f} bits per weight for {escape(facts.plan.engine)}",
         state=state, verdict=escape(verdict), loss=_loss(facts),
         map=_map(blocks, roles, keys, found),
-        frontier=_frontier(facts, curve) if curve else "", counts=escape(_counts(facts)), data=_data(facts),
+        frontier=_frontier(facts, curve), counts=escape(_counts(facts)), data=_data(facts),
         again=_again(facts), licence=escape(_licence(facts)), style=_asset("page.css"), script=_asset("page.js"),
         facts=json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c"), plotly=_library() if curve else "",
     )  # fmt: skip
@@ -121,6 +121,9 @@ def _traces(facts: Facts, curve: Curve) -> list[dict[str, Any]]:
 
 
 def _frontier(facts: Facts, curve: Curve) -> str:
+    if not curve:
+        one = facts.plan.budget.get("level") or facts.plan.planner == "uniform"
+        return _section("<p>One level was asked for, so other sizes were not priced; a budget prices them.</p>") if one else ""
     rows = [
         [f"{p['bits']:.2f}", size(p["bytes"]), number(p["predicted"]), size(u["bytes"]), number(u["predicted"])]
         for p, u in ((p, p["uniform"]) for p in curve)
@@ -132,11 +135,14 @@ def _frontier(facts: Facts, curve: Curve) -> str:
         if more
         else ""
     )
-    return (
-        '<section aria-labelledby="h-frontier"><h2 id="h-frontier">Size and quality</h2>'
+    return _section(
         f'<div id="plot" role="img" aria-label="Predicted KL against size; the table below holds the same numbers"></div>{buys}'
-        f"<details><summary>As a table</summary>{table}</details></section>"
+        f"<details><summary>As a table</summary>{table}</details>"
     )
+
+
+def _section(inside: str) -> str:
+    return f'<section aria-labelledby="h-frontier"><h2 id="h-frontier">Size and quality</h2>{inside}</section>'
 
 
 def _counts(facts: Facts) -> str:
