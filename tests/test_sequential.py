@@ -90,14 +90,16 @@ def pairing_ids(model: StreamedModel, profile: Profile) -> Tensor:
 
 
 def test_it_loses_less_than_solving_all_at_once(tmp_path: Path) -> None:
-    assay.profile("builtin", tmp_path / "p", tokens=4096, methods=["gptq"])
-    measured = {}
-    for sequential in (False, True):
-        out = tmp_path / str(sequential)
-        given = {"level": "int2-g64-asym", "method": "gptq", "profile": tmp_path / "p"}
-        assay.compress("builtin", out, sequential=sequential, **given)
-        measured[sequential] = assay.verify(out, "builtin", tokens=2048)["kl"]["measured"]
-        assert json.loads((out / "assay" / "recipe.json").read_text())["sequential"] is sequential
+    """On average over three texts: at 2 bits a single one gives 0.80 to 1.02, by last bits."""
+    measured = {False: 0.0, True: 0.0}
+    for tokens in (4096, 4352, 6144):
+        source = tmp_path / f"p{tokens}"
+        assay.profile("builtin", source, tokens=tokens, methods=["gptq"])
+        for sequential in measured:
+            out = tmp_path / f"{tokens}-{sequential}"
+            assay.compress("builtin", out, sequential=sequential, level="int2-g64-asym", method="gptq", profile=source)
+            measured[sequential] += assay.verify(out, "builtin", tokens=2048)["kl"]["measured"]
+            assert json.loads((out / "assay" / "recipe.json").read_text())["sequential"] is sequential
     assert measured[True] < 0.95 * measured[False]
 
 

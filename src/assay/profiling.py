@@ -89,9 +89,13 @@ class Scope:
 
     @property
     def widths(self) -> list[int]:
-        """Bits at which the model is probed and methods are rehearsed."""
+        """Bits at which the model is probed and methods are rehearsed.
+
+        Where the fewest are, the next ones are too: solvers lose a fraction of what a probe at so few does.
+        """
         near = {min(probe.PROBED_BITS, key=lambda bits: abs(bits - level.bits)) for level in self.levels}
-        return [bits for bits in probe.PROBED_BITS if not self.flat or bits in near]
+        few = min(probe.PROBED_BITS)
+        return [bits for bits in probe.PROBED_BITS if not self.flat or bits in near or (few in near and bits == few + 1)]
 
     def gradients(self, model: StreamedModel, windows: int) -> Gradients:
         """What is measured of the gradients on so many windows.

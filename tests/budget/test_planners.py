@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from budget.tables import (
@@ -155,6 +156,17 @@ def test_uniform_keeps_what_is_outside_the_blocks_where_that_fits() -> None:
     inside, outside = (decision(i, [500, 2000], [1.0], ["int4-g64-asym"], i == 0) for i in range(2))
     assert uniform.plan([inside, outside], 2500) == [0, 1]
     assert uniform.plan([inside, outside], 2499) == [0, 0]
+
+
+@few
+@given(case=cases(), data=st.data())
+def test_what_a_uniform_plan_comes_to_is_among_the_likely_levels_of_rough_damages(case: Case, data: st.DataObject) -> None:
+    decisions, budget = case
+    factors = {level: data.draw(st.floats(1, 0.999 * uniform.LIKELY)) for level in LEVELS}
+    options = [[replace(o, damage=o.damage * factors.get(o.level, 1)) for o in d.options] for d in decisions]
+    rough = [replace(d, options=tuple(found)) for d, found in zip(decisions, options, strict=True)]
+    chosen = {d.options[c].level for d, c in zip(decisions, uniform.plan(decisions, budget), strict=True)}
+    assert chosen - {None} <= uniform.likely(rough, budget)
 
 
 def test_the_order_of_decisions_changes_neither_bytes_nor_damage() -> None:

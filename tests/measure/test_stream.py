@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import CAUSAL, build
 
-from assay.measure.capture import Capture
 from assay.measure.stream import StreamedModel
 from assay.model.checkpoint import Checkpoint
+from assay.model.precision import bf16_products
 
 
 @pytest.fixture(params=CAUSAL)
@@ -22,13 +22,9 @@ def pair(request, tmp_path: Path):
 def run(streamed: StreamedModel, ids: torch.Tensor, watch=None) -> torch.Tensor:
     with streamed.outside(tail=False):
         hidden = streamed.embed(ids)
-    for index, name in enumerate(streamed.anatomy.block_names):
-        with torch.no_grad(), streamed.block(index) as block:
-            if watch is None:
-                hidden = streamed.run_block(index, hidden, 0)
-            else:
-                with Capture(block, name, streamed.anatomy.block_sites(index), watch):
-                    hidden = streamed.run_block(index, hidden, 0)
+    for index in range(len(streamed.blocks)):
+        with torch.no_grad(), streamed.block(index):
+            hidden = streamed.run_block(index, hidden, 0, watch=watch)
     with torch.no_grad(), streamed.outside(tail=True):
         return streamed.logits(hidden)
 
@@ -42,16 +38,19 @@ def test_logits_equal_the_whole_model(pair) -> None:
     assert all(p.is_meta for p in streamed.model.parameters()), "weights stayed in memory"
 
 
-def test_every_product_of_every_site_is_seen(pair) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_every_product_of_every_site_is_seen(pair, rounded: bool) -> None:
     streamed, _ = pair
     seen: dict[str, tuple[int, int]] = {}
 
     def watch(sites, x, y) -> None:
         rows = sum(s.shape[0] for s in sites)
+        assert x.dtype == y.dtype == torch.float32
         for site in sites:
             seen[site.name] = (y.shape[-1] * site.shape[0] // rows, x.shape[-1])
 
-    run(streamed, torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2)), watch)
+    with bf16_products(rounded):
+        run(streamed, torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2)), watch)
     inside = {s.name: s for s in streamed.anatomy.sites.values() if s.block is not None}
     dense = {name for name, s in inside.items() if s.expert is None}
     assert dense <= set(seen)

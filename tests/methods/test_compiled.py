@@ -51,6 +51,18 @@ def test_clip_search(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, symmet
         assert (ours.scale == theirs.scale).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("size", [16, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_row_costs(monkeypatch: pytest.MonkeyPatch, bits: int, symmetric: bool, size: int | None) -> None:
+    grid, weight = IntegerGrid(bits, size, symmetric, torch.float32), normal(bits, 12, 48)
+    cost, other = normal(1, 48).square(), normal(2, 48).square()
+    ours = grid.row_costs(weight, cost, other)
+    by_torch(monkeypatch)
+    for mine, theirs in zip(ours, grid.row_costs(weight, cost, other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+
+
 def _error(grid: IntegerGrid, weight: Tensor, affine: Affine, cost: Tensor | None) -> Tensor:
     errors = grid.squared_errors(weight, affine)
     if cost is not None:

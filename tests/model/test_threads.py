@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from threading import current_thread, main_thread
 
 import pytest
 import torch
 
-from assay.model.threads import in_turn, meanwhile, spare
+from assay.model.threads import ahead, background, in_turn, meanwhile, spare
 
 
 @pytest.fixture
@@ -62,3 +63,27 @@ def test_nothing_begins_after_work_that_failed() -> None:
     with pytest.raises(ValueError, match="no"), meanwhile(lambda: heard.append("begun")):
         raise ValueError("no")
     assert not heard
+
+
+def test_so_many_begin_before_the_first_is_waited_for() -> None:
+    heard: list[str] = []
+
+    def begin(item: int) -> Callable[[], int]:
+        heard.append(f"begun {item}")
+        return lambda: heard.append(f"waited for {item}") or item
+
+    assert list(ahead(map(begin, range(3)), 1)) == [0, 1, 2]
+    assert heard == ["begun 0", "begun 1", "waited for 0", "begun 2", "waited for 1", "waited for 2"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_runs_in_the_background_is_waited_for_and_uses_one_thread(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with background() as begin:
+        waiting = [begin(lambda item=item: (item, torch.get_num_threads(), current_thread())) for item in range(9)]
+        found = [wait() for wait in waiting]
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert [item for item, _, _ in found] == list(range(9)) and {used for _, used, _ in found} == {1}
+    assert all((thread is main_thread()) == (threads == 1) for _, _, thread in found)

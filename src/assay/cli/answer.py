@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
+import gc
 import json
 import math
 import os
@@ -131,7 +133,8 @@ def prepare() -> None:
     Threads that wait by spinning stand in each other's way where other programs use the same cores, and
     threads that sleep at once take long to wake; so they spin for some microseconds. MKL gives the same sums in any
     number of threads (see `model/alike.py`). Torch asks for large pages for its tensors: a tenth of the time of large models
-    is spent on getting small ones.
+    is spent on getting small ones. A quarter of the time of imports would be spent on looking for garbage, and most of that of
+    exiting.
     """
     settings = {
         "GOMP_SPINCOUNT": "20000",
@@ -144,6 +147,8 @@ def prepare() -> None:
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    gc.set_threshold(10_000)
+    atexit.register(gc.freeze)
 
 
 def _show(answer: Answer, as_json: bool) -> None:
