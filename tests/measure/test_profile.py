@@ -158,7 +158,8 @@ def test_batches_side_by_side_give_the_sums_of_one_after_another(llama, monkeypa
     for file, tensors in found["one"].items():
         for key, value in tensors.items():
             assert torch.equal(value, found["three"][file][key]), (file, key)
-            torch.testing.assert_close(value, found["totals"][file][key], rtol=1e-4, atol=1e-5)
+            largest = float(value.abs().max())
+            torch.testing.assert_close(value, found["totals"][file][key], rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_experts_count_their_tokens(tmp_path: Path) -> None:
