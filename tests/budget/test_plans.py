@@ -191,12 +191,12 @@ def test_a_level_whose_groups_do_not_divide_some_matrix_is_refused_before_anythi
 
 def test_a_mixed_plan_made_by_hand_is_not_called_uniform(rooms: Path, tmp_path: Path) -> None:
     plan = assay.plan(rooms / "p", bits=5.0, uniform=True)
-    assert "not distinguishable from uniform" in plan.sentence
+    assert plan.sentence.endswith(f"; uniform {plan.uniform['level']}")
     bad = {f"l{b}__{n}_proj": "int2-channel-asym" for b in (0, 1) for n in ("q", "k", "v", "o", "gate", "up")}
     edited = check(rooms / "p", reloaded(tmp_path, plan, **bad))
     assert edited.predicted > 2 * plan.predicted
     assert edited.uniform["predicted"] == plan.predicted
-    assert "not distinguishable" not in edited.sentence and f"uniform {plan.uniform['level']}" in edited.sentence
+    assert f"; uniform {plan.uniform['level']} in the same budget" in edited.sentence
 
 
 def test_uniform_is_named_by_what_there_is_a_choice_for(rooms: Path) -> None:

@@ -127,6 +127,8 @@ def sentence_of(expected: float, low: float, high: float, uniform: Mapping[str, 
     other = uniform["predicted"]
     if uniform["level"] is None:
         return f"{text}; the budget holds every matrix as it is"
+    if expected == other:
+        return f"{text}; uniform {uniform['level']}"
     if 0.9 * other < expected < other / 0.9:
         return f"{text}; not distinguishable from uniform {uniform['level']} ({other:.4f})"
     return f"{text}; uniform {uniform['level']} in the same budget: {other:.4f}"

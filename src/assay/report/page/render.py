@@ -82,7 +82,8 @@ def _loss(facts: Facts) -> str:
     rows.append(["bits per weight in the blocks", "", number(plan.bits)])
     rows.append(["bits per weight over all", "", number(plan.bits_all)])
     level, flat = plan.uniform["level"] or "keep", number(plan.uniform["predicted"])
-    uniform = f"Uniform {level}, the best single level of this size: predicted {flat}."
+    best = f"Uniform {level}, the best single level of this size: predicted {flat}."
+    uniform = f"Uniform {level}." if plan.predicted == plan.uniform["predicted"] else best
     polish = facts.recipe.get("polish")
     more = f"<p>Polished: {escape(json.dumps(polish))}</p>" if polish else ""
     return _table(["", "predicted", "measured"], rows) + f"<p>{escape(uniform)}</p>" + more
