@@ -23,8 +23,8 @@ OPTIMISED = {
     "adaround": 1.20,
     "sign_round": 1.18,
 }
-"""KL per unit of damage relative to round-to-nearest's: a solver fits the noise of H and G too. Between what one level
-everywhere (2 to 6 bits) and mixed plans measured on pebble (1.2 and 1.5 for two-sided) and on the built-in model (1.0 and 1.1)."""
+"""KL per unit of damage relative to round-to-nearest's: a solver fits the noise of H and G too. Between what one
+level everywhere (2 to 6 bits) and mixed plans measured on pebble (two-sided: 1.2 and 1.5) and the built-in model (1.0, 1.1)."""
 SPREAD = 0.20
 """Root mean square of log(measured / predicted), rounded up: 0.18 over 60 random plans of six methods on pebble and the
 built-in model, texts apart from those of the probes (benchmarks/promise.py, PROMISE.md)."""
