@@ -1,8 +1,9 @@
 """Seconds to profile and compress to 4 bits: ours beside llm-compressor's GPTQ, and the floor.
 
-python benchmarks/speed.py [--rounds 3] [--threads 4] [--windows 64] [--trellis]
+python benchmarks/speed.py [--rounds 3] [--threads 4] [--windows 64 512] [--trellis]
 
-(--windows: calibration, of 256 tokens each; --trellis: only how fast a trellis is encoded)
+(--windows: calibration, of 256 tokens each: as many as the other benchmarks take, and as llm-compressor does where none are
+named; --trellis: only how fast a trellis is encoded)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from _viterbi import speeds
 
 GPTQ, DEFAULT = ours("gptq", uniform=True), ours("auto", uniform=False)
 EVERYONE = (GPTQ, DEFAULT, PEER_GPTQ)
+PEERS_WINDOWS = 512
 Times = dict[Contestant, list[dict[str, Any]]]
 
 
@@ -94,7 +96,6 @@ def distances(times: Times, parts: list[Part]) -> str:
     rows = []
     for contestant, least, what in (
         (GPTQ, columns, "inputs only"),
-        (GPTQ, both, "with gradients, which our profile measures for every method"),
         (DEFAULT, both, "with gradients"),
     ):
         took = median(row["seconds"] for row in times[contestant])
@@ -113,19 +114,23 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=CALIBRATION_WINDOWS, help="calibration windows of 256 tokens")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=[CALIBRATION_WINDOWS, PEERS_WINDOWS], help="calibration windows of 256 tokens"
+    )
     parser.add_argument("--trellis", action="store_true", help="only how fast a trellis is encoded")
     given = parser.parse_args()
     if given.trellis:
         print(encoding())
         return
     folder = work_folder(given.out)
-    ids = token_windows(given.model, CALIBRATION_TEXT, given.windows)
-    times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
-    parts = floor(given.model, given.windows, given.threads, folder)
-    text = [machine(given.threads), comparison(times), floors(parts), distances(times, parts), encoding()]
-    figures = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
-    write(folder, "speed", "\n\n".join(text), figures)
+    text, figures = [machine(given.threads)], {}
+    for windows in given.windows:
+        ids = token_windows(given.model, CALIBRATION_TEXT, windows)
+        times = rounds(Task(given.model, ids, given.bits, given.threads, folder), given.rounds)
+        parts = floor(given.model, windows, given.threads, folder)
+        text += [f"{windows * WINDOW:,} calibration tokens:", comparison(times), floors(parts), distances(times, parts)]
+        figures[windows] = {c.name: rows for c, rows in times.items()} | {"floor": [vars(p) for p in parts]}
+    write(folder, "speed", "\n\n".join([*text, encoding()]), figures)
 
 
 if __name__ == "__main__":
