@@ -51,6 +51,11 @@ def test_sizes_of_nothing(text: str | int) -> None:
         parse_size(text)
 
 
+@given(nbytes=st.integers(1, 10**12), count=st.integers(1, 10**12))
+def test_the_bits_of_a_plan_are_a_budget_that_holds_it_and_no_more(nbytes: int, count: int) -> None:
+    assert bits_to_bytes(8 * nbytes / count, count) == nbytes
+
+
 def test_bits_are_taken_as_written() -> None:
     assert bits_to_bytes(4.1, 80) == 41
     assert bits_to_bytes(3, 3) == 1

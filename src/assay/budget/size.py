@@ -39,8 +39,11 @@ def bits_allowed(low: float, high: float) -> str:
 
 
 def bits_to_bytes(bits: float, count: int) -> int:
-    """Bytes of `count` weights at `bits` per weight as written in decimal, rounded down."""
-    return int(Fraction(str(bits)) * count / 8)
+    """Bytes of `count` weights at `bits` per weight as written in decimal, rounded down.
+
+    Up where only the last digit of what a plan says its bits are is lacking, so that its bits are a budget that holds it.
+    """
+    return int(Fraction(str(bits)) * count / 8 * (1 + Fraction(1, 10**15)))
 
 
 AUTO = "auto"
